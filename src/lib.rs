@@ -1,0 +1,38 @@
+//! Persistent concurrent checkpointing for ML training.
+//!
+//! The method is that of Strati, Friedman and Klimovic, "PCcheck: Persistent Concurrent Checkpointing for
+//! ML", ASPLOS 2025: several checkpoints of one run are in flight at once, state flows through a bounded
+//! staging pool to persistent memory or SSD in chunks, and storage keeps enough slots that a complete
+//! checkpoint always survives.
+//!
+//! # Map of the crate
+//!
+//! Dependencies point downwards only (a test enforces it):
+//!
+//! ```text
+//! capi, bin          the C ABI; the command-line tool
+//! load               verified parallel restore
+//! save               one save: pipeline, writers, commit
+//! store              format, open, lock, reclaim, control block
+//! recovery, source   records -> decision table; where state comes from
+//! medium             how bytes become persistent: dax, mmap, direct, sim
+//! slots, staging, persist   slot words; bounded buffer pool; non-temporal copies and flushes
+//! format, sync, error       media layout; atomics; errors
+//! ```
+#![deny(unsafe_code)]
+
+pub mod error;
+
+#[cfg(not(loom))]
+pub mod format;
+#[cfg(not(loom))]
+pub mod medium;
+#[cfg(not(loom))]
+pub mod persist;
+#[cfg(not(loom))]
+pub mod recovery;
+pub mod slots;
+pub mod staging;
+pub mod sync;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,149 @@
+//! How bytes become persistent. One trait, four media: `dax`, `mmap`, `direct`, and `sim` for tests.
+//!
+//! # Verbs
+//!
+//! Each verb means one thing, and each can fail:
+//!
+//! | verb | promise |
+//! |---|---|
+//! | [`Medium::start`] with [`IoOp::Copy`], [`Medium::copy`] | bytes are handed over; nothing is promised about a crash |
+//! | [`Medium::fence`] | the copies that the *calling thread* completed are ordered before what it does next |
+//! | [`Medium::persist`] | copies that had completed (and been fenced by their thread) when the call began are durable when it returns |
+//! | [`Medium::write_durable`] | one block is durable when it returns; says nothing of any other bytes |
+//!
+//! # Fault model
+//!
+//! What a crash may do to bytes that were copied but not yet made durable, per medium:
+//!
+//! - `dax`: units of 8 bytes (non-temporal stores). Any subset of the units may have persisted; a unit is
+//!   never torn. A fence on the storing thread makes its earlier stores durable: `persist` has then
+//!   nothing left to do, and `fence` is the durable step.
+//! - `direct`: units of 512-byte sectors. Any subset of the sectors of writes that no completed `persist` covers
+//!   may have persisted; the sector being written at the moment of power loss may hold garbage.
+//! - `mmap`: as `direct` (dirty pages may be written back early, late or never), `fence` orders nothing on media.
+//! - every medium: reads after a process crash (no power loss) see every completed copy.
+//!
+//! A `persist` or `write_durable` that fails leaves durability unknown for all that was written since the last
+//! one that succeeded; it must never be retried into success (the kernel may have dropped the dirty state).
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::staging::StagingBuffer;
+
+/// Why a fence or persist is issued: names each ordering point of the protocol, so that the crash checker
+/// can remove each in turn and prove that it is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Barrier {
+    /// At open: what an earlier process wrote becomes durable before recovery is trusted.
+    Open,
+    /// At open: adopted records are durable again.
+    Adopt,
+    /// A control block is durable.
+    Control,
+    /// `writing(g)` is durable before the first payload byte of `g` is submitted.
+    WritingMark,
+    /// A copying thread orders its own payload stores before it reports them complete.
+    Chunk,
+    /// Payload and chunk table are durable before `committed(g)` is written.
+    Payload,
+    /// `committed(g)` is durable before the save is reported durable.
+    Commit,
+}
+
+/// Direction of one asynchronous operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoOp {
+    /// Buffer to medium.
+    Copy,
+    /// Medium to buffer.
+    Read,
+}
+
+/// One asynchronous operation on whole blocks. Owns its buffer until it completes.
+pub struct Io {
+    /// Direction.
+    pub op: IoOp,
+    /// Byte offset in the region, a multiple of [`crate::format::BLOCK_BYTES`].
+    pub offset: u64,
+    /// Bytes, a multiple of [`crate::format::BLOCK_BYTES`], at most the buffer's length.
+    pub len: usize,
+    /// Source or destination.
+    pub buffer: StagingBuffer,
+    /// Handed back at completion; means nothing to the medium.
+    pub token: u64,
+    /// Told of the completion exactly once, perhaps before `start` returns, perhaps on another thread.
+    pub sink: Arc<dyn IoSink>,
+}
+
+/// Receives completions. Must not block on the completion of other operations of the same medium.
+pub trait IoSink: Send + Sync {
+    /// The operation `token` ended; the buffer is the caller's again. A short transfer is an error.
+    fn finished(&self, token: u64, buffer: StagingBuffer, result: Result<()>);
+}
+
+/// The kinds of media.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MediumKind {
+    /// Persistent memory mapped with MAP_SYNC.
+    Dax,
+    /// A shared mapping of any file, made durable by msync.
+    Mmap,
+    /// O_DIRECT reads and writes, by io_uring where the kernel allows it.
+    Direct,
+    /// The crash simulator.
+    Sim,
+}
+
+/// What a durable save survives. Ordered: `Process < Power`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Durability {
+    /// The death of the process (tmpfs is enough).
+    Process,
+    /// Power loss.
+    Power,
+}
+
+/// What was got, as opposed to what was asked for.
+#[derive(Debug, Clone)]
+pub struct MediumInfo {
+    /// Kind of the medium.
+    pub kind: MediumKind,
+    /// What a durable save survives on it.
+    pub durability: Durability,
+    /// How bytes are moved: `"io_uring"`, `"io_uring, registered buffers"`, `"pwrite"`, `"avx512"`, `"avx2"`, `"sse2"`, ...
+    pub path: &'static str,
+    /// Notes for people on what was refused and what is used instead.
+    pub notes: Vec<String>,
+}
+
+/// A region's bytes and the verbs that make them persistent.
+pub trait Medium: Send + Sync {
+    /// What was got.
+    fn info(&self) -> MediumInfo;
+
+    /// Size of the region in bytes.
+    fn len_bytes(&self) -> u64;
+
+    /// Fills `dst` from `offset`, blocking. Any alignment of offset, length and address is accepted.
+    fn read(&self, offset: u64, dst: &mut [u8]) -> Result<()>;
+
+    /// Starts an operation; the sink is told of its end exactly once, also when it could not be started.
+    fn start(&self, io: Io);
+
+    /// Hands `src` to the medium at `offset` (both in whole blocks), blocking; any address alignment.
+    fn copy(&self, offset: u64, src: &[u8]) -> Result<()>;
+
+    /// Orders (on persistent memory: makes durable) the copies completed by the calling thread.
+    fn fence(&self, barrier: Barrier) -> Result<()>;
+
+    /// Makes durable all completed, fenced copies within `offset..offset + len` (a medium may do more).
+    fn persist(&self, offset: u64, len: u64, barrier: Barrier) -> Result<()>;
+
+    /// Makes one block (4 KiB at a block boundary) durable; orders nothing else.
+    fn write_durable(&self, offset: u64, block: &[u8], barrier: Barrier) -> Result<()> {
+        self.copy(offset, block)?;
+        self.fence(barrier)?;
+        self.persist(offset, block.len() as u64, barrier)
+    }
+}

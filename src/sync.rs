@@ -1,0 +1,1 @@
+//! The one file that names `core::sync::atomic`, `std` locks or `loom`: everything else imports from here.
