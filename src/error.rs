@@ -137,6 +137,13 @@ impl Error {
         self
     }
 
+    /// Carries over the operating system's error number of the cause.
+    #[must_use]
+    pub fn with_errno(mut self, errno: Option<i32>) -> Self {
+        self.edit(|inner| inner.errno = errno);
+        self
+    }
+
     /// Says what to do next.
     #[must_use]
     pub fn advise(mut self, advice: impl Into<String>) -> Self {

@@ -11,9 +11,9 @@
 //!
 //! ```text
 //! capi, bin          the C ABI; the command-line tool
-//! load               verified parallel restore
-//! save               one save: pipeline, writers, commit
-//! store              format, open, lock, reclaim, control block
+//! engine             Store: an open region with its threads
+//! save, load         one save: pipeline, raw stream, commit; verified parallel restore
+//! store, metrics     format, open, control block, durable steps, grow; counters
 //! recovery, source   records -> decision table; where state comes from
 //! medium             how bytes become persistent: dax, mmap, direct, sim
 //! slots, staging, persist   slot words; bounded buffer pool; non-temporal copies and flushes
@@ -24,15 +24,27 @@
 pub mod error;
 
 #[cfg(not(loom))]
+pub mod engine;
+#[cfg(not(loom))]
 pub mod format;
 #[cfg(not(loom))]
+pub mod load;
+#[cfg(not(loom))]
 pub mod medium;
+#[cfg(not(loom))]
+pub mod metrics;
 #[cfg(not(loom))]
 pub mod persist;
 #[cfg(not(loom))]
 pub mod recovery;
+#[cfg(not(loom))]
+pub mod save;
 pub mod slots;
+#[cfg(not(loom))]
+pub mod source;
 pub mod staging;
+#[cfg(not(loom))]
+pub mod store;
 pub mod sync;
 
 pub use error::{Error, ErrorKind, Result};

@@ -140,6 +140,11 @@ pub trait Medium: Send + Sync {
     /// Makes durable all completed, fenced copies within `offset..offset + len` (a medium may do more).
     fn persist(&self, offset: u64, len: u64, barrier: Barrier) -> Result<()>;
 
+    /// [`Medium::persist`] of several `(offset, len)` ranges, as one barrier where one flush covers them all.
+    fn persist_ranges(&self, ranges: &[(u64, u64)], barrier: Barrier) -> Result<()> {
+        ranges.iter().try_for_each(|&(offset, len)| self.persist(offset, len, barrier))
+    }
+
     /// Makes one block (4 KiB at a block boundary) durable; orders nothing else.
     fn write_durable(&self, offset: u64, block: &[u8], barrier: Barrier) -> Result<()> {
         self.copy(offset, block)?;

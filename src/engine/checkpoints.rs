@@ -1,0 +1,121 @@
+//! Finding, opening, verifying and restoring checkpoints.
+
+use super::Store;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::SlotRecord;
+use crate::load::Checkpoint;
+use crate::recovery::Verdict;
+
+/// Which checkpoint to open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Select {
+    /// The one with the highest generation; falls back to the next newest where it is damaged.
+    Newest,
+    /// As `Newest`, among those older than a generation.
+    OlderThan(u64),
+    /// Exactly this generation.
+    Generation(u64),
+    /// The newest of this step, of any run; falls back to an older one of the same step.
+    Step(u64),
+}
+
+/// One readable checkpoint, as listed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointInfo {
+    /// Its record: generation, step, sizes, time.
+    pub record: SlotRecord,
+    /// Durably kept until unpinned.
+    pub pinned: bool,
+    /// Opens through this store.
+    pub readers: u32,
+}
+
+/// An opened checkpoint, and the newer ones that had to be passed over, newest first, with the reason.
+pub struct Opened {
+    /// The checkpoint.
+    pub checkpoint: Checkpoint,
+    /// Damaged checkpoints that would have been preferred.
+    pub rejected: Vec<(SlotRecord, Error)>,
+}
+
+impl Store {
+    /// Checkpoints, newest first. In a read-only store this reads the records anew.
+    pub fn checkpoints(&self) -> Result<Vec<CheckpointInfo>> {
+        self.region().check_usable("list checkpoints", false)?;
+        if self.region().options().read_only {
+            let table = self.region().read_table()?;
+            let infos = table.newest_first.iter().filter_map(|&slot| {
+                let decision = &table.slots[slot as usize];
+                let record = decision.record.clone()?;
+                (decision.verdict == Verdict::Checkpoint).then_some(CheckpointInfo {
+                    record,
+                    pinned: decision.pinned,
+                    readers: 0,
+                })
+            });
+            return Ok(infos.collect());
+        }
+        let views = self.region().slot_views();
+        let infos = self.region().committed().into_iter().map(|record| {
+            let view = views[record.slot as usize];
+            CheckpointInfo { pinned: view.pinned, readers: view.readers, record }
+        });
+        Ok(infos.collect())
+    }
+
+    /// Opens a checkpoint. With `verify_payload` every chunk is read and checked first; otherwise record, table and
+    /// header are, and chunks as they are read.
+    pub fn open_checkpoint(&self, select: Select, verify_payload: bool) -> Result<Opened> {
+        self.open_first(select, |checkpoint| if verify_payload { checkpoint.verify() } else { Ok(()) })
+    }
+
+    /// Opens the chosen checkpoint and hands it to `read`; when a payload turns out to be damaged on the way, the
+    /// next candidate is opened and `read` is called again. One pass over the data, verification included.
+    pub fn restore(
+        &self,
+        select: Select,
+        read: impl FnMut(&Checkpoint) -> Result<()>,
+    ) -> Result<Opened> {
+        self.open_first(select, read)
+    }
+
+    fn open_first(&self, select: Select, mut check: impl FnMut(&Checkpoint) -> Result<()>) -> Result<Opened> {
+        const OP: &str = "open checkpoint";
+        self.region().check_usable(OP, false)?;
+        let mut rejected = Vec::new();
+        for record in self.candidates(select)? {
+            let result = Checkpoint::open(self.region(), record.clone())
+                .and_then(|checkpoint| check(&checkpoint).map(|()| checkpoint));
+            match result {
+                Ok(checkpoint) => return Ok(Opened { checkpoint, rejected }),
+                Err(error) if passes_over(&error) => rejected.push((record, error)),
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some((_, error)) = rejected.into_iter().next() {
+            return Err(error);
+        }
+        let what = match select {
+            Select::Newest => "no checkpoint yet".to_string(),
+            Select::OlderThan(generation) => format!("no checkpoint is older than generation {generation}"),
+            Select::Generation(generation) => format!("no checkpoint has generation {generation}"),
+            Select::Step(step) => format!("no checkpoint of step {step}"),
+        };
+        Err(Error::new(ErrorKind::NotFound, OP, what).at_path(self.region().path()))
+    }
+
+    fn candidates(&self, select: Select) -> Result<Vec<SlotRecord>> {
+        let matches = |record: &SlotRecord| match select {
+            Select::Newest => true,
+            Select::OlderThan(generation) => record.generation < generation,
+            Select::Generation(generation) => record.generation == generation,
+            Select::Step(step) => record.step == step,
+        };
+        Ok(self.checkpoints()?.into_iter().map(|info| info.record).filter(matches).collect())
+    }
+}
+
+/// Damage and being overtaken by the writer concern one checkpoint; anything else would meet the next one, too.
+fn passes_over(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Reclaimed | ErrorKind::Io)
+}

@@ -1,0 +1,215 @@
+//! [`Store`]: an open region with its threads, and everything that a caller does with it.
+
+mod checkpoints;
+mod saves;
+
+use std::path::Path;
+use std::time::Duration;
+
+pub use checkpoints::{CheckpointInfo, Opened, Select};
+pub use saves::{HostTensor, Tensor};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::medium::{open_medium, Medium, MediumInfo, MediumOptions};
+use crate::metrics::{Metrics, Stats};
+use crate::recovery::DecisionTable;
+use crate::save::{deadline_in, Faults, Saver};
+use crate::slots::SlotState;
+use crate::staging::{StagingOptions, StagingPool};
+use crate::store::{format, grow, FormatOptions, OpenOptions, Region};
+use crate::sync::Arc;
+
+/// Creates a region at `path`: a new file, an empty file, or a block device. Durable on return.
+///
+/// Never destroys: a path that holds anything is refused without `force`.
+pub fn format_region(path: &Path, options: &FormatOptions) -> Result<()> {
+    format::format_path(path, options, None)
+}
+
+/// [`format_region`], reporting bytes written out of the total while `prewrite` runs.
+pub fn format_region_with_progress(
+    path: &Path,
+    options: &FormatOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    format::format_path(path, options, Some(progress))
+}
+
+/// Replaces the region file by a larger one that holds the same checkpoints. Durable on return.
+///
+/// A crash leaves the old region or the new one. Refused on devices, and while a writer has the region open.
+pub fn grow_region(path: &Path, slot_count: u32, payload_bytes: u64, lock_wait: Option<Duration>) -> Result<()> {
+    grow::grow_path(path, slot_count, payload_bytes, lock_wait)
+}
+
+/// An open region and its threads. All methods may be called from several threads at once.
+///
+/// Dropping it cancels the saves that are in flight, waits for their I/O to end, and releases the lock.
+pub struct Store {
+    // Dropped first: its threads use the region.
+    saver: Option<Saver>,
+    metrics: Arc<Metrics>,
+    region: Arc<Region>,
+}
+
+impl Store {
+    /// Opens a region. A writer takes the exclusive lock; a read-only store works beside a live writer.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Store> {
+        options.validate()?;
+        let pool = new_pool(options)?;
+        let medium_options = MediumOptions {
+            kind: options.medium,
+            writable: !options.read_only,
+            lock_wait: options.lock_wait,
+            required: options.required,
+            backend: options.backend,
+            queue_depth: options.queue_depth,
+            ..MediumOptions::default()
+        };
+        let medium = open_medium(path, &medium_options, Some(&pool))?;
+        Store::open_parts(path, medium, pool, options, Faults::default())
+    }
+
+    /// Opens a region on a given medium, with faults planted in the protocol: for the crash checker.
+    #[cfg(feature = "sim")]
+    pub fn open_on(medium: Arc<dyn Medium>, options: &OpenOptions, faults: Faults) -> Result<Store> {
+        options.validate()?;
+        let pool = new_pool(options)?;
+        Store::open_parts(Path::new("sim"), medium, pool, options, faults)
+    }
+
+    fn open_parts(
+        path: &Path,
+        medium: Arc<dyn Medium>,
+        pool: Arc<StagingPool>,
+        options: &OpenOptions,
+        faults: Faults,
+    ) -> Result<Store> {
+        let region = Arc::new(Region::open_on(path, medium, pool, options.clone())?);
+        let metrics = Arc::new(Metrics::default());
+        let saver = match options.read_only {
+            true => None,
+            false => Some(Saver::start(region.clone(), metrics.clone(), faults)?),
+        };
+        Ok(Store { saver, metrics, region })
+    }
+
+    /// The open region.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    /// What the medium gave, as opposed to what was asked for.
+    pub fn medium_info(&self) -> MediumInfo {
+        self.region.medium_info()
+    }
+
+    /// What recovery found when the store was opened.
+    pub fn recovered(&self) -> &DecisionTable {
+        self.region.recovered()
+    }
+
+    /// Counters since open, and gauges of this moment.
+    pub fn stats(&self) -> Stats {
+        let views = self.region.slot_views();
+        let committed = views.iter().filter(|v| v.state == SlotState::Committed);
+        Stats {
+            in_flight: self.saver.as_ref().map_or(0, |saver| saver.active().len() as u32),
+            quarantined_slots: views.iter().filter(|v| v.state == SlotState::Quarantined).count() as u32,
+            claimable_slots: self.region.claimable_count() as u32,
+            newest_generation: committed.map(|v| v.generation).max().unwrap_or(0),
+            ..self.metrics.snapshot()
+        }
+    }
+
+    /// Waits until no save is in flight. Says nothing of how they ended.
+    pub fn drain(&self, timeout: Option<Duration>) -> Result<()> {
+        self.region.check_usable("drain", false)?;
+        self.saver.as_ref().map_or(Ok(()), |saver| saver.drain(deadline_in(timeout)))
+    }
+
+    /// Durably keeps a checkpoint until it is unpinned.
+    pub fn pin(&self, generation: u64) -> Result<()> {
+        self.region.pin(generation)
+    }
+
+    /// Durably lifts a pin.
+    pub fn unpin(&self, generation: u64) -> Result<()> {
+        self.region.unpin(generation)
+    }
+
+    /// Durably marks a step as durable on every rank; returns its generation here.
+    pub fn mark_global(&self, run_id: u64, step: u64) -> Result<u64> {
+        self.region.mark_global(run_id, step)
+    }
+
+    /// Collectively abandons a step: cancels its saves in flight and durably discards its checkpoints.
+    /// Returns how many checkpoints were discarded.
+    pub fn abandon(&self, run_id: u64, step: u64) -> Result<u32> {
+        const OP: &str = "abandon";
+        let saver = self.writer(OP)?;
+        if self.region.global_mark().is_some_and(|mark| mark.run_id == run_id && mark.step == step) {
+            return Err(Error::new(
+                ErrorKind::InvalidState,
+                OP,
+                format!("step {step} of run {run_id} is marked as durable everywhere"),
+            )
+            .at_path(self.region.path()));
+        }
+        if run_id == self.region.options().run_id {
+            for save in saver.active().iter().filter(|save| save.spec.step == step) {
+                save.fail(crate::save::cancelled("its step was abandoned"));
+                // It may have been too late to cancel: then the checkpoint is discarded below.
+                let _ = save.wait_durable(None);
+            }
+        }
+        self.region.discard(OP, |record| record.run_id == run_id && record.step == step)
+    }
+
+    /// Durably discards every checkpoint newer than `generation` (0: all). Refused while saves are in flight.
+    pub fn discard_newer(&self, generation: u64) -> Result<u32> {
+        const OP: &str = "discard_newer";
+        let saver = self.writer(OP)?;
+        if !saver.active().is_empty() {
+            return Err(Error::new(ErrorKind::InvalidState, OP, "saves are in flight")
+                .at_path(self.region.path())
+                .advise("drain the store first"));
+        }
+        if generation != 0 && self.region.record_of(generation).is_none() {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                OP,
+                format!("no checkpoint has generation {generation}, nothing was discarded"),
+            )
+            .at_path(self.region.path()));
+        }
+        self.region.discard(OP, |record| record.generation > generation)
+    }
+
+    /// Rewrites every quarantined slot in full, flushes it and takes it back into use. Returns how many.
+    pub fn repair(&self, timeout: Option<Duration>) -> Result<u32> {
+        self.writer("repair")?;
+        let quarantined = self.region.quarantined();
+        for claim in &quarantined {
+            self.region.repair(*claim, deadline_in(timeout))?;
+        }
+        Ok(quarantined.len() as u32)
+    }
+
+    /// Refuses further saves: called where the C boundary caught a panic.
+    pub fn poison(&self) {
+        self.region.poison();
+    }
+
+    fn writer(&self, op: &'static str) -> Result<&Saver> {
+        self.region.check_usable(op, true)?;
+        self.saver.as_ref().ok_or_else(|| {
+            Error::new(ErrorKind::ReadOnly, op, "the store was opened read-only").at_path(self.region.path())
+        })
+    }
+}
+
+fn new_pool(options: &OpenOptions) -> Result<Arc<StagingPool>> {
+    let staging = StagingOptions { lock_memory: options.lock_memory };
+    StagingPool::new(options.staging_bytes, options.chunk_bytes as usize, &staging)
+}

@@ -1,0 +1,49 @@
+//! Which chunks a read needs, and what goes where.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::SlotRecord;
+
+/// One contiguous piece of the payload and where it goes.
+pub struct Part<'a> {
+    /// First payload byte.
+    pub offset: u64,
+    /// Destination; its length is the number of bytes wanted.
+    pub dst: &'a mut [u8],
+}
+
+/// A piece of one chunk that goes to one destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub chunk: u64,
+    /// Offset within the chunk.
+    pub within: usize,
+    pub part: usize,
+    /// Offset within the part's destination.
+    pub at: usize,
+    pub len: usize,
+}
+
+/// All pieces, ordered by chunk. Errors where a part passes the payload.
+pub(super) fn pieces(record: &SlotRecord, parts: &[(u64, usize)]) -> Result<Vec<Piece>> {
+    let mut pieces = Vec::new();
+    for (part, &(offset, len)) in parts.iter().enumerate() {
+        if offset.checked_add(len as u64).is_none_or(|end| end > record.payload_bytes) {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                "read checkpoint",
+                format!("{len} bytes at {offset} pass the payload of {} bytes", record.payload_bytes),
+            ));
+        }
+        let mut at = 0;
+        while at < len {
+            let position = offset + at as u64;
+            let chunk = position / record.chunk_bytes;
+            let within = (position % record.chunk_bytes) as usize;
+            let piece = (record.chunk_len(chunk) - within).min(len - at);
+            pieces.push(Piece { chunk, within, part, at, len: piece });
+            at += piece;
+        }
+    }
+    pieces.sort_by_key(|piece| (piece.chunk, piece.within));
+    Ok(pieces)
+}

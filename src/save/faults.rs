@@ -1,0 +1,34 @@
+//! Faults planted in the protocol, which the crash checker must catch. Without the `sim` feature there are none.
+
+/// Which steps of the protocol to get wrong.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Faults {
+    /// Claim a slot without a durable `writing` mark.
+    #[cfg(feature = "sim")]
+    pub skip_writing_mark: bool,
+    /// Write the commit record before payload and table are flushed.
+    #[cfg(feature = "sim")]
+    pub commit_before_payload: bool,
+    /// Publish a save (freeing the older slot) before its commit record is durable.
+    #[cfg(feature = "sim")]
+    pub free_before_commit: bool,
+    /// Let the last chunk's completion commit the save although earlier chunks may be unwritten.
+    #[cfg(feature = "sim")]
+    pub commit_on_last_chunk: bool,
+}
+
+macro_rules! fault {
+    ($($name:ident)*) => {
+        impl Faults {
+            $(pub(crate) fn $name(&self) -> bool {
+                #[cfg(feature = "sim")]
+                return self.$name;
+                #[cfg(not(feature = "sim"))]
+                return false;
+            })*
+        }
+    };
+}
+
+fault! { skip_writing_mark commit_before_payload free_before_commit commit_on_last_chunk }

@@ -1,0 +1,90 @@
+//! Saves: from the caller's memory to a durable checkpoint.
+
+mod commit;
+mod core;
+mod faults;
+mod raw;
+mod saver;
+
+use std::time::{Duration, Instant};
+
+pub use self::core::{Durable, Progress};
+pub use faults::Faults;
+pub use raw::RawSave;
+
+pub(crate) use self::core::{cancelled, Origin, SaveCore, SaveSpec};
+pub(crate) use raw::RawChunks;
+pub(crate) use saver::Saver;
+
+use crate::error::Result;
+use crate::sync::Arc;
+
+/// The moment `timeout` from now; `None` waits for ever.
+pub(crate) fn deadline_in(timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
+/// One save in flight, or ended.
+///
+/// Dropping it before it is copied cancels it, and waits until the engine no longer reads the caller's memory
+/// (one chunk's copy at most). Dropping it later lets it go on to durable by itself.
+pub struct Save {
+    core: Arc<SaveCore>,
+}
+
+impl Save {
+    pub(crate) fn new(core: Arc<SaveCore>) -> Save {
+        Save { core }
+    }
+
+    pub(crate) fn core(&self) -> &Arc<SaveCore> {
+        &self.core
+    }
+
+    /// Orders this save among all saves of the region, for ever.
+    pub fn generation(&self) -> u64 {
+        self.core.claim.generation
+    }
+
+    /// The trainer's step.
+    pub fn step(&self) -> u64 {
+        self.core.spec.step
+    }
+
+    /// Waits until every byte has left the caller's memory, which may then be changed or freed.
+    ///
+    /// Nothing is durable yet. On every error but `TimedOut` the memory is the caller's again, too.
+    pub fn wait_copied(&self, timeout: Option<Duration>) -> Result<()> {
+        self.core.wait_copied(deadline_in(timeout))
+    }
+
+    /// Waits until the save has ended; `Ok` means that it will be found after a crash.
+    pub fn wait_durable(&self, timeout: Option<Duration>) -> Result<Durable> {
+        self.core.wait_durable(deadline_in(timeout))
+    }
+
+    /// How far it is. Never blocks.
+    pub fn progress(&self) -> Progress {
+        self.core.progress()
+    }
+
+    /// Asks for the save to end without a checkpoint; comes too late where it is already being committed.
+    pub fn cancel(&self) {
+        self.core.fail(cancelled("the save was cancelled by its caller"));
+    }
+
+    /// Runs `callback` on a thread of the engine when the save ends (at once if it has). Replaces an earlier one.
+    pub fn on_end(&self, callback: Box<dyn FnOnce() + Send>) {
+        self.core.set_on_end(callback);
+    }
+}
+
+impl Drop for Save {
+    fn drop(&mut self) {
+        if !self.core.progress().copied && !self.core.ended() {
+            self.cancel();
+            // Ends after at most one chunk per copier: returns when nobody reads the caller's memory.
+            let _ = self.core.wait_copied(None);
+        }
+    }
+}

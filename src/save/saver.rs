@@ -1,0 +1,386 @@
+//! The threads that move saves along: copiers, a marker, a committer; and the queues between them.
+//!
+//! ```text
+//! begin --> marker: durable writing(g) --------------------.
+//!   `-----> copiers: source -> staging + hash (oldest first) `-> medium --> committer: flush, commit record, publish
+//! ```
+//!
+//! A copier waits for a staging buffer before it chooses a chunk, so that a free buffer always goes to the oldest
+//! save. No thread waits for a buffer while it holds one, so buffers always come back.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::ChunkHasher;
+use crate::metrics::Metrics;
+use crate::save::commit;
+use crate::save::core::{cancelled, Origin, SaveCore, SaveSpec};
+use crate::save::faults::Faults;
+use crate::source::Source;
+use crate::staging::StagingBuffer;
+use crate::store::Region;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{lock, thread, Arc, Event, Mutex};
+
+/// How long a thread that waits for a buffer goes without looking whether the store is being closed.
+const CLOSE_POLL: Duration = Duration::from_millis(50);
+
+/// How long closing waits for saves of a store whose own thread has died.
+const POISONED_CLOSE_WAIT: Duration = Duration::from_secs(10);
+
+/// What the threads of one store share.
+pub(crate) struct Shared {
+    pub region: Arc<Region>,
+    pub metrics: Arc<Metrics>,
+    pub faults: Faults,
+    /// Saves with chunks to copy, oldest first.
+    copy_queue: Mutex<BTreeMap<u64, Arc<SaveCore>>>,
+    copy_work: Event,
+    mark_queue: Mutex<VecDeque<Arc<SaveCore>>>,
+    mark_work: Event,
+    commit_queue: Mutex<BTreeMap<u64, Arc<SaveCore>>>,
+    commit_work: Event,
+    /// Saves that have not ended.
+    active: Mutex<BTreeMap<u64, Arc<SaveCore>>>,
+    active_changed: Event,
+    closing: AtomicBool,
+}
+
+/// The saving side of an open store.
+pub(crate) struct Saver {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<thread::JoinHandle<()>>>,
+}
+
+impl Saver {
+    /// Starts the threads; fails, with none left running, where the system refuses one.
+    pub fn start(region: Arc<Region>, metrics: Arc<Metrics>, faults: Faults) -> Result<Saver> {
+        let writers = region.options().writers;
+        let shared = Arc::new(Shared {
+            region,
+            metrics,
+            faults,
+            copy_queue: Mutex::new(BTreeMap::new()),
+            copy_work: Event::new(),
+            mark_queue: Mutex::new(VecDeque::new()),
+            mark_work: Event::new(),
+            commit_queue: Mutex::new(BTreeMap::new()),
+            commit_work: Event::new(),
+            active: Mutex::new(BTreeMap::new()),
+            active_changed: Event::new(),
+            closing: AtomicBool::new(false),
+        });
+        let saver = Saver { shared, threads: Mutex::new(Vec::new()) };
+        saver.spawn("pcc-mark", run_marker)?;
+        saver.spawn("pcc-commit", commit::run_committer)?;
+        for _ in 0..writers {
+            saver.spawn("pcc-copy", run_copier)?;
+        }
+        Ok(saver)
+    }
+
+    fn spawn(&self, name: &str, run: fn(&Shared)) -> Result<()> {
+        let shared = self.shared.clone();
+        let body = move || {
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&shared)));
+            if result.is_err() {
+                shared.give_up();
+            }
+        };
+        let handle = thread::Builder::new()
+            .name(name.to_string())
+            .spawn(body)
+            .map_err(|e| Error::io("start thread", &e).advise("raise the limit on threads (ulimit -u)"))?;
+        lock(&self.threads).push(handle);
+        Ok(())
+    }
+
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Begins a save: claims generation and slot, then lets marker and copiers go to work.
+    ///
+    /// Waits until `deadline` for a slot.
+    pub fn begin(
+        &self,
+        spec: SaveSpec,
+        origin: Origin,
+        deadline: Option<Instant>,
+    ) -> Result<Arc<SaveCore>> {
+        let shared = &self.shared;
+        let save = loop {
+            let ticket = shared.region.slot_freed().ticket();
+            shared.check_open()?;
+            if let Some(save) = shared.try_begin(&spec, &origin)? {
+                break save;
+            }
+            if shared.region.slot_freed().wait(ticket, deadline) {
+                return Err(no_slot(&shared.region));
+            }
+        };
+        if save.has_chunks() {
+            lock(&shared.copy_queue).insert(save.claim.generation, save.clone());
+            shared.copy_work.notify_all();
+        }
+        lock(&shared.mark_queue).push_back(save.clone());
+        shared.mark_work.notify_all();
+        Ok(save)
+    }
+
+    /// Waits until no save is in flight.
+    pub fn drain(&self, deadline: Option<Instant>) -> Result<()> {
+        loop {
+            let ticket = self.shared.active_changed.ticket();
+            if lock(&self.shared.active).is_empty() {
+                return Ok(());
+            }
+            if self.shared.active_changed.wait(ticket, deadline) && !lock(&self.shared.active).is_empty() {
+                return Err(Error::new(ErrorKind::TimedOut, "drain", "saves are still in flight"));
+            }
+        }
+    }
+
+    /// Saves that have not ended.
+    pub fn active(&self) -> Vec<Arc<SaveCore>> {
+        lock(&self.shared.active).values().cloned().collect()
+    }
+
+    /// Cancels what is in flight, waits until nothing is, and ends the threads.
+    pub fn close(&self) {
+        let shared = &self.shared;
+        if shared.region.forked() {
+            // The threads live in the parent; here there is nothing to join and nothing to wait for.
+            lock(&self.threads).drain(..).for_each(std::mem::forget);
+            return;
+        }
+        shared.closing.store(true, Ordering::SeqCst);
+        for save in self.active() {
+            save.fail(cancelled("the store was closed before the save was durable"));
+        }
+        // Ends by itself: every operation in flight completes, and nothing new is started. Only a thread of the
+        // engine that died in the middle (the store is poisoned then) could leave a save that never ends.
+        let limit = shared.region.poisoned().then(|| Instant::now() + POISONED_CLOSE_WAIT);
+        if self.drain(limit).is_err() {
+            lock(&self.threads).drain(..).for_each(std::mem::forget);
+            return;
+        }
+        shared.wake_all();
+        for handle in lock(&self.threads).drain(..) {
+            let _ = handle.join();
+        }
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Shared {
+    fn check_open(&self) -> Result<()> {
+        self.region.check_usable("begin save", true)?;
+        if self.closing() {
+            return Err(cancelled("the store is being closed"));
+        }
+        Ok(())
+    }
+
+    /// SeqCst pairs with the store in `close`: a thread that was woken after it sees it.
+    pub fn closing(&self) -> bool {
+        self.closing.load(Ordering::SeqCst)
+    }
+
+    fn wake_all(&self) {
+        self.copy_work.notify_all();
+        self.mark_work.notify_all();
+        self.commit_work.notify_all();
+        self.region.slot_freed().notify_all();
+    }
+
+    /// A thread of the engine panicked: no further saves, and those in flight fail instead of hanging.
+    fn give_up(&self) {
+        self.region.poison();
+        let active: Vec<_> = lock(&self.active).values().cloned().collect();
+        for save in active {
+            save.fail(Error::new(ErrorKind::Internal, "save", "a thread of the engine failed"));
+        }
+        self.wake_all();
+    }
+
+    /// Claims under the lock of active saves, so that no more than N are in flight.
+    fn try_begin(self: &Arc<Self>, spec: &SaveSpec, origin: &Origin) -> Result<Option<Arc<SaveCore>>> {
+        let mut active = lock(&self.active);
+        if active.len() >= self.region.options().max_in_flight as usize {
+            return Ok(None);
+        }
+        let Some(claim) = self.region.claim()? else { return Ok(None) };
+        let save = SaveCore::new(self, claim, spec.clone(), origin.clone());
+        active.insert(claim.generation, save.clone());
+        self.metrics.saves_begun();
+        Ok(Some(save))
+    }
+
+    /// A buffer as soon as one is free; `None` when the store is being closed.
+    pub fn acquire_buffer(&self) -> Option<StagingBuffer> {
+        loop {
+            if let Some(buffer) = self.region.pool().acquire(Some(Instant::now() + CLOSE_POLL)) {
+                return Some(buffer);
+            }
+            if self.closing() {
+                return None;
+            }
+        }
+    }
+
+    pub fn queue_commit(&self, save: Option<Arc<SaveCore>>) {
+        if let Some(save) = save {
+            lock(&self.commit_queue).insert(save.claim.generation, save);
+            self.commit_work.notify_all();
+        }
+    }
+
+    /// All saves that are ready to commit, oldest first; waits for the first. `None` when the store is closed.
+    pub fn next_commits(&self) -> Option<Vec<Arc<SaveCore>>> {
+        loop {
+            let ticket = self.commit_work.ticket();
+            let ready = std::mem::take(&mut *lock(&self.commit_queue));
+            if !ready.is_empty() {
+                return Some(ready.into_values().collect());
+            }
+            if self.closing() && lock(&self.active).is_empty() {
+                return None;
+            }
+            self.commit_work.wait(ticket, None);
+        }
+    }
+
+    /// Gives the slot of a failed save back, or quarantines it where its durability is unknown.
+    pub fn end_failed(&self, save: &SaveCore, error: &Error) {
+        match error.kind() {
+            ErrorKind::DurabilityUnknown => self.region.quarantine(save.claim),
+            _ => self.region.release(save.claim),
+        }
+        match error.kind() {
+            ErrorKind::Cancelled => self.metrics.saves_cancelled(),
+            _ => self.metrics.saves_failed(),
+        }
+        self.forget(save);
+    }
+
+    /// The save is no longer in flight.
+    pub fn forget(&self, save: &SaveCore) {
+        lock(&self.copy_queue).remove(&save.claim.generation);
+        lock(&self.active).remove(&save.claim.generation);
+        self.active_changed.notify_all();
+        self.region.slot_freed().notify_all();
+        if self.closing() {
+            self.wake_all();
+        }
+    }
+
+    fn next_chunk(&self) -> Option<(Arc<SaveCore>, u64, Arc<dyn Source>)> {
+        let mut queue = lock(&self.copy_queue);
+        while let Some(entry) = queue.first_entry() {
+            match entry.get().take_chunk() {
+                Some((chunk, source)) => return Some((entry.get().clone(), chunk, source)),
+                None => drop(entry.remove()),
+            }
+        }
+        None
+    }
+
+    fn has_copy_work(&self) -> bool {
+        !lock(&self.copy_queue).is_empty()
+    }
+}
+
+fn run_copier(shared: &Shared) {
+    loop {
+        let ticket = shared.copy_work.ticket();
+        if !shared.has_copy_work() {
+            if shared.closing() {
+                return;
+            }
+            shared.copy_work.wait(ticket, None);
+            continue;
+        }
+        let Some(buffer) = shared.acquire_buffer() else { return };
+        if let Some((save, chunk, source)) = shared.next_chunk() {
+            copy_chunk(shared, &save, chunk, source, buffer);
+        }
+    }
+}
+
+fn copy_chunk(
+    shared: &Shared,
+    save: &SaveCore,
+    chunk: u64,
+    source: Arc<dyn Source>,
+    mut buffer: StagingBuffer,
+) {
+    if shared.region.flush_failures() != save.flush_failures {
+        drop(source);
+        save.copier_done(Err(shared.region.last_flush_error()));
+        return;
+    }
+    let len = save.chunk_len(chunk);
+    let mut hasher = ChunkHasher::new();
+    let filled = source.fill(chunk * save.chunk_bytes, &mut buffer[..len], &mut hasher);
+    // The caller's memory may be freed once `copied` is told: let go of the source before.
+    drop(source);
+    let result = filled.map(|()| {
+        let padded = len.next_multiple_of(crate::format::BLOCK_BYTES as usize);
+        buffer[len..padded].fill(0);
+        save.chunk_copied(chunk, hasher.finish(), buffer);
+    });
+    save.copier_done(result);
+}
+
+fn run_marker(shared: &Shared) {
+    loop {
+        let ticket = shared.mark_work.ticket();
+        let next = lock(&shared.mark_queue).pop_front();
+        let Some(save) = next else {
+            if shared.closing() && lock(&shared.active).is_empty() {
+                return;
+            }
+            shared.mark_work.wait(ticket, None);
+            continue;
+        };
+        if !save.wants_mark() {
+            continue;
+        }
+        let record = commit::writing_record(shared, &save);
+        let result = match shared.faults.skip_writing_mark() {
+            true => Ok(()),
+            false => shared.region.mark_writing(&record),
+        };
+        save.marked(result);
+        // Not fatal here: `claim` tries again when the lease has run out, and reports it to its caller.
+        let _ = shared.region.extend_lease_early();
+    }
+}
+
+fn no_slot(region: &Region) -> Error {
+    let options = region.options();
+    Error::new(
+        ErrorKind::NoSlot,
+        "begin save",
+        format!(
+            "no slot became free in the time given: {} slots, max_in_flight {}, keep {}, hold {}",
+            region.layout().slot_count,
+            options.max_in_flight,
+            options.keep,
+            options.hold
+        ),
+    )
+    .at_path(region.path())
+    .advise(if options.hold {
+        "mark a step as durable everywhere, or abandon one"
+    } else {
+        "wait longer, save less often, or raise max_in_flight and the slot count"
+    })
+}

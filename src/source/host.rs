@@ -1,0 +1,109 @@
+//! Host memory as the source of a save: the payload header, then tensors back to back.
+#![expect(unsafe_code, reason = "reads memory that C callers lend until the save is copied")]
+
+use crate::error::Result;
+use crate::format::ChunkHasher;
+use crate::persist::Persister;
+use crate::source::Source;
+
+/// Piece in which large tensors are hashed (which brings them into the cache) and then copied from there.
+const PIECE_BYTES: usize = 128 << 10;
+
+/// Tensors smaller than this within a chunk are gathered by ordinary copies and hashed together.
+const GATHER_BYTES: usize = 16 << 10;
+
+/// One tensor's memory. Not read before [`HostSource::new`] made it part of a save.
+#[derive(Debug, Clone, Copy)]
+pub struct HostSegment {
+    /// First byte.
+    pub ptr: *const u8,
+    /// Bytes.
+    pub len: usize,
+}
+
+/// A payload made of a header and borrowed memory.
+pub struct HostSource {
+    header: Vec<u8>,
+    segments: Vec<HostSegment>,
+    /// Payload offset of each segment, ascending.
+    starts: Vec<u64>,
+    persister: Persister,
+}
+
+// SAFETY: the contract of `new` makes the memory readable from any thread until the source is dropped, and
+// nobody writes it meanwhile.
+unsafe impl Send for HostSource {}
+// SAFETY: as above; the source itself is never changed after `new`.
+unsafe impl Sync for HostSource {}
+
+impl HostSource {
+    /// A payload of `header` followed by `segments` without holes.
+    ///
+    /// # Safety
+    ///
+    /// Every segment must stay valid for reads, and must not be written by anyone, until the source is dropped.
+    pub unsafe fn new(header: Vec<u8>, segments: Vec<HostSegment>) -> Self {
+        let mut next = header.len() as u64;
+        let starts = segments
+            .iter()
+            .map(|segment| {
+                let start = next;
+                next += segment.len as u64;
+                start
+            })
+            .collect();
+        HostSource { header, segments, starts, persister: Persister::detect() }
+    }
+
+    /// The memory behind payload bytes from `offset` on, as far as it is contiguous, at most `most` bytes.
+    fn run_at(&self, offset: u64, most: usize) -> &[u8] {
+        let header_bytes = self.header.len() as u64;
+        if offset < header_bytes {
+            let rest = &self.header[offset as usize..];
+            return &rest[..rest.len().min(most)];
+        }
+        // The last segment that starts at or before `offset`; empty ones before it share its start.
+        let index = self.starts.partition_point(|&start| start <= offset) - 1;
+        let segment = self.segments[index];
+        let skip = (offset - self.starts[index]) as usize;
+        let len = (segment.len - skip).min(most);
+        // SAFETY: `skip < segment.len`, since the next segment starts beyond `offset`.
+        let first = unsafe { segment.ptr.add(skip) };
+        // SAFETY: `new`'s contract: readable and unchanged while `self` lives.
+        unsafe { std::slice::from_raw_parts(first, len) }
+    }
+}
+
+impl Source for HostSource {
+    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher) -> Result<()> {
+        let mut done = 0;
+        // Bytes of `dst` before `done` that were gathered but not hashed yet.
+        let mut gathered_from = 0;
+        while done < dst.len() {
+            let src = self.run_at(offset + done as u64, dst.len() - done);
+            if src.len() < GATHER_BYTES {
+                dst[done..done + src.len()].copy_from_slice(src);
+                done += src.len();
+                if done - gathered_from >= PIECE_BYTES {
+                    hasher.update(&dst[gathered_from..done]);
+                    gathered_from = done;
+                }
+                continue;
+            }
+            hasher.update(&dst[gathered_from..done]);
+            for piece in src.chunks(PIECE_BYTES) {
+                hasher.update(piece);
+                let to = &mut dst[done..done + piece.len()];
+                // SAFETY: `to` and `piece` are distinct, valid and of the same length.
+                unsafe { self.persister.copy_nontemporal(to.as_mut_ptr(), piece.as_ptr(), piece.len()) };
+                done += piece.len();
+            }
+            gathered_from = done;
+        }
+        hasher.update(&dst[gathered_from..done]);
+        // Non-temporal stores are weakly ordered: without the fence another thread or the device could read
+        // the buffer before they arrive.
+        self.persister.fence();
+        Ok(())
+    }
+}

@@ -1,0 +1,16 @@
+//! Where the bytes of a save come from. Host memory here; the CUDA source stands behind the same seam.
+
+mod host;
+
+pub use host::{HostSegment, HostSource};
+
+use crate::error::Result;
+use crate::format::ChunkHasher;
+
+/// The payload of one save, readable at any offset until it is dropped.
+pub trait Source: Send + Sync {
+    /// Copies payload bytes `offset..offset + dst.len()` into `dst` and feeds the same bytes, in order, to `hasher`.
+    ///
+    /// When it returns, `dst` is visible to every thread and to devices. Called from several threads at once.
+    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher) -> Result<()>;
+}

@@ -1,0 +1,87 @@
+//! The control block in use: generation lease, pins, quarantines, discards and the global mark.
+//!
+//! Every change is one new block with the next sequence number, written durably over the *older* of the two
+//! copies, so that a crash at any point leaves one valid block: the old one or the new one.
+
+use crate::error::Result;
+use crate::format::{Control, GlobalMark, SlotMark, CONTROL_OFFSETS, MARK_DISCARDED};
+use crate::format::{Uuid, MAX_GENERATION};
+use crate::medium::{Barrier, Medium};
+
+/// Generations leased by one control write: a crash skips at most this many.
+pub(crate) const LEASE_GENERATIONS: u64 = 1024;
+
+/// The current control block and where it stands.
+pub(crate) struct ControlState {
+    current: Control,
+    copy: usize,
+    uuid: Uuid,
+}
+
+impl ControlState {
+    /// Continues from what recovery found; a region whose control blocks are both lost starts a new sequence.
+    pub(crate) fn adopt(uuid: Uuid, found: Option<(Control, usize)>) -> Self {
+        let (current, copy) = found.unwrap_or_else(|| (Control::default(), 1));
+        ControlState { current, copy, uuid }
+    }
+
+    pub(crate) fn current(&self) -> &Control {
+        &self.current
+    }
+
+    /// Writes the changed block durably; on failure the old one stays in force.
+    pub(crate) fn update(&mut self, medium: &dyn Medium, change: impl FnOnce(&mut Control)) -> Result<()> {
+        let mut next = self.current.clone();
+        change(&mut next);
+        next.sequence += 1;
+        let copy = 1 - self.copy;
+        medium.write_durable(CONTROL_OFFSETS[copy], &next.encode(&self.uuid), Barrier::Control)?;
+        self.current = next;
+        self.copy = copy;
+        Ok(())
+    }
+
+    /// Leases generations beyond `next`; returns the ceiling below which generations may now be used.
+    pub(crate) fn lease(&mut self, medium: &dyn Medium, next: u64) -> Result<u64> {
+        let ceiling = (next + LEASE_GENERATIONS).min(MAX_GENERATION);
+        self.update(medium, |control| control.generation_ceiling = ceiling)?;
+        Ok(ceiling)
+    }
+}
+
+/// Flags of `(slot, generation)`, 0 where unmarked.
+pub(crate) fn flags_of(control: &Control, slot: u32, generation: u64) -> u32 {
+    control
+        .marks
+        .iter()
+        .find(|mark| mark.slot == slot && mark.generation == generation)
+        .map_or(0, |mark| mark.flags)
+}
+
+/// Sets the flags of `(slot, generation)`; 0 removes the entry.
+///
+/// A slot has one entry. An entry of another generation is replaced, but for a discard when a quarantine
+/// arrives: the discarded record may still be on the medium (the failed save may never have replaced it) and
+/// must not come back to life.
+pub(crate) fn set_flags(control: &mut Control, slot: u32, generation: u64, flags: u32) {
+    let keeps_discard = control.marks.iter().any(|mark| {
+        mark.slot == slot
+            && mark.generation != generation
+            && mark.flags & MARK_DISCARDED != 0
+            && flags & crate::format::MARK_QUARANTINED != 0
+    });
+    if keeps_discard {
+        return;
+    }
+    if flags != 0 {
+        control.marks.retain(|mark| mark.slot != slot);
+        control.marks.push(SlotMark { slot, generation, flags });
+    } else {
+        control.marks.retain(|mark| mark.slot != slot || mark.generation != generation);
+    }
+}
+
+/// The global mark's generation, 0 where nothing is marked.
+pub(crate) fn global_generation(control: &Control) -> u64 {
+    control.global.as_ref().map_or(0, |GlobalMark { generation, .. }| *generation)
+}

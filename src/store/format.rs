@@ -1,0 +1,139 @@
+//! Creating a region, never over anything of value without force, and never half.
+//!
+//! The superblocks are written last: a crash in the middle leaves something that is not a region. Where an old
+//! region is overwritten by force, its superblocks and records go first, so that no mixture can be recovered.
+
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{
+    Control, Layout, PreferredMedium, Superblock, Uuid, BLOCK_BYTES, CONTROL_OFFSETS, FORMAT_VERSION,
+    MIN_CHUNK_BYTES, RECORDS_OFFSET, SUPERBLOCK_OFFSETS,
+};
+use crate::medium::{self, Barrier, Medium, MediumOptions, Requested};
+use crate::store::options::FormatOptions;
+use crate::store::DEFAULT_CHUNK_BYTES;
+
+const OP: &str = "format";
+
+/// Smallest chunk for which a slot is guaranteed to have room for the table of its largest payload.
+const TABLE_CHUNK_BYTES: u64 = 64 << 10;
+const _: () = assert!(TABLE_CHUNK_BYTES >= MIN_CHUNK_BYTES && TABLE_CHUNK_BYTES <= DEFAULT_CHUNK_BYTES);
+
+/// Formats a file or block device.
+pub(crate) fn format_path(
+    path: &Path,
+    options: &FormatOptions,
+    progress: Option<&mut dyn FnMut(u64, u64)>,
+) -> Result<()> {
+    options.validate()?;
+    let layout = layout_for(options)?;
+    check_replaceable(path, options.force)?;
+    medium::create_file(path, layout.region_bytes(), options.prewrite, progress)?;
+    let medium_options =
+        MediumOptions { kind: options.medium, required: medium::Durability::Process, ..MediumOptions::default() };
+    let opened = medium::open_medium(path, &MediumOptions { writable: true, ..medium_options }, None)?;
+    let clear = clear_metadata(&*opened, &layout);
+    clear.map_err(|e| e.at_path(path))?;
+    let preferred = match options.medium {
+        Requested::Auto => medium::measure_preferred(path, layout.payload_offset, layout.slot_bytes)?,
+        Requested::Direct => PreferredMedium::Direct,
+        Requested::Mmap => PreferredMedium::Mmap,
+        Requested::Dax => PreferredMedium::Unknown,
+    };
+    write_metadata(&*opened, &layout, preferred).map_err(|e| e.at_path(path))?;
+    drop(opened);
+    medium::sync_parent_directory(path)
+}
+
+/// Formats an already open medium of sufficient size; what it held is gone.
+pub fn format_medium(medium: &dyn Medium, options: &FormatOptions) -> Result<()> {
+    options.validate()?;
+    let layout = layout_for(options)?;
+    if medium.len_bytes() < layout.region_bytes() {
+        return Err(Error::new(
+            ErrorKind::NoSpace,
+            OP,
+            format!("the region needs {} bytes, the medium has {}", layout.region_bytes(), medium.len_bytes()),
+        ));
+    }
+    clear_metadata(medium, &layout)?;
+    write_metadata(medium, &layout, PreferredMedium::Unknown)
+}
+
+/// Where everything goes in a region of these options.
+pub(crate) fn layout_for(options: &FormatOptions) -> Result<Layout> {
+    let slot_bytes = Layout::slot_bytes_for(options.payload_bytes, TABLE_CHUNK_BYTES)?;
+    Layout::new(options.slot_count, slot_bytes)
+}
+
+fn check_replaceable(path: &Path, force: bool) -> Result<()> {
+    if force {
+        return Ok(());
+    }
+    match medium::read_head(path)? {
+        None => Ok(()),
+        Some(head) if head.iter().all(|&byte| byte == 0) => Ok(()),
+        Some(head) => {
+            let block = |offset: u64| -> [u8; BLOCK_BYTES as usize] {
+                let mut block = [0; BLOCK_BYTES as usize];
+                let bytes = head.get(offset as usize..).unwrap_or(&[]);
+                let len = bytes.len().min(block.len());
+                block[..len].copy_from_slice(&bytes[..len]);
+                block
+            };
+            let found = Superblock::choose(&block(SUPERBLOCK_OFFSETS[0]), &block(SUPERBLOCK_OFFSETS[1]));
+            let what = match found {
+                Ok((superblock, _)) => format!("it holds region {}", superblock.uuid),
+                Err(_) => "it holds data that is not a pccheck region".to_string(),
+            };
+            Err(Error::new(ErrorKind::AlreadyExists, OP, what)
+                .at_path(path)
+                .advise("choose another path, or give force to destroy what is there"))
+        }
+    }
+}
+
+fn clear_metadata(medium: &dyn Medium, layout: &Layout) -> Result<()> {
+    let zeros = [0u8; BLOCK_BYTES as usize];
+    for offset in SUPERBLOCK_OFFSETS {
+        medium.write_durable(offset, &zeros, Barrier::Control)?;
+    }
+    for offset in CONTROL_OFFSETS {
+        medium.copy(offset, &zeros)?;
+    }
+    for slot in 0..layout.slot_count {
+        medium.copy(layout.record_offset(slot), &zeros)?;
+    }
+    medium.fence(Barrier::Control)?;
+    medium.persist(0, RECORDS_OFFSET + u64::from(layout.slot_count) * BLOCK_BYTES, Barrier::Control)
+}
+
+fn write_metadata(medium: &dyn Medium, layout: &Layout, preferred_medium: PreferredMedium) -> Result<()> {
+    let uuid = new_uuid()?;
+    let control = Control { sequence: 1, generation_ceiling: 1, ..Control::default() };
+    medium.write_durable(CONTROL_OFFSETS[0], &control.encode(&uuid), Barrier::Control)?;
+    let superblock = Superblock {
+        format_version: FORMAT_VERSION,
+        compat: 0,
+        incompat: 0,
+        uuid,
+        layout: layout.clone(),
+        created_unix_ns: crate::store::unix_ns(),
+        preferred_medium,
+    };
+    for offset in SUPERBLOCK_OFFSETS {
+        medium.write_durable(offset, &superblock.encode(), Barrier::Control)?;
+    }
+    Ok(())
+}
+
+fn new_uuid() -> Result<Uuid> {
+    use std::io::Read;
+    let mut bytes = [0u8; 16];
+    let source = Path::new("/dev/urandom");
+    std::fs::File::open(source)
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(|e| Error::io(OP, &e).at_path(source))?;
+    Ok(Uuid(bytes))
+}
