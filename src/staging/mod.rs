@@ -5,14 +5,14 @@
 //! the speed), is not inherited by forked children, and can be locked in memory.
 
 mod set;
-pub use set::BufferSet;
+pub use set::{BufferSet, FreeList};
 
 #[cfg(not(loom))]
 mod mapping;
 #[cfg(not(loom))]
 mod pool;
 #[cfg(not(loom))]
-pub use pool::{StagingBuffer, StagingOptions, StagingPool};
+pub use pool::{StagingBuffer, StagingOptions, StagingPool, BUFFERS_MIN};
 
 #[cfg(all(test, loom))]
 mod loom_models;

@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
 use super::mapping::{Mapping, PAGE_BYTES};
-use super::set::BufferSet;
+use super::set::FreeList;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Arc, Event};
 
@@ -26,8 +26,7 @@ pub struct StagingOptions {
 pub struct StagingPool {
     mapping: Mapping,
     buffer_bytes: usize,
-    free: BufferSet,
-    freed: Event,
+    free: FreeList,
     locked: bool,
 }
 
@@ -59,8 +58,8 @@ impl StagingPool {
             .map_err(|_| invalid(format!("{total_bytes} bytes do not fit the address space")))?;
         let mapping = Mapping::new(len)?;
         let locked = options.lock_memory && mapping.lock();
-        let free = BufferSet::new(len / buffer_bytes);
-        Ok(Arc::new(StagingPool { mapping, buffer_bytes, free, freed: Event::new(), locked }))
+        let free = FreeList::new(len / buffer_bytes);
+        Ok(Arc::new(StagingPool { mapping, buffer_bytes, free, locked }))
     }
 
     /// First byte of buffer 0; buffer `i` begins `i * buffer_bytes` later. For registering the pool with the
@@ -81,7 +80,7 @@ impl StagingPool {
 
     /// How many buffers there are, free or not.
     pub fn buffer_count(&self) -> usize {
-        self.free.capacity()
+        self.free.set().capacity()
     }
 
     /// Bytes that sit in huge pages now, as the kernel accounts for them (reads `/proc/self/smaps`: slow; 0
@@ -97,34 +96,25 @@ impl StagingPool {
 
     /// How many buffers are free; out of date at once.
     pub fn free_count(&self) -> usize {
-        self.free.free_count()
+        self.free.set().free_count()
     }
 
     /// Notified whenever a buffer returns.
     pub fn freed(&self) -> &Event {
-        &self.freed
+        self.free.freed()
     }
 
     /// Takes a free buffer, if there is one. Its contents are what the last owner left (at first zeros).
     #[must_use]
     pub fn try_acquire(self: &Arc<Self>) -> Option<StagingBuffer> {
-        self.free.take().map(|index| StagingBuffer { pool: Arc::clone(self), index })
+        self.free.set().take().map(|index| StagingBuffer { pool: Arc::clone(self), index })
     }
 
     /// Waits for a free buffer until `deadline` (`None`: for ever); then `None`. Waiters are not queued: the
     /// caller decides whose turn it is.
     #[must_use]
     pub fn acquire(self: &Arc<Self>, deadline: Option<Instant>) -> Option<StagingBuffer> {
-        loop {
-            // The ticket comes before the look: a buffer that returns in between ends the wait.
-            let ticket = self.freed.ticket();
-            if let Some(buffer) = self.try_acquire() {
-                return Some(buffer);
-            }
-            if self.freed.wait(ticket, deadline) {
-                return self.try_acquire();
-            }
-        }
+        self.free.take_until(deadline).map(|index| StagingBuffer { pool: Arc::clone(self), index })
     }
 }
 
@@ -193,7 +183,6 @@ impl Drop for StagingBuffer {
     fn drop(&mut self) {
         let was_out = self.pool.free.put(self.index);
         debug_assert!(was_out, "buffer {} returned twice", self.index);
-        self.pool.freed.notify_all();
     }
 }
 

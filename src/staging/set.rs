@@ -1,6 +1,9 @@
 //! Which buffers are free: a bitmap that threads take from and put back to without locks.
 
+use std::time::Instant;
+
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::Event;
 
 const BITS: usize = u64::BITS as usize;
 
@@ -69,6 +72,53 @@ impl BufferSet {
     pub fn free_count(&self) -> usize {
         // Relaxed: a number for people and heuristics; nothing is accessed because of it.
         self.words.iter().map(|word| word.load(Ordering::Relaxed).count_ones() as usize).sum()
+    }
+}
+
+/// A [`BufferSet`] that can be waited for.
+#[derive(Debug)]
+pub struct FreeList {
+    set: BufferSet,
+    freed: Event,
+}
+
+impl FreeList {
+    /// All of `len` indices, free.
+    pub fn new(len: usize) -> Self {
+        FreeList { set: BufferSet::new(len), freed: Event::new() }
+    }
+
+    /// The set itself.
+    pub fn set(&self) -> &BufferSet {
+        &self.set
+    }
+
+    /// Notified after each return of an index.
+    pub fn freed(&self) -> &Event {
+        &self.freed
+    }
+
+    /// Takes an index, waiting until `deadline` (`None`: for ever); then `None`. Waiters are not queued.
+    #[must_use]
+    pub fn take_until(&self, deadline: Option<Instant>) -> Option<usize> {
+        loop {
+            // The ticket comes before the look: an index that returns in between ends the wait.
+            let ticket = self.freed.ticket();
+            if let Some(index) = self.set.take() {
+                return Some(index);
+            }
+            if self.freed.wait(ticket, deadline) {
+                return self.set.take();
+            }
+        }
+    }
+
+    /// Puts back an index that was taken and wakes who waits. False, and nothing changes, if it is not out.
+    #[must_use]
+    pub fn put(&self, index: usize) -> bool {
+        let was_out = self.set.put(index);
+        self.freed.notify_all();
+        was_out
     }
 }
 
