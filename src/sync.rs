@@ -29,6 +29,20 @@ pub mod atomic {
     pub use super::imp::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 }
 
+/// What the models need of loom.
+#[cfg(all(test, loom))]
+pub mod model {
+    pub use loom::cell::UnsafeCell;
+
+    /// Runs `law` under every schedule with at most `preemptions` preemptions (more if LOOM_MAX_PREEMPTIONS says
+    /// so); panics at the first that breaks it.
+    pub fn explore(preemptions: usize, law: impl Fn() + Sync + Send + 'static) {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(preemptions.max(builder.preemption_bound.unwrap_or(0)));
+        builder.check(law);
+    }
+}
+
 use atomic::{AtomicU64, Ordering};
 
 /// A mutual exclusion lock without poisoning.

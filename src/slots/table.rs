@@ -120,7 +120,9 @@ impl SlotTable {
         let _retained = self.retention.lock();
         let limit = self.reclaim_limit(keep, hold_floor);
         let mut freed = Vec::new();
-        for (slot, word) in self.snapshot().filter(|(_, word)| word.is_committed() && word.generation() < limit) {
+        for (slot, word) in
+            self.snapshot().filter(|(_, word)| word.is_committed() && word.generation() < limit)
+        {
             // Refused while the slot is pinned or read: it stays.
             if self.change(slot, |now| now.reclaim(word.generation())) {
                 freed.push((slot, word.generation()));
@@ -194,11 +196,8 @@ impl SlotTable {
     pub fn claimable_count(&self, keep: usize, hold_floor: Option<u64>) -> usize {
         let _retained = self.retention.lock();
         let limit = self.reclaim_limit(keep, hold_floor);
-        let reclaimable =
-            |word: &Word| word.is_committed() && word.is_idle() && word.generation() < limit;
-        self.snapshot()
-            .filter(|(_, word)| word.is_free() || word.is_writing() || reclaimable(word))
-            .count()
+        let reclaimable = |word: &Word| word.is_committed() && word.is_idle() && word.generation() < limit;
+        self.snapshot().filter(|(_, word)| word.is_free() || word.is_writing() || reclaimable(word)).count()
     }
 
     /// Committed generations below this may be freed. Only under the retention lock.

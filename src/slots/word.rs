@@ -257,7 +257,9 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_never_claimable() {
-        for bad in [view(SlotState::Free, GENERATION_MAX + 1, 0, false), view(SlotState::Free, 1, 65536, false)] {
+        for bad in
+            [view(SlotState::Free, GENERATION_MAX + 1, 0, false), view(SlotState::Free, 1, 65536, false)]
+        {
             assert_eq!(Word::of(&bad).view().state, SlotState::Quarantined);
         }
         let free = Word::new(FREE, 0);
