@@ -1,0 +1,279 @@
+//! Laws of the slot table under every schedule.
+//!
+//! A slot's content is a cell whose accesses loom checks, so that a missing ordering fails as surely as a
+//! wrong state. Each model also runs over a broken table, which proves that it can fail.
+
+use super::table::{Claim, SlotTable};
+use super::word::{SlotState, SlotView, Word};
+use crate::sync::atomic::Ordering;
+use crate::sync::model::{explore, UnsafeCell};
+use crate::sync::{thread, Arc};
+
+/// The preemptions that each model explores at least.
+const PREEMPTIONS: usize = 2;
+
+/// What is under test: the shipped table, or one with a single broken verb.
+trait Verbs: Sized + 'static {
+    fn wrap(table: SlotTable) -> Self;
+    fn table(&self) -> &SlotTable;
+    fn claim(&self, generation: u64) -> Option<Claim> {
+        self.table().claim(generation)
+    }
+    fn reclaim(&self) {
+        let _freed = self.table().reclaim(1, None);
+    }
+}
+
+/// The shipped table.
+struct Shipped(SlotTable);
+
+impl Verbs for Shipped {
+    fn wrap(table: SlotTable) -> Self {
+        Shipped(table)
+    }
+    fn table(&self) -> &SlotTable {
+        &self.0
+    }
+}
+
+/// The table and what its slots hold.
+struct Region<V> {
+    verbs: V,
+    contents: Vec<UnsafeCell<()>>,
+    watched: bool,
+}
+
+impl<V: Verbs> Region<V> {
+    /// Slots in the given states; a broken table is run unwatched, so that it is the law that fails.
+    fn new(slots: &[(SlotState, u64)], watched: bool) -> Arc<Self> {
+        let view = |&(state, generation)| SlotView { state, generation, readers: 0, pinned: false };
+        let verbs = V::wrap(SlotTable::new(&slots.iter().map(view).collect::<Vec<_>>()));
+        let contents = slots.iter().map(|_| UnsafeCell::new(())).collect();
+        Arc::new(Region { verbs, contents, watched })
+    }
+
+    fn table(&self) -> &SlotTable {
+        self.verbs.table()
+    }
+
+    /// Panics if another access is not ordered before or after this one.
+    fn write(&self, slot: u32) {
+        if self.watched {
+            self.contents[slot as usize].with_mut(|_| ());
+        }
+    }
+
+    /// Panics if a write is not ordered before or after this one.
+    fn read(&self, slot: u32) {
+        if self.watched {
+            self.contents[slot as usize].with(|_| ());
+        }
+    }
+}
+
+fn spawn<V: Verbs>(
+    region: &Arc<Region<V>>,
+    work: impl FnOnce(&Region<V>) + 'static,
+) -> thread::JoinHandle<()> {
+    let region = Arc::clone(region);
+    thread::spawn(move || work(&region))
+}
+
+fn join(threads: impl IntoIterator<Item = thread::JoinHandle<()>>) {
+    for thread in threads {
+        thread.join().expect("thread of the model");
+    }
+}
+
+/// Law: two claims never get one slot, and none is lost.
+fn claims_are_exclusive<V: Verbs>(watched: bool) {
+    explore(PREEMPTIONS + 1, move || {
+        let region = Region::<V>::new(&[(SlotState::Free, 0), (SlotState::Free, 5)], watched);
+        let saver = |generation| {
+            move |region: &Region<V>| {
+                if let Some(claim) = region.verbs.claim(generation) {
+                    region.write(claim.slot);
+                    let mine = region.table().release(claim.slot, generation);
+                    assert!(mine, "law: two claims never get one slot");
+                }
+            }
+        };
+        let others = [spawn(&region, saver(11)), spawn(&region, saver(12))];
+        saver(13)(&region);
+        join(others);
+        let free = region.table().views().iter().filter(|view| view.state == SlotState::Free).count();
+        assert_eq!(free, 2, "law: no slot is lost");
+    });
+}
+
+#[test]
+fn two_claims_never_get_one_slot() {
+    claims_are_exclusive::<Shipped>(true);
+}
+
+/// Claims by load and store.
+struct TornClaim(SlotTable);
+
+impl Verbs for TornClaim {
+    fn wrap(table: SlotTable) -> Self {
+        TornClaim(table)
+    }
+    fn table(&self) -> &SlotTable {
+        &self.0
+    }
+    fn claim(&self, generation: u64) -> Option<Claim> {
+        let views = self.0.views();
+        let slot = views.iter().position(|view| view.state == SlotState::Free)?;
+        let claimed = Word::of(&views[slot]).claim(generation)?;
+        self.0.words[slot].store(claimed.bits(), Ordering::Release);
+        Some(Claim { slot: slot as u32, previous_generation: views[slot].generation })
+    }
+}
+
+#[test]
+#[should_panic(expected = "law: two claims never get one slot")]
+fn a_claim_by_load_and_store_is_caught() {
+    claims_are_exclusive::<TornClaim>(false);
+}
+
+/// Law: the newest checkpoint is never freed or reused, whoever commits, in whatever order.
+fn newest_stays<V: Verbs>(watched: bool) {
+    explore(PREEMPTIONS, move || {
+        let slots = [(SlotState::Committed, 1), (SlotState::Free, 0), (SlotState::Free, 0)];
+        let region = Region::<V>::new(&slots, watched);
+        let save = |generation| {
+            move |region: &Region<V>| {
+                let Some(claim) = region.verbs.claim(generation) else { return };
+                let newest = region.table().newest().map(|(_, newest)| newest);
+                assert!(newest > Some(claim.previous_generation), "law: the newest is never reused");
+                region.write(claim.slot);
+                assert!(
+                    region.table().commit(claim.slot, generation),
+                    "law: a slot being written stays its save's"
+                );
+                region.verbs.reclaim();
+                let newest = region.table().newest().map(|(_, newest)| newest);
+                assert!(
+                    newest >= Some(generation),
+                    "law: the newest is never freed ({newest:?} < {generation})"
+                );
+            }
+        };
+        let others = [
+            spawn(&region, move |region| {
+                save(2)(region);
+                save(4)(region);
+            }),
+            spawn(&region, save(3)),
+        ];
+        let (slot, first) = region.table().newest().expect("law: a newest checkpoint always exists");
+        if region.table().add_reader(slot, first) {
+            region.read(slot);
+            region.table().drop_reader(slot, first);
+        }
+        let (_, second) = region.table().newest().expect("law: a newest checkpoint always exists");
+        assert!(second >= first, "law: the newest never goes back ({second} < {first})");
+        join(others);
+    });
+}
+
+#[test]
+fn the_newest_is_never_freed_or_reused() {
+    newest_stays::<Shipped>(true);
+}
+
+/// Frees whatever is not the newest that it saw before, so also what was committed meanwhile.
+struct HastyReclaim(SlotTable);
+
+impl Verbs for HastyReclaim {
+    fn wrap(table: SlotTable) -> Self {
+        HastyReclaim(table)
+    }
+    fn table(&self) -> &SlotTable {
+        &self.0
+    }
+    fn reclaim(&self) {
+        let newest = self.0.newest().map(|(_, generation)| generation);
+        for (word, view) in self.0.words.iter().zip(self.0.views()) {
+            let seen = Word::of(&view);
+            let other = view.state == SlotState::Committed && Some(view.generation) != newest;
+            if let Some(freed) = seen.reclaim(view.generation).filter(|_| other) {
+                let _raced =
+                    word.compare_exchange(seen.bits(), freed.bits(), Ordering::AcqRel, Ordering::Acquire);
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "law: ")]
+fn a_reclaim_of_what_was_committed_meanwhile_is_caught() {
+    newest_stays::<HastyReclaim>(false);
+}
+
+/// Law: while a slot is pinned or read it keeps its checkpoint; afterwards it can be claimed again.
+fn held_slots_stay<V: Verbs>(watched: bool) {
+    explore(PREEMPTIONS + 1, move || {
+        let region = Region::<V>::new(&[(SlotState::Committed, 1), (SlotState::Committed, 2)], watched);
+        let holds_1 = |region: &Region<V>| {
+            let view = region.table().view(0);
+            view.state == SlotState::Committed && view.generation == 1
+        };
+        let reader = spawn(&region, move |region| {
+            if region.table().add_reader(0, 1) {
+                region.read(0);
+                assert!(holds_1(region), "law: a read slot is never reused");
+                region.table().drop_reader(0, 1);
+            }
+        });
+        let pinner = spawn(&region, move |region| {
+            if region.table().pin(0, 1) {
+                region.read(0);
+                assert!(holds_1(region), "law: a pinned slot is never reused");
+                assert!(region.table().unpin(0, 1), "law: a pin stays until it is taken away");
+            }
+        });
+        let save = |generation| {
+            region.verbs.reclaim();
+            let claim = region.verbs.claim(generation)?;
+            region.write(claim.slot);
+            assert!(
+                region.table().release(claim.slot, generation),
+                "law: a slot being written stays its save's"
+            );
+            Some(claim.slot)
+        };
+        let _held = save(3);
+        join([reader, pinner]);
+        assert_eq!(save(4), Some(0), "law: a slot that nobody holds can be claimed");
+    });
+}
+
+#[test]
+fn a_pinned_or_read_slot_is_never_reused() {
+    held_slots_stay::<Shipped>(true);
+}
+
+/// Looks whether a slot is held, then frees it by a store.
+struct TornReclaim(SlotTable);
+
+impl Verbs for TornReclaim {
+    fn wrap(table: SlotTable) -> Self {
+        TornReclaim(table)
+    }
+    fn table(&self) -> &SlotTable {
+        &self.0
+    }
+    fn reclaim(&self) {
+        let view = self.0.view(0);
+        if let Some(freed) = Word::of(&view).reclaim(1) {
+            self.0.words[0].store(freed.bits(), Ordering::Release);
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "law: a ")]
+fn a_reclaim_by_load_and_store_is_caught() {
+    held_slots_stay::<TornReclaim>(false);
+}
