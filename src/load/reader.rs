@@ -12,7 +12,7 @@ use crate::persist::Persister;
 use crate::staging::StagingBuffer;
 use crate::store::Region;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use crate::sync::{lock, thread, wait_until, Arc, Condvar, Mutex};
+use crate::sync::{thread, Arc, Condvar, Mutex};
 
 /// Reads kept in flight by each thread.
 const WINDOW: usize = 4;
@@ -55,7 +55,7 @@ struct Arrivals {
 
 impl IoSink for Arrivals {
     fn finished(&self, token: u64, buffer: StagingBuffer, result: Result<()>) {
-        lock(&self.queue).push_back((token, buffer, result));
+        self.queue.lock().push_back((token, buffer, result));
         self.arrived.notify_one();
     }
 }
@@ -119,7 +119,7 @@ fn run<'a>(
     };
     if padded(record.chunk_len(0)) > region.pool().buffer_bytes() {
         read_large_chunks(&work);
-        let failure = lock(&work.failure).take();
+        let failure = work.failure.lock().take();
         return failure.map_or(Ok(()), Err);
     }
     thread::scope(|scope| {
@@ -129,7 +129,7 @@ fn run<'a>(
         }
         read_jobs(&work);
     });
-    let failure = lock(&work.failure).take();
+    let failure = work.failure.lock().take();
     failure.map_or(Ok(()), Err)
 }
 
@@ -167,7 +167,7 @@ fn read_jobs(work: &Work<'_>) {
         let result = result.and_then(|()| verify_and_copy(work, job, &buffer, &persister));
         drop(buffer);
         if let Err(error) = result {
-            lock(&work.failure).get_or_insert(error);
+            work.failure.lock().get_or_insert(error);
             work.failed.store(true, Ordering::Relaxed);
         }
     }
@@ -182,19 +182,19 @@ fn read_large_chunks(work: &Work<'_>) {
         let bytes = &mut buffer[..padded(work.record.chunk_len(job.chunk))];
         let read = work.region.medium().read(offset, bytes);
         if let Err(error) = read.and_then(|()| verify_and_copy(work, job, bytes, &persister)) {
-            *lock(&work.failure) = Some(error);
+            *work.failure.lock() = Some(error);
             return;
         }
     }
 }
 
 fn next_arrival(arrivals: &Arrivals) -> (u64, StagingBuffer, Result<()>) {
-    let mut queue = lock(&arrivals.queue);
+    let mut queue = arrivals.queue.lock();
     loop {
         if let Some(arrival) = queue.pop_front() {
             return arrival;
         }
-        queue = wait_until(&arrivals.arrived, queue, None).0;
+        queue = arrivals.arrived.wait_until(queue, None).0;
     }
 }
 

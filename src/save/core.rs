@@ -18,7 +18,7 @@ use crate::save::saver::Shared;
 use crate::source::Source;
 use crate::staging::StagingBuffer;
 use crate::store::Claimed;
-use crate::sync::{lock, wait_until, Arc, Condvar, Mutex, Weak};
+use crate::sync::{Arc, Condvar, Mutex, Weak};
 
 /// Token of chunk-table writes; chunk writes carry their index, which is smaller.
 const TABLE_TOKEN: u64 = u64::MAX;
@@ -210,7 +210,7 @@ impl SaveCore {
 
     /// Hands the next uncopied chunk to a copier; `None` when there is none left or the save has failed.
     pub fn take_chunk(&self) -> Option<(u64, Arc<dyn Source>)> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if state.failure.is_some() || state.next_chunk == self.chunk_count {
             return None;
         }
@@ -223,13 +223,13 @@ impl SaveCore {
 
     /// True while there are chunks to hand out.
     pub fn has_chunks(&self) -> bool {
-        let state = lock(&self.state);
+        let state = self.state.lock();
         state.failure.is_none() && state.source.is_some() && state.next_chunk < self.chunk_count
     }
 
     /// Registers a raw writer, so that the save does not end under it. Every success needs one `leave`.
     pub fn enter(&self) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
         }
@@ -238,7 +238,7 @@ impl SaveCore {
     }
 
     pub fn leave(&self) {
-        lock(&self.state).copying -= 1;
+        self.state.lock().copying -= 1;
         self.settle();
     }
 
@@ -246,7 +246,7 @@ impl SaveCore {
     pub fn chunk_copied(&self, chunk: u64, hash: u128, buffer: StagingBuffer) {
         let padded = self.chunk_len(chunk).next_multiple_of(crate::format::BLOCK_BYTES as usize);
         let all_copied = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             state.hashes[chunk as usize] = hash;
             state.chunks_copied += 1;
             state.copied_bytes += self.chunk_len(chunk) as u64;
@@ -269,7 +269,7 @@ impl SaveCore {
     /// The last chunk has left the caller's memory: tell the waiters, then write the chunk table.
     fn finish_copy(&self) {
         {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             state.source = None;
             state.copied_at = Some(Instant::now());
         }
@@ -281,7 +281,7 @@ impl SaveCore {
 
     fn write_table(&self) -> Result<()> {
         let shared = self.shared()?;
-        let table = encode_table(&lock(&self.state).hashes);
+        let table = encode_table(&self.state.lock().hashes);
         let block = crate::format::BLOCK_BYTES as usize;
         let piece_bytes = shared.region.pool().buffer_bytes();
         for (index, piece) in table.chunks(piece_bytes).enumerate() {
@@ -293,7 +293,7 @@ impl SaveCore {
             buffer[piece.len()..padded].fill(0);
             self.write(self.table_offset + (index * piece_bytes) as u64, padded, buffer, TABLE_TOKEN);
         }
-        lock(&self.state).table_queued = true;
+        self.state.lock().table_queued = true;
         self.settle();
         Ok(())
     }
@@ -303,7 +303,7 @@ impl SaveCore {
         let Ok(shared) = self.shared() else { return };
         let offset = shared.region.layout().slot_offset(self.claim.slot) + slot_offset;
         {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             if state.failure.is_some() {
                 return;
             }
@@ -327,7 +327,7 @@ impl SaveCore {
     /// False where the save failed before its mark was written: the marker must then leave the slot alone.
     pub fn wants_mark(&self) -> bool {
         let wanted = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             if state.failure.is_some() {
                 state.mark = Mark::Abandoned;
             }
@@ -342,7 +342,7 @@ impl SaveCore {
     /// The marker is done: submit what was parked, or fail.
     pub fn marked(&self, result: Result<()>) {
         let parked = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             state.mark = if result.is_ok() { Mark::Durable } else { Mark::Abandoned };
             if let Err(error) = result {
                 state.failure.get_or_insert(error);
@@ -367,7 +367,7 @@ impl SaveCore {
     /// Records the first failure; the save ends once nothing is at work on it.
     pub fn fail(&self, error: Error) {
         {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             if state.outcome.is_some() || state.committing {
                 return;
             }
@@ -388,7 +388,7 @@ impl SaveCore {
         }
         let shared = self.shared();
         let next = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             let early = state.last_chunk_written
                 && state.table_queued
                 && shared.as_ref().is_ok_and(|shared| shared.faults.commit_on_last_chunk());
@@ -423,13 +423,13 @@ impl SaveCore {
 
     /// XXH3-128 of the encoded chunk table. Meaningful once all chunks are copied.
     pub fn table_hash(&self) -> u128 {
-        crate::format::chunk_hash(&encode_table(&lock(&self.state).hashes))
+        crate::format::chunk_hash(&encode_table(&self.state.lock().hashes))
     }
 
     /// A raw save has all its bytes and may commit.
     pub fn let_commit(&self) -> Result<()> {
         {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
@@ -441,7 +441,7 @@ impl SaveCore {
 
     /// Waits until payload bytes may reach the medium.
     pub fn wait_marked(&self) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         loop {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
@@ -449,7 +449,7 @@ impl SaveCore {
             if state.mark == Mark::Durable {
                 return Ok(());
             }
-            state = wait_until(&self.changed, state, None).0;
+            state = self.changed.wait_until(state, None).0;
         }
     }
 
@@ -459,7 +459,7 @@ impl SaveCore {
             raw.clear();
         }
         {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             let now = Instant::now();
             let copied_at = state.copied_at.unwrap_or(now);
             state.outcome = Some(outcome.map(|(slot, superseded_by)| Durable {
@@ -476,7 +476,7 @@ impl SaveCore {
 
     /// Runs `callback` when the save ends, at once if it has.
     pub fn set_on_end(&self, callback: Box<dyn FnOnce() + Send>) {
-        *lock(&self.on_end) = Some(callback);
+        *self.on_end.lock() = Some(callback);
         if self.ended() {
             self.run_on_end();
         }
@@ -484,7 +484,7 @@ impl SaveCore {
 
     /// Either `end` or `set_on_end` finds the callback, never both.
     fn run_on_end(&self) {
-        let callback = lock(&self.on_end).take();
+        let callback = self.on_end.lock().take();
         if let Some(callback) = callback {
             callback();
         }
@@ -495,7 +495,7 @@ impl SaveCore {
     /// Waits until every byte has left the caller's memory. After an error, too, the memory is the caller's again,
     /// but for `TimedOut`.
     pub fn wait_copied(&self, deadline: Option<Instant>) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         loop {
             if state.copied_at.is_some() {
                 return Ok(());
@@ -503,7 +503,7 @@ impl SaveCore {
             if let (Some(error), 0) = (&state.failure, state.copying) {
                 return Err(error.clone());
             }
-            let (guard, timed_out) = wait_until(&self.changed, state, deadline);
+            let (guard, timed_out) = self.changed.wait_until(state, deadline);
             state = guard;
             if timed_out && state.copied_at.is_none() {
                 return Err(timed_out_error("wait for copied"));
@@ -513,12 +513,12 @@ impl SaveCore {
 
     /// Waits until the save has ended.
     pub fn wait_durable(&self, deadline: Option<Instant>) -> Result<Durable> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         loop {
             if let Some(outcome) = &state.outcome {
                 return outcome.clone();
             }
-            let (guard, timed_out) = wait_until(&self.changed, state, deadline);
+            let (guard, timed_out) = self.changed.wait_until(state, deadline);
             state = guard;
             if timed_out && state.outcome.is_none() {
                 return Err(timed_out_error("wait for durable"));
@@ -527,7 +527,7 @@ impl SaveCore {
     }
 
     pub fn progress(&self) -> Progress {
-        let state = lock(&self.state);
+        let state = self.state.lock();
         Progress {
             total_bytes: self.spec.payload_bytes,
             copied_bytes: state.copied_bytes,
@@ -538,7 +538,7 @@ impl SaveCore {
     }
 
     pub fn ended(&self) -> bool {
-        lock(&self.state).outcome.is_some()
+        self.state.lock().outcome.is_some()
     }
 
     fn shared(&self) -> Result<Arc<Shared>> {
@@ -553,7 +553,7 @@ impl IoSink for SaveCore {
         // On persistent memory the thread that stored the chunk runs this, and its fence makes the chunk durable.
         let result = result.and_then(|()| shared.region.medium().fence(Barrier::Chunk));
         {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             state.in_flight -= 1;
             match result {
                 Ok(()) if token != TABLE_TOKEN => {

@@ -14,7 +14,7 @@ use crate::save::core::{cancelled, Durable, Progress, SaveCore};
 use crate::save::saver::Shared;
 use crate::save::{deadline_in, Save};
 use crate::staging::StagingBuffer;
-use crate::sync::{lock, try_lock, Arc, Event, Mutex};
+use crate::sync::{Arc, Event, Mutex};
 
 /// A chunk that has some of its bytes.
 #[derive(Default)]
@@ -50,7 +50,7 @@ impl RawChunks {
 
     /// Gives every buffer back.
     pub fn clear(&self) {
-        let mut book = lock(&self.book);
+        let mut book = self.book.lock();
         book.open.clear();
         book.held = 0;
         drop(book);
@@ -140,13 +140,13 @@ impl RawSave {
 
     fn write_piece(&self, core: &SaveCore, chunk: u64, within: usize, bytes: &[u8]) -> Result<()> {
         let entry = {
-            let mut book = lock(&self.chunks.book);
+            let mut book = self.chunks.book.lock();
             if book.complete[chunk as usize] {
                 return Err(overlap(core, chunk, within));
             }
             book.open.entry(chunk).or_default().clone()
         };
-        let mut open = lock(&entry);
+        let mut open = entry.lock();
         if open.complete || !cover(&mut open.covered, within, within + bytes.len()) {
             return Err(overlap(core, chunk, within));
         }
@@ -172,7 +172,7 @@ impl RawSave {
     fn complete(&self, core: &SaveCore, chunk: u64, buffer: Option<StagingBuffer>) {
         let Some(mut buffer) = buffer else { return };
         {
-            let mut book = lock(&self.chunks.book);
+            let mut book = self.chunks.book.lock();
             book.complete[chunk as usize] = true;
             book.open.remove(&chunk);
             book.held = book.held.saturating_sub(1);
@@ -190,7 +190,7 @@ impl RawSave {
         loop {
             let ticket = self.chunks.moved.ticket();
             let reserved = {
-                let mut book = lock(&self.chunks.book);
+                let mut book = self.chunks.book.lock();
                 let free = book.held < book.limit;
                 book.held += usize::from(free);
                 free
@@ -209,14 +209,14 @@ impl RawSave {
 
     /// Writes one half-filled chunk (zeros in its gaps) to its place and takes its buffer back.
     fn spill_one(&self, core: &SaveCore, wanted_for: u64) -> Result<bool> {
-        let candidates: Vec<(u64, Arc<Mutex<OpenChunk>>)> = lock(&self.chunks.book)
+        let candidates: Vec<(u64, Arc<Mutex<OpenChunk>>)> = self.chunks.book.lock()
             .open
             .iter()
             .filter(|(chunk, _)| **chunk != wanted_for)
             .map(|(chunk, entry)| (*chunk, entry.clone()))
             .collect();
         for (chunk, entry) in candidates {
-            let Some(mut open) = try_lock(&entry) else { continue };
+            let Some(mut open) = entry.try_lock() else { continue };
             let Some(mut buffer) = open.buffer.take() else { continue };
             let len = core.chunk_len(chunk);
             let padded = len.next_multiple_of(BLOCK_BYTES as usize);
@@ -228,7 +228,7 @@ impl RawSave {
             open.spilled = true;
             drop(buffer);
             drop(open);
-            let mut book = lock(&self.chunks.book);
+            let mut book = self.chunks.book.lock();
             book.held = book.held.saturating_sub(1);
             drop(book);
             self.chunks.moved.notify_all();
@@ -258,11 +258,11 @@ impl RawSave {
 
     fn first_gap(&self, core: &SaveCore) -> Option<u64> {
         let (chunk, entry) = {
-            let book = lock(&self.chunks.book);
+            let book = self.chunks.book.lock();
             let chunk = book.complete.iter().position(|complete| !complete)? as u64;
             (chunk, book.open.get(&chunk).cloned())
         };
-        let covered_to = entry.map_or(0, |entry| match lock(&entry).covered.first() {
+        let covered_to = entry.map_or(0, |entry| match entry.lock().covered.first() {
             Some(&(0, end)) => end as u64,
             _ => 0,
         });

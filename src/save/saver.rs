@@ -21,7 +21,7 @@ use crate::source::Source;
 use crate::staging::StagingBuffer;
 use crate::store::Region;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{lock, thread, Arc, Event, Mutex};
+use crate::sync::{thread, Arc, Event, Mutex};
 
 /// How long a thread that waits for a buffer goes without looking whether the store is being closed.
 const CLOSE_POLL: Duration = Duration::from_millis(50);
@@ -92,7 +92,7 @@ impl Saver {
             .name(name.to_string())
             .spawn(body)
             .map_err(|e| Error::io("start thread", &e).advise("raise the limit on threads (ulimit -u)"))?;
-        lock(&self.threads).push(handle);
+        self.threads.lock().push(handle);
         Ok(())
     }
 
@@ -121,10 +121,10 @@ impl Saver {
             }
         };
         if save.has_chunks() {
-            lock(&shared.copy_queue).insert(save.claim.generation, save.clone());
+            shared.copy_queue.lock().insert(save.claim.generation, save.clone());
             shared.copy_work.notify_all();
         }
-        lock(&shared.mark_queue).push_back(save.clone());
+        shared.mark_queue.lock().push_back(save.clone());
         shared.mark_work.notify_all();
         Ok(save)
     }
@@ -133,10 +133,10 @@ impl Saver {
     pub fn drain(&self, deadline: Option<Instant>) -> Result<()> {
         loop {
             let ticket = self.shared.active_changed.ticket();
-            if lock(&self.shared.active).is_empty() {
+            if self.shared.active.lock().is_empty() {
                 return Ok(());
             }
-            if self.shared.active_changed.wait(ticket, deadline) && !lock(&self.shared.active).is_empty() {
+            if self.shared.active_changed.wait(ticket, deadline) && !self.shared.active.lock().is_empty() {
                 return Err(Error::new(ErrorKind::TimedOut, "drain", "saves are still in flight"));
             }
         }
@@ -144,7 +144,7 @@ impl Saver {
 
     /// Saves that have not ended.
     pub fn active(&self) -> Vec<Arc<SaveCore>> {
-        lock(&self.shared.active).values().cloned().collect()
+        self.shared.active.lock().values().cloned().collect()
     }
 
     /// Cancels what is in flight, waits until nothing is, and ends the threads.
@@ -152,7 +152,7 @@ impl Saver {
         let shared = &self.shared;
         if shared.region.forked() {
             // The threads live in the parent; here there is nothing to join and nothing to wait for.
-            lock(&self.threads).drain(..).for_each(std::mem::forget);
+            self.threads.lock().drain(..).for_each(std::mem::forget);
             return;
         }
         shared.closing.store(true, Ordering::SeqCst);
@@ -163,11 +163,11 @@ impl Saver {
         // engine that died in the middle (the store is poisoned then) could leave a save that never ends.
         let limit = shared.region.poisoned().then(|| Instant::now() + POISONED_CLOSE_WAIT);
         if self.drain(limit).is_err() {
-            lock(&self.threads).drain(..).for_each(std::mem::forget);
+            self.threads.lock().drain(..).for_each(std::mem::forget);
             return;
         }
         shared.wake_all();
-        for handle in lock(&self.threads).drain(..) {
+        for handle in self.threads.lock().drain(..) {
             let _ = handle.join();
         }
     }
@@ -203,7 +203,7 @@ impl Shared {
     /// A thread of the engine panicked: no further saves, and those in flight fail instead of hanging.
     fn give_up(&self) {
         self.region.poison();
-        let active: Vec<_> = lock(&self.active).values().cloned().collect();
+        let active: Vec<_> = self.active.lock().values().cloned().collect();
         for save in active {
             save.fail(Error::new(ErrorKind::Internal, "save", "a thread of the engine failed"));
         }
@@ -212,7 +212,7 @@ impl Shared {
 
     /// Claims under the lock of active saves, so that no more than N are in flight.
     fn try_begin(self: &Arc<Self>, spec: &SaveSpec, origin: &Origin) -> Result<Option<Arc<SaveCore>>> {
-        let mut active = lock(&self.active);
+        let mut active = self.active.lock();
         if active.len() >= self.region.options().max_in_flight as usize {
             return Ok(None);
         }
@@ -237,7 +237,7 @@ impl Shared {
 
     pub fn queue_commit(&self, save: Option<Arc<SaveCore>>) {
         if let Some(save) = save {
-            lock(&self.commit_queue).insert(save.claim.generation, save);
+            self.commit_queue.lock().insert(save.claim.generation, save);
             self.commit_work.notify_all();
         }
     }
@@ -246,11 +246,11 @@ impl Shared {
     pub fn next_commits(&self) -> Option<Vec<Arc<SaveCore>>> {
         loop {
             let ticket = self.commit_work.ticket();
-            let ready = std::mem::take(&mut *lock(&self.commit_queue));
+            let ready = std::mem::take(&mut *self.commit_queue.lock());
             if !ready.is_empty() {
                 return Some(ready.into_values().collect());
             }
-            if self.closing() && lock(&self.active).is_empty() {
+            if self.closing() && self.active.lock().is_empty() {
                 return None;
             }
             self.commit_work.wait(ticket, None);
@@ -272,8 +272,8 @@ impl Shared {
 
     /// The save is no longer in flight.
     pub fn forget(&self, save: &SaveCore) {
-        lock(&self.copy_queue).remove(&save.claim.generation);
-        lock(&self.active).remove(&save.claim.generation);
+        self.copy_queue.lock().remove(&save.claim.generation);
+        self.active.lock().remove(&save.claim.generation);
         self.active_changed.notify_all();
         self.region.slot_freed().notify_all();
         if self.closing() {
@@ -282,7 +282,7 @@ impl Shared {
     }
 
     fn next_chunk(&self) -> Option<(Arc<SaveCore>, u64, Arc<dyn Source>)> {
-        let mut queue = lock(&self.copy_queue);
+        let mut queue = self.copy_queue.lock();
         while let Some(entry) = queue.first_entry() {
             match entry.get().take_chunk() {
                 Some((chunk, source)) => return Some((entry.get().clone(), chunk, source)),
@@ -293,7 +293,7 @@ impl Shared {
     }
 
     fn has_copy_work(&self) -> bool {
-        !lock(&self.copy_queue).is_empty()
+        !self.copy_queue.lock().is_empty()
     }
 }
 
@@ -342,9 +342,9 @@ fn copy_chunk(
 fn run_marker(shared: &Shared) {
     loop {
         let ticket = shared.mark_work.ticket();
-        let next = lock(&shared.mark_queue).pop_front();
+        let next = shared.mark_queue.lock().pop_front();
         let Some(save) = next else {
-            if shared.closing() && lock(&shared.active).is_empty() {
+            if shared.closing() && shared.active.lock().is_empty() {
                 return;
             }
             shared.mark_work.wait(ticket, None);

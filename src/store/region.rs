@@ -22,7 +22,7 @@ use crate::staging::StagingPool;
 use crate::store::control::{flags_of, global_generation, set_flags, ControlState};
 use crate::store::options::OpenOptions;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{lock, Arc, Event, Mutex};
+use crate::sync::{Arc, Event, Mutex};
 
 /// An open region.
 pub struct Region {
@@ -206,7 +206,7 @@ impl Region {
 
     /// Takes the next generation and the free slot whose old content is oldest; `None` when no slot is free.
     pub(crate) fn claim(&self) -> Result<Option<Claimed>> {
-        let mut lease = lock(&self.lease);
+        let mut lease = self.lease.lock();
         if lease.next >= MAX_GENERATION {
             return Err(Error::new(ErrorKind::Unsupported, "begin save", "the region's generations are used up")
                 .at_path(&self.path)
@@ -224,14 +224,14 @@ impl Region {
     /// Extends the lease while half of it is left, so that `claim` need not wait for the medium.
     pub(crate) fn extend_lease_early(&self) -> Result<()> {
         let next = {
-            let lease = lock(&self.lease);
+            let lease = self.lease.lock();
             if lease.ceiling - lease.next.min(lease.ceiling) > super::control::LEASE_GENERATIONS / 2 {
                 return Ok(());
             }
             lease.next
         };
         let ceiling = self.change_control(|control, medium| control.lease(medium, next))?;
-        let mut lease = lock(&self.lease);
+        let mut lease = self.lease.lock();
         lease.ceiling = lease.ceiling.max(ceiling);
         Ok(())
     }
@@ -239,8 +239,8 @@ impl Region {
     /// Durably marks the slot `writing(g)`: from here on its old content is gone.
     pub(crate) fn mark_writing(&self, record: &SlotRecord) -> Result<()> {
         debug_assert_eq!(record.state, RecordState::Writing);
-        lock(&self.records)[record.slot as usize] = None;
-        let _short = lock(&self.short_barriers);
+        self.records.lock()[record.slot as usize] = None;
+        let _short = self.short_barriers.lock();
         let offset = self.layout().record_offset(record.slot);
         self.believe(
             "mark slot",
@@ -274,7 +274,7 @@ impl Region {
 
     /// The error of the latest barrier that failed.
     pub(crate) fn last_flush_error(&self) -> Error {
-        lock(&self.last_flush_error).clone().unwrap_or_else(|| {
+        self.last_flush_error.lock().clone().unwrap_or_else(|| {
             Error::new(ErrorKind::Internal, "flush", "a failed barrier left no error").at_path(&self.path)
         })
     }
@@ -283,7 +283,7 @@ impl Region {
     fn believe(&self, op: &'static str, result: Result<()>) -> Result<()> {
         result.map_err(|cause| {
             let error = self.durability_unknown(op, &cause);
-            *lock(&self.last_flush_error) = Some(error.clone());
+            *self.last_flush_error.lock() = Some(error.clone());
             self.flush_failures.fetch_add(1, Ordering::Release);
             error
         })
@@ -292,7 +292,7 @@ impl Region {
     /// Publishes a durable commit in DRAM and reclaims; returns the generation that supersedes it, if any.
     pub(crate) fn publish(&self, record: SlotRecord) -> Option<u64> {
         let (slot, generation) = (record.slot, record.generation);
-        lock(&self.records)[slot as usize] = Some(record);
+        self.records.lock()[slot as usize] = Some(record);
         let was_writing = self.slots.commit(slot, generation);
         debug_assert!(was_writing, "a save commits the slot it owns");
         self.reclaim();
@@ -326,12 +326,12 @@ impl Region {
     }
 
     fn hold_floor(&self) -> Option<u64> {
-        self.options.hold.then(|| global_generation(lock(&self.control).current()))
+        self.options.hold.then(|| global_generation(self.control.lock().current()))
     }
 
     /// Waits for short barriers in progress, so that their failures are counted.
     fn pass_short_barriers(&self) {
-        drop(lock(&self.short_barriers));
+        drop(self.short_barriers.lock());
     }
 
     fn durability_unknown(&self, op: &'static str, cause: &Error) -> Error {
@@ -348,8 +348,8 @@ impl Region {
     // ---- pins, marks, records ---------------------------------------------------------------------------
 
     fn change_control<T>(&self, change: impl FnOnce(&mut ControlState, &dyn Medium) -> Result<T>) -> Result<T> {
-        let mut control = lock(&self.control);
-        let _short = lock(&self.short_barriers);
+        let mut control = self.control.lock();
+        let _short = self.short_barriers.lock();
         let mut value = None;
         let result = change(&mut control, &*self.medium).map(|done| value = Some(done));
         self.believe("write control block", result)?;
@@ -373,7 +373,7 @@ impl Region {
 
     /// Committed records, newest first.
     pub(crate) fn committed(&self) -> Vec<SlotRecord> {
-        let records = lock(&self.records);
+        let records = self.records.lock();
         let mut found: Vec<SlotRecord> = self
             .slots
             .views()
@@ -390,7 +390,7 @@ impl Region {
 
     /// The step last marked as durable on every rank.
     pub fn global_mark(&self) -> Option<GlobalMark> {
-        lock(&self.control).current().global.clone()
+        self.control.lock().current().global.clone()
     }
 
     /// Slots that saves may use: free, being written, or reclaimable.
