@@ -398,12 +398,9 @@ impl Region {
         self.slots.claimable_count(self.options.keep as usize, self.hold_floor())
     }
 
-    /// True where protecting one more slot still leaves N claimable ones.
-    fn leaves_room(&self, slot: u32) -> bool {
-        let keep = self.options.keep as usize;
-        let claimable = self.slots.claimable_count(keep, self.hold_floor());
-        let costs_one = self.slots.is_claimable(slot, keep, self.hold_floor());
-        claimable >= self.options.max_in_flight as usize + usize::from(costs_one)
+    /// True where saves still have N slots to claim.
+    fn has_room(&self) -> bool {
+        self.claimable_count() >= self.options.max_in_flight as usize
     }
 
     fn no_room(&self, op: &'static str) -> Error {
@@ -429,11 +426,12 @@ impl Region {
         if view.pinned {
             return Ok(());
         }
-        if !self.leaves_room(record.slot) {
-            return Err(self.no_room(OP));
-        }
         if !self.slots.pin(record.slot, generation) {
             return Err(self.not_found(OP, generation));
+        }
+        if !self.has_room() {
+            self.slots.unpin(record.slot, generation);
+            return Err(self.no_room(OP));
         }
         self.mark_slot(record.slot, generation, MARK_PINNED, true).inspect_err(|_| {
             self.slots.unpin(record.slot, generation);
@@ -453,10 +451,14 @@ impl Region {
 
     /// Protects a checkpoint from being overwritten while it is read. False where it is gone.
     pub(crate) fn add_reader(&self, record: &SlotRecord) -> Result<bool> {
-        if !self.leaves_room(record.slot) {
+        if !self.slots.add_reader(record.slot, record.generation) {
+            return Ok(false);
+        }
+        if !self.has_room() {
+            self.drop_reader(record.slot, record.generation);
             return Err(self.no_room("open checkpoint"));
         }
-        Ok(self.slots.add_reader(record.slot, record.generation))
+        Ok(true)
     }
 
     pub(crate) fn drop_reader(&self, slot: u32, generation: u64) {
