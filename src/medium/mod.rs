@@ -26,6 +26,9 @@
 //! A `persist` or `write_durable` that fails leaves durability unknown for all that was written since the last
 //! one that succeeded; it must never be retried into success (the kernel may have dropped the dirty state).
 
+#[cfg(feature = "sim")]
+pub mod sim;
+
 use std::sync::Arc;
 
 use crate::error::Result;
