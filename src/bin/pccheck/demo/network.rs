@@ -181,6 +181,9 @@ impl Network {
             // Uniform with the variance of He et al., 2015: activations keep their size from layer to layer.
             let bound = (6.0 / layer.inputs as f32).sqrt();
             layer.weight.values.fill_with(|| bound * random.signed_unit());
+            // Touched here, so that the first update takes no longer than the others.
+            layer.weight.means.fill(0.0);
+            layer.weight.squares.fill(0.0);
         }
         network.start_pass(&mut random);
         network.counters[RANDOM] = random.0;
@@ -306,15 +309,15 @@ impl Network {
 /// Values that are turned into bytes at a time for the digest.
 const DIGEST_BLOCK: usize = 1 << 14;
 
-/// Zeros on the heap, or an error that says how many bytes were wanted.
+/// Zeros on the heap, or an error that says how many bytes were wanted. Fresh pages are not touched yet.
 pub(super) fn zeros(count: usize) -> Result<Vec<f32>> {
-    let mut values = Vec::new();
-    values.try_reserve_exact(count).map_err(|_| {
+    // Asked first, because `vec!` would abort; and `vec!` in the end, because it leaves zeroing to the kernel: a
+    // restore then touches each page once, and from several threads.
+    Vec::<f32>::new().try_reserve_exact(count).map_err(|_| {
         let message = format!("expected {} bytes of memory, found too little", count.saturating_mul(4));
         Error::new(ErrorKind::OutOfMemory, "make network", message).advise("ask for a smaller state")
     })?;
-    values.resize(count, 0.0);
-    Ok(values)
+    Ok(vec![0.0; count])
 }
 
 /// Pseudo-random numbers by SplitMix64 (Steele, Lea and Flood, 2014). Its state is this one number.

@@ -9,13 +9,14 @@ use super::data::{Samples, CLASSES, PIXELS};
 use super::kernels::{self, AdamStep};
 use super::network::{zeros, Network, Random};
 
-/// Learning rate up to [`REFERENCE_WIDTH`].
+/// Learning rate up to [`RATE_WIDTH`]; beyond, it falls as the width grows, because an output sums over more weights,
+/// all of which move.
 const LEARNING_RATE: f32 = 1e-3;
-/// Wider networks learn more slowly and from smaller batches: an output sums over more weights, all of which move,
-/// and an iteration is to stay short.
-const REFERENCE_WIDTH: usize = 1024;
+const RATE_WIDTH: usize = 512;
+/// Batch up to [`BATCH_WIDTH`]; beyond, it falls as the width grows, so that an iteration stays short.
 const BATCH_SAMPLES_MAX: usize = 32;
-const BATCH_SAMPLES_MIN: usize = 4;
+const BATCH_SAMPLES_MIN: usize = 8;
+const BATCH_WIDTH: usize = 1024;
 /// Noise added to each pixel of a training sample, at most, so that no two passes show the same picture.
 const NOISE_MAX: f32 = 0.1;
 /// Samples of one forward pass when testing.
@@ -75,8 +76,9 @@ impl Gradients {
     /// Room for the gradients of `network`: a third of its state, and the activations of one batch.
     pub fn new(network: &Network) -> Result<Self> {
         let width = network.width();
-        let samples = BATCH_SAMPLES_MAX * REFERENCE_WIDTH / width / BATCH_SAMPLES_MIN * BATCH_SAMPLES_MIN;
-        let samples = samples.clamp(BATCH_SAMPLES_MIN, BATCH_SAMPLES_MAX);
+        let samples = (BATCH_SAMPLES_MAX * BATCH_WIDTH / width).clamp(BATCH_SAMPLES_MIN, BATCH_SAMPLES_MAX);
+        // The kernels take samples by fours.
+        let samples = samples.next_multiple_of(4);
         let mut layers = Vec::new();
         for layer in &network.layers {
             layers.push((zeros(layer.weight.values.len())?, zeros(layer.outputs)?));
@@ -91,7 +93,7 @@ impl Gradients {
         })
     }
 
-    /// Samples in a batch: from 32 for narrow to 4 for wide networks.
+    /// Samples in a batch: from 32 for narrow to 8 for wide networks.
     pub fn batch_samples(&self) -> usize {
         self.samples
     }
@@ -139,7 +141,7 @@ impl Network {
     /// Second half of an iteration: one Adam step with the gradients that [`Network::forward_backward`] left, and
     /// on to the next batch. Changes every tensor of the state.
     pub fn update(&mut self, gradients: &Gradients) {
-        let rate = LEARNING_RATE * (REFERENCE_WIDTH as f32 / self.width() as f32).min(1.0);
+        let rate = LEARNING_RATE * (RATE_WIDTH as f32 / self.width() as f32).min(1.0);
         let adam = AdamStep::new(self.step() + 1, rate);
         for (layer, (weight, bias)) in self.layers.iter_mut().zip(&gradients.layers) {
             for (parameter, gradient) in [(&mut layer.weight, weight), (&mut layer.bias, bias)] {
