@@ -26,7 +26,7 @@ pub use std::sync::{OnceLock, Weak};
 
 /// Atomics: core's, or loom's in a model.
 pub mod atomic {
-    pub use super::imp::atomic::{fence, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub use super::imp::atomic::{fence, AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 }
 
 /// What the models need of loom.

@@ -10,7 +10,8 @@ pub use checkpoints::{CheckpointInfo, Opened, Select};
 pub use saves::{HostTensor, Tensor};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::medium::{open_medium, Medium, MediumInfo, MediumOptions};
+use crate::format::{Block, PreferredMedium, Superblock, SUPERBLOCK_OFFSETS};
+use crate::medium::{open_medium, read_head, Medium, MediumInfo, MediumOptions, PreferredHint};
 use crate::metrics::{Metrics, Stats};
 use crate::recovery::DecisionTable;
 use crate::save::{deadline_in, Faults, Saver};
@@ -60,10 +61,11 @@ impl Store {
         let medium_options = MediumOptions {
             kind: options.medium,
             writable: !options.read_only,
-            lock_wait: options.lock_wait,
+            lock_wait: options.lock_wait.unwrap_or(FOR_EVER),
+            preferred: preferred_medium(path),
             required: options.required,
             backend: options.backend,
-            queue_depth: options.queue_depth,
+            queue_depth: options.queue_depth as usize,
             ..MediumOptions::default()
         };
         let medium = open_medium(path, &medium_options, Some(&pool))?;
@@ -206,6 +208,22 @@ impl Store {
         self.saver.as_ref().ok_or_else(|| {
             Error::new(ErrorKind::ReadOnly, op, "the store was opened read-only").at_path(self.region.path())
         })
+    }
+}
+
+/// Waiting "for ever" as a time that clocks can add.
+const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// What was measured when the region was formatted; errors are left to the opening that follows.
+fn preferred_medium(path: &Path) -> Option<PreferredHint> {
+    let head = read_head(path).ok().flatten()?;
+    let block = |offset: u64| -> Option<&Block> { head.get(offset as usize..)?.first_chunk() };
+    let (superblock, _) =
+        Superblock::choose(block(SUPERBLOCK_OFFSETS[0])?, block(SUPERBLOCK_OFFSETS[1])?).ok()?;
+    match superblock.preferred_medium {
+        PreferredMedium::Unknown => None,
+        PreferredMedium::Direct => Some(PreferredHint::Direct),
+        PreferredMedium::Mmap => Some(PreferredHint::Mmap),
     }
 }
 

@@ -5,13 +5,10 @@ use std::time::Duration;
 
 use super::Store;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{plan, Dtype, Layout, TensorSpec, FLAG_RAW_STREAM};
+use crate::format::{plan, plan_raw, Dtype, Layout, PayloadPlan, TensorSpec, RAW_STREAM};
 use crate::save::{deadline_in, Origin, RawChunks, RawSave, Save, SaveSpec};
 use crate::source::{HostSegment, HostSource};
 use crate::sync::Arc;
-
-/// Name of the one tensor that a raw save stores.
-pub const RAW_TENSOR_NAME: &str = "data";
 
 /// A named tensor in host memory, by address.
 #[derive(Debug, Clone, Copy)]
@@ -62,21 +59,16 @@ impl Store {
         let specs = specs_of(tensors)?;
         let plan = plan(&specs, metadata)?;
         self.check_fits(plan.payload_bytes)?;
-        let segments: Vec<HostSegment> = plan
-            .order
-            .iter()
-            .map(|&index| HostSegment { ptr: tensors[index].ptr, len: tensors[index].bytes as usize })
-            .collect();
         let spec = SaveSpec {
             step,
             payload_bytes: plan.payload_bytes,
             header_bytes: plan.header.len() as u64,
-            tensor_count: u32::try_from(tensors.len()).unwrap_or(u32::MAX),
+            tensor_count: plan.tensor_count,
             flags: 0,
         };
         // SAFETY: the caller's promise is the one that `HostSource::new` asks for: the source is dropped before
         // `copied` is told, and on failure before `wait_copied` returns.
-        let source = unsafe { HostSource::new(plan.header, segments) };
+        let source = unsafe { source_of(plan, tensors) };
         let core = saver.begin(spec, Origin::Source(Arc::new(source)), deadline_in(wait))?;
         Ok(Save::new(core))
     }
@@ -109,7 +101,7 @@ impl Store {
         Ok(save)
     }
 
-    /// Begins a raw save of exactly `data_bytes` bytes, stored as one U8 tensor named [`RAW_TENSOR_NAME`].
+    /// Begins a raw save of exactly `data_bytes` bytes, stored as one U8 tensor (see `format::payload::RAW_TENSOR_NAME`).
     pub fn begin_raw(
         &self,
         step: u64,
@@ -118,10 +110,7 @@ impl Store {
         wait: Option<Duration>,
     ) -> Result<RawSave> {
         let saver = self.writer("begin raw save")?;
-        let shape = [data_bytes];
-        let spec =
-            TensorSpec { name: RAW_TENSOR_NAME, dtype: Dtype::U8, shape: &shape, bytes: data_bytes, alias_of: None };
-        let plan = plan(&[spec], metadata)?;
+        let plan = plan_raw(data_bytes, metadata)?;
         self.check_fits(plan.payload_bytes)?;
         let options = self.region().options();
         // One buffer always circulates, so that other saves and loads move on whatever raw writers do.
@@ -131,11 +120,11 @@ impl Store {
             step,
             payload_bytes: plan.payload_bytes,
             header_bytes: plan.header.len() as u64,
-            tensor_count: 1,
-            flags: FLAG_RAW_STREAM,
+            tensor_count: plan.tensor_count,
+            flags: RAW_STREAM,
         };
         let core = saver.begin(spec, Origin::Raw(chunks.clone()), deadline_in(wait))?;
-        RawSave::new(Save::new(core), saver.shared().clone(), chunks, &plan.header)
+        RawSave::new(Save::new(core), saver.shared().clone(), chunks, &plan)
     }
 
     /// Payload bytes that a save of these tensors takes: what the slot must hold.
@@ -160,6 +149,32 @@ impl Store {
         .at_path(self.region().path())
         .advise("grow the region to the size of the state"))
     }
+}
+
+/// Header, tensors and any metadata that had no room in the header, in payload order.
+///
+/// # Safety
+///
+/// As [`HostSource::new`], for the memory of all tensors.
+#[expect(unsafe_code, reason = "passes the caller's promise on")]
+unsafe fn source_of(plan: PayloadPlan, tensors: &[HostTensor<'_>]) -> HostSource {
+    let mut placed: Vec<(u64, HostSegment)> = plan
+        .order
+        .iter()
+        .map(|&index| {
+            let tensor = &tensors[index];
+            (plan.placements[index], HostSegment { ptr: tensor.ptr, len: tensor.bytes as usize })
+        })
+        .collect();
+    let metadata = plan.metadata_tensor.map_or(Vec::new(), |metadata| {
+        placed.push((metadata.offset, HostSegment { ptr: metadata.data.as_ptr(), len: metadata.data.len() }));
+        metadata.data
+    });
+    // Empty tensors share the place of what follows them.
+    placed.sort_by_key(|(offset, segment)| (*offset, segment.len));
+    let segments = placed.into_iter().map(|(_, segment)| segment).collect();
+    // SAFETY: the tensors by the caller's promise; the metadata's buffer moves into the source, its bytes stay.
+    unsafe { HostSource::new(plan.header, segments, metadata) }
 }
 
 /// Checks addresses and finds tied tensors.

@@ -215,7 +215,7 @@ fn verify_and_copy(work: &Work<'_>, job: &Job<'_>, buffer: &[u8], persister: &Pe
             // SAFETY: `plan::pieces` keeps `at + len` within the part's destination.
             let to = unsafe { work.destinations[piece.part].ptr.add(piece.at) };
             // SAFETY: `to` has room for `now` bytes, belongs to this job alone, and is no staging memory.
-            unsafe { persister.copy_nontemporal(to, src.as_ptr(), now) };
+            unsafe { persister.copy_streaming(to, src.as_ptr(), now) };
             piece.within += now;
             piece.at += now;
             piece.len -= now;

@@ -423,7 +423,7 @@ impl SaveCore {
 
     /// XXH3-128 of the encoded chunk table. Meaningful once all chunks are copied.
     pub fn table_hash(&self) -> u128 {
-        crate::format::chunk_hash(&encode_table(&self.state.lock().hashes))
+        crate::format::table_hash(&encode_table(&self.state.lock().hashes))
     }
 
     /// A raw save has all its bytes and may commit.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{chunk_hash, BLOCK_BYTES};
+use crate::format::{chunk_hash, PayloadPlan, BLOCK_BYTES};
 use crate::medium::Barrier;
 use crate::save::core::{cancelled, Durable, Progress, SaveCore};
 use crate::save::saver::Shared;
@@ -68,11 +68,15 @@ pub struct RawSave {
 }
 
 impl RawSave {
-    pub(crate) fn new(save: Save, shared: Arc<Shared>, chunks: Arc<RawChunks>, header: &[u8]) -> Result<RawSave> {
-        let total = save.core().spec.payload_bytes;
-        let header_bytes = header.len() as u64;
-        let raw = RawSave { save: Some(save), shared, chunks, data_offset: header_bytes, data_bytes: total - header_bytes };
-        raw.write_payload(0, header)?;
+    pub(crate) fn new(save: Save, shared: Arc<Shared>, chunks: Arc<RawChunks>, plan: &PayloadPlan) -> Result<RawSave> {
+        let data_offset = plan.placements[0];
+        let others = plan.header.len() + plan.metadata_tensor.as_ref().map_or(0, |metadata| metadata.data.len());
+        let data_bytes = plan.payload_bytes - others as u64;
+        let raw = RawSave { save: Some(save), shared, chunks, data_offset, data_bytes };
+        raw.write_payload(0, &plan.header)?;
+        if let Some(metadata) = &plan.metadata_tensor {
+            raw.write_payload(metadata.offset, &metadata.data)?;
+        }
         Ok(raw)
     }
 
@@ -200,7 +204,7 @@ impl RawSave {
             }
             if !self.spill_one(core, wanted_for)? {
                 // Every other open chunk is being filled at this moment: wait until one moves.
-                self.chunks.moved.wait(ticket, deadline_in(Some(Duration::from_millis(1))));
+                let _ = self.chunks.moved.wait(ticket, deadline_in(Some(Duration::from_millis(1))));
             }
             core.enter()?;
             core.leave();

@@ -253,7 +253,7 @@ impl Shared {
             if self.closing() && self.active.lock().is_empty() {
                 return None;
             }
-            self.commit_work.wait(ticket, None);
+            let _ = self.commit_work.wait(ticket, None);
         }
     }
 
@@ -304,7 +304,7 @@ fn run_copier(shared: &Shared) {
             if shared.closing() {
                 return;
             }
-            shared.copy_work.wait(ticket, None);
+            let _ = shared.copy_work.wait(ticket, None);
             continue;
         }
         let Some(buffer) = shared.acquire_buffer() else { return };
@@ -347,7 +347,7 @@ fn run_marker(shared: &Shared) {
             if shared.closing() && shared.active.lock().is_empty() {
                 return;
             }
-            shared.mark_work.wait(ticket, None);
+            let _ = shared.mark_work.wait(ticket, None);
             continue;
         };
         if !save.wants_mark() {

@@ -27,6 +27,8 @@ pub struct HostSource {
     segments: Vec<HostSegment>,
     /// Payload offset of each segment, ascending.
     starts: Vec<u64>,
+    /// Memory that some segments point into and that nobody else keeps.
+    _owned: Vec<u8>,
     persister: Persister,
 }
 
@@ -37,12 +39,12 @@ unsafe impl Send for HostSource {}
 unsafe impl Sync for HostSource {}
 
 impl HostSource {
-    /// A payload of `header` followed by `segments` without holes.
+    /// A payload of `header` followed by `segments` without holes; `owned` is kept for segments that point into it.
     ///
     /// # Safety
     ///
     /// Every segment must stay valid for reads, and must not be written by anyone, until the source is dropped.
-    pub unsafe fn new(header: Vec<u8>, segments: Vec<HostSegment>) -> Self {
+    pub unsafe fn new(header: Vec<u8>, segments: Vec<HostSegment>, owned: Vec<u8>) -> Self {
         let mut next = header.len() as u64;
         let starts = segments
             .iter()
@@ -52,7 +54,7 @@ impl HostSource {
                 start
             })
             .collect();
-        HostSource { header, segments, starts, persister: Persister::detect() }
+        HostSource { header, segments, starts, _owned: owned, persister: Persister::detect() }
     }
 
     /// The memory behind payload bytes from `offset` on, as far as it is contiguous, at most `most` bytes.
@@ -95,7 +97,7 @@ impl Source for HostSource {
                 hasher.update(piece);
                 let to = &mut dst[done..done + piece.len()];
                 // SAFETY: `to` and `piece` are distinct, valid and of the same length.
-                unsafe { self.persister.copy_nontemporal(to.as_mut_ptr(), piece.as_ptr(), piece.len()) };
+                unsafe { self.persister.copy_streaming(to.as_mut_ptr(), piece.as_ptr(), piece.len()) };
                 done += piece.len();
             }
             gathered_from = done;

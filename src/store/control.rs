@@ -21,7 +21,7 @@ pub(crate) struct ControlState {
 impl ControlState {
     /// Continues from what recovery found; a region whose control blocks are both lost starts a new sequence.
     pub(crate) fn adopt(uuid: Uuid, found: Option<(Control, usize)>) -> Self {
-        let (current, copy) = found.unwrap_or_else(|| (Control::default(), 1));
+        let (current, copy) = found.unwrap_or_else(|| (Control::initial(), 1));
         ControlState { current, copy, uuid }
     }
 
@@ -35,7 +35,7 @@ impl ControlState {
         change(&mut next);
         next.sequence += 1;
         let copy = 1 - self.copy;
-        medium.write_durable(CONTROL_OFFSETS[copy], &next.encode(&self.uuid), Barrier::Control)?;
+        medium.write_durable(CONTROL_OFFSETS[copy], &next.encode(&self.uuid)?, Barrier::Control)?;
         self.current = next;
         self.copy = copy;
         Ok(())

@@ -10,7 +10,7 @@ use crate::format::{
     Control, Layout, PreferredMedium, Superblock, Uuid, BLOCK_BYTES, CONTROL_OFFSETS, FORMAT_VERSION,
     MIN_CHUNK_BYTES, RECORDS_OFFSET, SUPERBLOCK_OFFSETS,
 };
-use crate::medium::{self, Barrier, Medium, MediumOptions, Requested};
+use crate::medium::{self, Barrier, Medium, MediumOptions, PreferredHint, Requested};
 use crate::store::options::FormatOptions;
 use crate::store::DEFAULT_CHUNK_BYTES;
 
@@ -29,21 +29,29 @@ pub(crate) fn format_path(
     options.validate()?;
     let layout = layout_for(options)?;
     check_replaceable(path, options.force)?;
-    medium::create_file(path, layout.region_bytes(), options.prewrite, progress)?;
+    let mut silent = |_, _| {};
+    let progress: medium::Progress<'_> = match progress {
+        Some(progress) => progress,
+        None => &mut silent,
+    };
+    medium::create_file(path, layout.region_bytes(), options.prewrite.then_some(progress))?;
     let medium_options =
         MediumOptions { kind: options.medium, required: medium::Durability::Process, ..MediumOptions::default() };
     let opened = medium::open_medium(path, &MediumOptions { writable: true, ..medium_options }, None)?;
     let clear = clear_metadata(&*opened, &layout);
     clear.map_err(|e| e.at_path(path))?;
     let preferred = match options.medium {
-        Requested::Auto => medium::measure_preferred(path, layout.payload_offset, layout.slot_bytes)?,
+        Requested::Auto => match medium::measure_preferred(path, layout.payload_offset, layout.slot_bytes)?.preferred {
+            PreferredHint::Direct => PreferredMedium::Direct,
+            PreferredHint::Mmap => PreferredMedium::Mmap,
+        },
         Requested::Direct => PreferredMedium::Direct,
         Requested::Mmap => PreferredMedium::Mmap,
         Requested::Dax => PreferredMedium::Unknown,
     };
     write_metadata(&*opened, &layout, preferred).map_err(|e| e.at_path(path))?;
     drop(opened);
-    medium::sync_parent_directory(path)
+    medium::sync_parent(path)
 }
 
 /// Formats an already open medium of sufficient size; what it held is gone.
@@ -111,8 +119,8 @@ fn clear_metadata(medium: &dyn Medium, layout: &Layout) -> Result<()> {
 
 fn write_metadata(medium: &dyn Medium, layout: &Layout, preferred_medium: PreferredMedium) -> Result<()> {
     let uuid = new_uuid()?;
-    let control = Control { sequence: 1, generation_ceiling: 1, ..Control::default() };
-    medium.write_durable(CONTROL_OFFSETS[0], &control.encode(&uuid), Barrier::Control)?;
+    let control = Control::initial();
+    medium.write_durable(CONTROL_OFFSETS[0], &control.encode(&uuid)?, Barrier::Control)?;
     let superblock = Superblock {
         format_version: FORMAT_VERSION,
         compat: 0,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BLOCK_BYTES, MAX_CHUNK_BYTES, MAX_SLOTS, MIN_CHUNK_BYTES, MIN_SLOTS};
-use crate::medium::{Backend, Durability, Requested};
+use crate::medium::{Durability, IoBackend, Requested};
 
 /// Most saves that may be in flight at once.
 pub const MAX_IN_FLIGHT: u32 = 128;
@@ -60,7 +60,7 @@ pub struct OpenOptions {
     /// Medium, or `Auto`.
     pub medium: Requested,
     /// How the `direct` medium reaches the kernel.
-    pub backend: Backend,
+    pub backend: IoBackend,
     /// Weakest acceptable durability; open fails where the medium cannot give it.
     pub required: Durability,
     /// N: saves that may be in flight at once.
@@ -93,7 +93,7 @@ impl Default for OpenOptions {
         OpenOptions {
             read_only: false,
             medium: Requested::Auto,
-            backend: Backend::Auto,
+            backend: IoBackend::Auto,
             required: Durability::Power,
             max_in_flight: 2,
             keep: 1,

@@ -40,7 +40,7 @@ pub struct Region {
     poisoned: AtomicBool,
     flush_failures: AtomicU64,
     last_flush_error: Mutex<Option<Error>>,
-    fork_ticket: fork::Ticket,
+    fork_stamp: fork::ForkStamp,
     recovered: DecisionTable,
 }
 
@@ -107,7 +107,7 @@ impl Region {
             poisoned: AtomicBool::new(false),
             flush_failures: AtomicU64::new(0),
             last_flush_error: Mutex::new(None),
-            fork_ticket: fork::Ticket::new(),
+            fork_stamp: fork::ForkStamp::now(),
             recovered: table,
             options,
         };
@@ -161,17 +161,13 @@ impl Region {
         self.slots.views()
     }
 
-    pub(crate) fn slots(&self) -> &SlotTable {
-        &self.slots
-    }
-
     pub(crate) fn slot_freed(&self) -> &Event {
         &self.slot_freed
     }
 
     /// Refuses calls in a forked child and, for changes, on read-only or poisoned stores.
     pub(crate) fn check_usable(&self, op: &'static str, writes: bool) -> Result<()> {
-        if self.fork_ticket.forked() {
+        if self.fork_stamp.is_forked() {
             return Err(Error::new(ErrorKind::Forked, op, "the store was opened before this process was forked")
                 .at_path(&self.path)
                 .advise("open the region again in this process, once the parent has closed it"));
@@ -189,7 +185,7 @@ impl Region {
 
     /// True in a process that was forked after the store was opened.
     pub(crate) fn forked(&self) -> bool {
-        self.fork_ticket.forked()
+        self.fork_stamp.is_forked()
     }
 
     /// Refuses further saves after an internal error. Pairs with the Acquire load in `check_usable`.
@@ -305,13 +301,15 @@ impl Region {
 
     /// Gives back the slot of a save that failed or was cancelled.
     pub(crate) fn release(&self, claim: Claimed) {
-        self.slots.release(claim.slot, claim.generation);
+        let owned = self.slots.release(claim.slot, claim.generation);
+        debug_assert!(owned, "a save releases the slot it owns");
         self.slot_freed.notify_all();
     }
 
     /// Takes the slot out of use after a failed flush, durably where the medium still answers.
     pub(crate) fn quarantine(&self, claim: Claimed) {
-        self.slots.quarantine(claim.slot, claim.generation);
+        let owned = self.slots.quarantine(claim.slot, claim.generation);
+        debug_assert!(owned, "a save quarantines the slot it owns");
         self.slot_freed.notify_all();
         // Best effort: the medium has just failed. Without the mark the slot's record is at most `writing`,
         // which recovery never adopts.
@@ -430,11 +428,11 @@ impl Region {
             return Err(self.not_found(OP, generation));
         }
         if !self.has_room() {
-            self.slots.unpin(record.slot, generation);
+            let _ = self.slots.unpin(record.slot, generation);
             return Err(self.no_room(OP));
         }
         self.mark_slot(record.slot, generation, MARK_PINNED, true).inspect_err(|_| {
-            self.slots.unpin(record.slot, generation);
+            let _ = self.slots.unpin(record.slot, generation);
         })
     }
 
@@ -444,7 +442,8 @@ impl Region {
         self.check_usable(OP, true)?;
         let record = self.record_of(generation).ok_or_else(|| self.not_found(OP, generation))?;
         self.mark_slot(record.slot, generation, MARK_PINNED, false)?;
-        self.slots.unpin(record.slot, generation);
+        // False where it was not pinned: unpinning twice is no error.
+        let _ = self.slots.unpin(record.slot, generation);
         self.reclaim();
         Ok(())
     }
@@ -518,8 +517,9 @@ impl Region {
             })
         })?;
         for record in &targets {
-            self.slots.unpin(record.slot, record.generation);
-            self.slots.discard(record.slot, record.generation);
+            // The discard is durable: whatever the slot's state became meanwhile, the checkpoint is gone.
+            let _ = self.slots.unpin(record.slot, record.generation);
+            let _ = self.slots.discard(record.slot, record.generation);
         }
         self.slot_freed.notify_all();
         Ok(targets.len() as u32)
@@ -540,7 +540,24 @@ impl Region {
     pub(crate) fn repair(&self, claim: Claimed, deadline: Option<Instant>) -> Result<()> {
         const OP: &str = "repair";
         let layout = self.layout();
-        let record = SlotRecord::writing(self.superblock.uuid, claim.slot, claim.generation);
+        // Says only that the slot holds no checkpoint; the sizes are the smallest that a record may have.
+        let record = SlotRecord {
+            uuid: self.superblock.uuid,
+            slot: claim.slot,
+            generation: claim.generation,
+            state: RecordState::Writing,
+            step: 0,
+            run_id: self.options.run_id,
+            payload_bytes: BLOCK_BYTES,
+            header_bytes: BLOCK_BYTES,
+            tensor_count: 0,
+            chunk_bytes: BLOCK_BYTES,
+            chunk_count: 1,
+            table_offset: BLOCK_BYTES,
+            table_hash: 0,
+            unix_ns: super::unix_ns(),
+            flags: 0,
+        };
         self.medium.write_durable(layout.record_offset(claim.slot), &record.encode(), Barrier::WritingMark)?;
         let zeros = vec![0u8; (1 << 20) as usize];
         let (start, end) = (layout.slot_offset(claim.slot), layout.slot_offset(claim.slot) + layout.slot_bytes);
@@ -558,7 +575,7 @@ impl Region {
         self.medium.fence(Barrier::Chunk)?;
         self.medium.persist(start, end - start, Barrier::Payload)?;
         self.mark_slot(claim.slot, claim.generation, MARK_QUARANTINED, false)?;
-        self.slots.lift_quarantine(claim.slot, claim.generation);
+        let _ = self.slots.lift_quarantine(claim.slot, claim.generation);
         self.slot_freed.notify_all();
         Ok(())
     }
