@@ -1,7 +1,9 @@
 //! x86-64: MOVNT stores of 64, 32 or 16 bytes; CLWB, CLFLUSHOPT or CLFLUSH; SFENCE.
 //!
 //! The loops are assembly rather than intrinsics: the AVX-512 intrinsics are newer than the oldest supported
-//! compiler, and the compiler gives no meaning of its own to non-temporal stores.
+//! compiler, and the compiler gives no meaning of its own to non-temporal stores. Each turn prefetches 1 KiB ahead:
+//! without it the hardware's prefetcher starts too late in the wide loops (9 instead of 13 GB/s measured). A
+//! prefetch beyond the source is harmless: it never faults.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
@@ -139,6 +141,10 @@ unsafe fn turns_avx512(dst: *mut u8, src: *const u8, len: usize) {
     unsafe {
         asm!(
             "2:",
+            "prefetcht0 [rsi + 1024]",
+            "prefetcht0 [rsi + 1088]",
+            "prefetcht0 [rsi + 1152]",
+            "prefetcht0 [rsi + 1216]",
             "vmovups zmm0, [rsi]",
             "vmovups zmm1, [rsi + 64]",
             "vmovups zmm2, [rsi + 128]",
@@ -169,6 +175,10 @@ unsafe fn turns_avx2(dst: *mut u8, src: *const u8, len: usize) {
     unsafe {
         asm!(
             "2:",
+            "prefetcht0 [rsi + 1024]",
+            "prefetcht0 [rsi + 1088]",
+            "prefetcht0 [rsi + 1152]",
+            "prefetcht0 [rsi + 1216]",
             "vmovups ymm0, [rsi]",
             "vmovups ymm1, [rsi + 32]",
             "vmovups ymm2, [rsi + 64]",
@@ -207,6 +217,10 @@ unsafe fn turns_sse2(dst: *mut u8, src: *const u8, len: usize) {
     unsafe {
         asm!(
             "2:",
+            "prefetcht0 [rsi + 1024]",
+            "prefetcht0 [rsi + 1088]",
+            "prefetcht0 [rsi + 1152]",
+            "prefetcht0 [rsi + 1216]",
             "movups xmm0, [rsi]",
             "movups xmm1, [rsi + 16]",
             "movups xmm2, [rsi + 32]",
@@ -299,7 +313,9 @@ pub(super) unsafe fn flush_lines(path: Path, start: *const u8, len: usize) {
                 asm!("clflushopt [{}]", in(reg) line, options(nostack, preserves_flags))
             },
             // SAFETY: as above.
-            Flush::Clflush => unsafe { asm!("clflush [{}]", in(reg) line, options(nostack, preserves_flags)) },
+            Flush::Clflush => unsafe {
+                asm!("clflush [{}]", in(reg) line, options(nostack, preserves_flags))
+            },
         }
     }
 }
