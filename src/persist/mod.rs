@@ -23,7 +23,7 @@ mod arch;
 #[path = "x86_64.rs"]
 mod arch;
 
-/// Bytes of the unit in which the copies work; a multiple of no architecture's cache line is smaller.
+/// Unit in which the copies work: one cache line on x86-64. Longer lines elsewhere are the flush's business.
 const LINE_BYTES: usize = 64;
 
 /// The instructions chosen for this processor.
