@@ -75,8 +75,11 @@ fn check_state(store: &Store, select: Select, state: &[(String, Vec<u8>)]) {
     assert!(opened.rejected.is_empty(), "nothing was damaged, yet {:?}", opened.rejected);
     assert_eq!(opened.checkpoint.metadata()["epoch"], "3");
     let mut buffers: Vec<Vec<u8>> = state.iter().map(|(_, data)| vec![0xAA; data.len()]).collect();
-    let mut wanted: Vec<(&str, &mut [u8])> =
-        state.iter().zip(&mut buffers).map(|((name, _), buffer)| (name.as_str(), buffer.as_mut_slice())).collect();
+    let mut wanted: Vec<(&str, &mut [u8])> = state
+        .iter()
+        .zip(&mut buffers)
+        .map(|((name, _), buffer)| (name.as_str(), buffer.as_mut_slice()))
+        .collect();
     opened.checkpoint.read_tensors(&mut wanted).expect("read");
     for ((name, data), buffer) in state.iter().zip(&buffers) {
         assert!(data == buffer, "tensor {name} came back changed");
@@ -101,7 +104,8 @@ fn odd_states_survive_reopening_on_every_medium() {
         let states: Vec<_> = (0..7u64).map(odd_state).collect();
         {
             let store = Store::open(&region.path, &options).expect("open");
-            let saves: Vec<_> = states.iter().enumerate().map(|(i, s)| save_state(&store, i as u64, s)).collect();
+            let saves: Vec<_> =
+                states.iter().enumerate().map(|(i, s)| save_state(&store, i as u64, s)).collect();
             for save in &saves {
                 save.wait_durable(WAIT).expect("durable");
             }
@@ -139,13 +143,16 @@ fn raw_streams_take_any_order_of_writes_in_a_small_pool() {
     let store = Store::open(&region.path, &options).expect("open");
     let data = pattern(5, 1_500_001);
     // Every 64 KiB chunk is left half-filled many times over before it is completed.
-    let mut pieces: Vec<(usize, usize)> = (0..data.len()).step_by(7001).map(|at| (at, (at + 7001).min(data.len()))).collect();
+    let mut pieces: Vec<(usize, usize)> =
+        (0..data.len()).step_by(7001).map(|at| (at, (at + 7001).min(data.len()))).collect();
     pieces.sort_by_key(|&(at, _)| at.wrapping_mul(0x9E37_79B9) % 1009);
     let mut raw = store.begin_raw(9, data.len() as u64, &[("kind", "stream")], WAIT).expect("begin raw");
     std::thread::scope(|scope| {
         for half in pieces.chunks(pieces.len() / 3 + 1) {
             let (raw, data) = (&raw, &data);
-            scope.spawn(move || half.iter().for_each(|&(a, b)| raw.write_at(a as u64, &data[a..b]).expect("write")));
+            scope.spawn(move || {
+                half.iter().for_each(|&(a, b)| raw.write_at(a as u64, &data[a..b]).expect("write"))
+            });
         }
     });
     assert_eq!(raw.write_at(10, &[1]).expect_err("overlap").kind(), ErrorKind::InvalidArgument);
@@ -278,7 +285,8 @@ fn cancelled_saves_free_slots_and_a_full_house_times_out() {
 #[test]
 fn auto_on_tmpfs_needs_leave_to_be_volatile() {
     let region = scratch(Path::new("/dev/shm"), 3, 1 << 20);
-    let error = Store::open(&region.path, &OpenOptions::default()).err().expect("tmpfs does not survive power loss");
+    let error =
+        Store::open(&region.path, &OpenOptions::default()).err().expect("tmpfs does not survive power loss");
     assert_eq!(error.kind(), ErrorKind::Durability);
     let store = Store::open(&region.path, &small()).expect("process durability is enough");
     assert_eq!(store.medium_info().kind, MediumKind::Mmap);

@@ -71,11 +71,7 @@ impl Store {
 
     /// Opens the chosen checkpoint and hands it to `read`; when a payload turns out to be damaged on the way, the
     /// next candidate is opened and `read` is called again. One pass over the data, verification included.
-    pub fn restore(
-        &self,
-        select: Select,
-        read: impl FnMut(&Checkpoint) -> Result<()>,
-    ) -> Result<Opened> {
+    pub fn restore(&self, select: Select, read: impl FnMut(&Checkpoint) -> Result<()>) -> Result<Opened> {
         self.open_first(select, read)
     }
 

@@ -39,7 +39,12 @@ pub fn format_region_with_progress(
 /// Replaces the region file by a larger one that holds the same checkpoints. Durable on return.
 ///
 /// A crash leaves the old region or the new one. Refused on devices, and while a writer has the region open.
-pub fn grow_region(path: &Path, slot_count: u32, payload_bytes: u64, lock_wait: Option<Duration>) -> Result<()> {
+pub fn grow_region(
+    path: &Path,
+    slot_count: u32,
+    payload_bytes: u64,
+    lock_wait: Option<Duration>,
+) -> Result<()> {
     grow::grow_path(path, slot_count, payload_bytes, lock_wait)
 }
 

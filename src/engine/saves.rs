@@ -189,7 +189,8 @@ fn specs_of<'a>(tensors: &'a [HostTensor<'a>]) -> Result<Vec<TensorSpec<'a>>> {
                 format!("tensor {:?} has {} bytes and a null pointer", tensor.name, tensor.bytes),
             ));
         }
-        let end = usize::try_from(tensor.bytes).ok().and_then(|bytes| (tensor.ptr as usize).checked_add(bytes));
+        let end =
+            usize::try_from(tensor.bytes).ok().and_then(|bytes| (tensor.ptr as usize).checked_add(bytes));
         if end.is_none() || tensor.bytes > isize::MAX as u64 {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,

@@ -58,7 +58,10 @@ impl Place {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 "open checkpoint",
-                format!("payload header has {header_bytes} bytes, its record says {}", self.record.header_bytes),
+                format!(
+                    "payload header has {header_bytes} bytes, its record says {}",
+                    self.record.header_bytes
+                ),
             ));
         }
         let header = self.read_verified(hashes, 0, header_bytes)?;

@@ -147,7 +147,8 @@ fn read_jobs(work: &Work<'_>) {
             // Relaxed: the jobs themselves were published by spawning the threads.
             let index = work.next.fetch_add(1, Ordering::Relaxed);
             let Some(job) = work.jobs.get(index) else { break };
-            let offset = work.region.layout().slot_offset(work.record.slot) + job.chunk * work.record.chunk_bytes;
+            let offset =
+                work.region.layout().slot_offset(work.record.slot) + job.chunk * work.record.chunk_bytes;
             in_flight += 1;
             work.region.medium().start(Io {
                 op: IoOp::Read,

@@ -26,13 +26,33 @@
 //! A `persist` or `write_durable` that fails leaves durability unknown for all that was written since the last
 //! one that succeeded; it must never be retried into success (the kernel may have dropped the dirty state).
 
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::BLOCK_BYTES;
+use crate::staging::StagingBuffer;
+use crate::sync::Arc;
+
+mod aligned;
+mod create;
+mod direct;
+mod file;
+pub mod fork;
+mod io;
+mod lock;
+mod mapped;
+mod measure;
+mod open;
+mod path;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod threads;
+mod uring;
 
-use std::sync::Arc;
-
-use crate::error::Result;
-use crate::staging::StagingBuffer;
+pub use create::{create_file, Progress};
+pub use direct::IoBackend;
+pub use file::{sync_parent, RegionFile};
+pub use measure::{measure_preferred, Measured};
+pub use open::{open_medium, MediumOptions, PreferredHint, Requested};
+pub use path::{is_device, read_head, rename_over};
 
 /// Why a fence or persist is issued: names each ordering point of the protocol, so that the crash checker
 /// can remove each in turn and prove that it is needed.
@@ -155,3 +175,30 @@ pub trait Medium: Send + Sync {
         self.persist(offset, block.len() as u64, barrier)
     }
 }
+
+/// Refuses an operation that breaks the contract of [`Medium::start`].
+fn check_io(file: &RegionFile, io: &Io) -> Result<()> {
+    let op = self::io::op_name(io.op);
+    file.check(op, io.offset, io.len as u64, io.op == IoOp::Copy)?;
+    if io.len == 0
+        || io.len > io.buffer.len()
+        || io.len as u64 % BLOCK_BYTES != 0
+        || io.offset % BLOCK_BYTES != 0
+    {
+        let room = io.buffer.len();
+        let message = format!(
+            "expected whole blocks of {BLOCK_BYTES} bytes, at most {room} bytes, found {} bytes",
+            io.len
+        );
+        return Err(file.about(Error::new(ErrorKind::InvalidArgument, op, message).at_offset(io.offset)));
+    }
+    Ok(())
+}
+
+/// Ends an operation that was not started.
+fn refuse(io: Io, error: Error) {
+    io.sink.finished(io.token, io.buffer, Err(error));
+}
+
+#[cfg(test)]
+mod tests;

@@ -128,12 +128,7 @@ pub(crate) struct SaveCore {
 }
 
 impl SaveCore {
-    pub fn new(
-        shared: &Arc<Shared>,
-        claim: Claimed,
-        spec: SaveSpec,
-        origin: Origin,
-    ) -> Arc<SaveCore> {
+    pub fn new(shared: &Arc<Shared>, claim: Claimed, spec: SaveSpec, origin: Origin) -> Arc<SaveCore> {
         let (source, raw) = match origin {
             Origin::Source(source) => (Some(source), None),
             Origin::Raw(chunks) => (None, Some(chunks)),
@@ -177,7 +172,13 @@ impl SaveCore {
     }
 
     /// The save's record in either state; the table hash is known once all chunks are copied.
-    pub fn record(&self, state: RecordState, run_id: u64, table_hash: u128, uuid: crate::format::Uuid) -> SlotRecord {
+    pub fn record(
+        &self,
+        state: RecordState,
+        run_id: u64,
+        table_hash: u128,
+        uuid: crate::format::Uuid,
+    ) -> SlotRecord {
         SlotRecord {
             uuid,
             slot: self.claim.slot,
@@ -578,5 +579,6 @@ pub(crate) fn cancelled(why: &str) -> Error {
 }
 
 fn timed_out_error(op: &'static str) -> Error {
-    Error::new(ErrorKind::TimedOut, op, "the time given ran out; the save goes on").advise("wait again, or cancel")
+    Error::new(ErrorKind::TimedOut, op, "the time given ran out; the save goes on")
+        .advise("wait again, or cancel")
 }

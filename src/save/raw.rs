@@ -68,9 +68,15 @@ pub struct RawSave {
 }
 
 impl RawSave {
-    pub(crate) fn new(save: Save, shared: Arc<Shared>, chunks: Arc<RawChunks>, plan: &PayloadPlan) -> Result<RawSave> {
+    pub(crate) fn new(
+        save: Save,
+        shared: Arc<Shared>,
+        chunks: Arc<RawChunks>,
+        plan: &PayloadPlan,
+    ) -> Result<RawSave> {
         let data_offset = plan.placements[0];
-        let others = plan.header.len() + plan.metadata_tensor.as_ref().map_or(0, |metadata| metadata.data.len());
+        let others =
+            plan.header.len() + plan.metadata_tensor.as_ref().map_or(0, |metadata| metadata.data.len());
         let data_bytes = plan.payload_bytes - others as u64;
         let raw = RawSave { save: Some(save), shared, chunks, data_offset, data_bytes };
         raw.write_payload(0, &plan.header)?;
@@ -213,7 +219,10 @@ impl RawSave {
 
     /// Writes one half-filled chunk (zeros in its gaps) to its place and takes its buffer back.
     fn spill_one(&self, core: &SaveCore, wanted_for: u64) -> Result<bool> {
-        let candidates: Vec<(u64, Arc<Mutex<OpenChunk>>)> = self.chunks.book.lock()
+        let candidates: Vec<(u64, Arc<Mutex<OpenChunk>>)> = self
+            .chunks
+            .book
+            .lock()
             .open
             .iter()
             .filter(|(chunk, _)| **chunk != wanted_for)

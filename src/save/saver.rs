@@ -103,12 +103,7 @@ impl Saver {
     /// Begins a save: claims generation and slot, then lets marker and copiers go to work.
     ///
     /// Waits until `deadline` for a slot.
-    pub fn begin(
-        &self,
-        spec: SaveSpec,
-        origin: Origin,
-        deadline: Option<Instant>,
-    ) -> Result<Arc<SaveCore>> {
+    pub fn begin(&self, spec: SaveSpec, origin: Origin, deadline: Option<Instant>) -> Result<Arc<SaveCore>> {
         let shared = &self.shared;
         let save = loop {
             let ticket = shared.region.slot_freed().ticket();

@@ -35,16 +35,21 @@ pub(crate) fn format_path(
         None => &mut silent,
     };
     medium::create_file(path, layout.region_bytes(), options.prewrite.then_some(progress))?;
-    let medium_options =
-        MediumOptions { kind: options.medium, required: medium::Durability::Process, ..MediumOptions::default() };
+    let medium_options = MediumOptions {
+        kind: options.medium,
+        required: medium::Durability::Process,
+        ..MediumOptions::default()
+    };
     let opened = medium::open_medium(path, &MediumOptions { writable: true, ..medium_options }, None)?;
     let clear = clear_metadata(&*opened, &layout);
     clear.map_err(|e| e.at_path(path))?;
     let preferred = match options.medium {
-        Requested::Auto => match medium::measure_preferred(path, layout.payload_offset, layout.slot_bytes)?.preferred {
-            PreferredHint::Direct => PreferredMedium::Direct,
-            PreferredHint::Mmap => PreferredMedium::Mmap,
-        },
+        Requested::Auto => {
+            match medium::measure_preferred(path, layout.payload_offset, layout.slot_bytes)?.preferred {
+                PreferredHint::Direct => PreferredMedium::Direct,
+                PreferredHint::Mmap => PreferredMedium::Mmap,
+            }
+        }
         Requested::Direct => PreferredMedium::Direct,
         Requested::Mmap => PreferredMedium::Mmap,
         Requested::Dax => PreferredMedium::Unknown,
@@ -62,7 +67,11 @@ pub fn format_medium(medium: &dyn Medium, options: &FormatOptions) -> Result<()>
         return Err(Error::new(
             ErrorKind::NoSpace,
             OP,
-            format!("the region needs {} bytes, the medium has {}", layout.region_bytes(), medium.len_bytes()),
+            format!(
+                "the region needs {} bytes, the medium has {}",
+                layout.region_bytes(),
+                medium.len_bytes()
+            ),
         ));
     }
     clear_metadata(medium, &layout)?;

@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Control, Layout, SlotMark, SlotRecord, Superblock, BLOCK_BYTES, CONTROL_OFFSETS, MARK_PINNED, SUPERBLOCK_OFFSETS,
+    Control, Layout, SlotMark, SlotRecord, Superblock, BLOCK_BYTES, CONTROL_OFFSETS, MARK_PINNED,
+    SUPERBLOCK_OFFSETS,
 };
 use crate::medium::{self, Barrier, Durability, Medium, MediumOptions};
 use crate::recovery::{DecisionTable, Verdict};
 use crate::store::format::layout_for;
-use crate::store::DEFAULT_LOCK_WAIT;
 use crate::store::options::FormatOptions;
 use crate::store::region::read_table;
+use crate::store::DEFAULT_LOCK_WAIT;
 
 const OP: &str = "grow";
 
@@ -33,7 +34,12 @@ pub(crate) fn grow_path(
             .at_path(path)
             .advise("format a larger device and import the exported checkpoints"));
     }
-    let options = MediumOptions { writable: true, lock_wait: lock_wait.unwrap_or(DEFAULT_LOCK_WAIT), required: Durability::Process, ..Default::default() };
+    let options = MediumOptions {
+        writable: true,
+        lock_wait: lock_wait.unwrap_or(DEFAULT_LOCK_WAIT),
+        required: Durability::Process,
+        ..Default::default()
+    };
     let old = medium::open_medium(path, &options, None)?;
     let table = read_table(&*old).map_err(|e| e.at_path(path))?;
     // What is copied must be what a crash of the old medium would keep.
@@ -91,9 +97,7 @@ fn copy_region(
         }
     }
     let control = table.control.clone().unwrap_or_else(Control::initial);
-    let pins = |mark: &SlotMark| {
-        table.newest_first.contains(&mark.slot) && mark.flags & MARK_PINNED != 0
-    };
+    let pins = |mark: &SlotMark| table.newest_first.contains(&mark.slot) && mark.flags & MARK_PINNED != 0;
     let marks = control.marks.iter().filter(|mark| pins(mark)).cloned().collect();
     let control = Control { marks, sequence: control.sequence + 1, ..control };
     new.copy(CONTROL_OFFSETS[0], &control.encode(&superblock.uuid)?)?;

@@ -46,7 +46,10 @@ impl FormatOptions {
             ));
         }
         if self.payload_bytes == 0 {
-            return Err(invalid("format", "payload_bytes is 0, expected the bytes of the largest state".into()));
+            return Err(invalid(
+                "format",
+                "payload_bytes is 0, expected the bytes of the largest state".into(),
+            ));
         }
         Ok(())
     }

@@ -13,8 +13,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Layout, RecordState, SlotRecord, Superblock, BLOCK_BYTES, MARK_PINNED, MARK_QUARANTINED};
 use crate::format::{GlobalMark, MARK_DISCARDED, MAX_GENERATION};
+use crate::format::{
+    Layout, RecordState, SlotRecord, Superblock, BLOCK_BYTES, MARK_PINNED, MARK_QUARANTINED,
+};
 use crate::medium::{fork, Barrier, Medium, MediumInfo};
 use crate::recovery::{self, DecisionTable, Verdict};
 use crate::slots::{SlotState, SlotTable, SlotView};
@@ -168,12 +170,18 @@ impl Region {
     /// Refuses calls in a forked child and, for changes, on read-only or poisoned stores.
     pub(crate) fn check_usable(&self, op: &'static str, writes: bool) -> Result<()> {
         if self.fork_stamp.is_forked() {
-            return Err(Error::new(ErrorKind::Forked, op, "the store was opened before this process was forked")
-                .at_path(&self.path)
-                .advise("open the region again in this process, once the parent has closed it"));
+            return Err(Error::new(
+                ErrorKind::Forked,
+                op,
+                "the store was opened before this process was forked",
+            )
+            .at_path(&self.path)
+            .advise("open the region again in this process, once the parent has closed it"));
         }
         if writes && self.options.read_only {
-            return Err(Error::new(ErrorKind::ReadOnly, op, "the store was opened read-only").at_path(&self.path));
+            return Err(
+                Error::new(ErrorKind::ReadOnly, op, "the store was opened read-only").at_path(&self.path)
+            );
         }
         if writes && self.poisoned.load(Ordering::Acquire) {
             return Err(Error::new(ErrorKind::Internal, op, "an earlier internal error poisoned the store")
@@ -204,9 +212,13 @@ impl Region {
     pub(crate) fn claim(&self) -> Result<Option<Claimed>> {
         let mut lease = self.lease.lock();
         if lease.next >= MAX_GENERATION {
-            return Err(Error::new(ErrorKind::Unsupported, "begin save", "the region's generations are used up")
-                .at_path(&self.path)
-                .advise("export the newest checkpoint and format a new region"));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "begin save",
+                "the region's generations are used up",
+            )
+            .at_path(&self.path)
+            .advise("export the newest checkpoint and format a new region"));
         }
         if lease.next >= lease.ceiling {
             lease.ceiling = self.change_control(|control, medium| control.lease(medium, lease.next))?;
@@ -238,10 +250,7 @@ impl Region {
         self.records.lock()[record.slot as usize] = None;
         let _short = self.short_barriers.lock();
         let offset = self.layout().record_offset(record.slot);
-        self.believe(
-            "mark slot",
-            self.medium.write_durable(offset, &record.encode(), Barrier::WritingMark),
-        )
+        self.believe("mark slot", self.medium.write_durable(offset, &record.encode(), Barrier::WritingMark))
     }
 
     /// Makes the payloads (with their tables) of the given slots durable: `(slot offset, bytes used)` each.
@@ -293,7 +302,8 @@ impl Region {
         debug_assert!(was_writing, "a save commits the slot it owns");
         self.reclaim();
         let views = self.slots.views();
-        if views[slot as usize].state == SlotState::Committed && views[slot as usize].generation == generation {
+        if views[slot as usize].state == SlotState::Committed && views[slot as usize].generation == generation
+        {
             return None;
         }
         views.iter().filter(|v| v.state == SlotState::Committed).map(|v| v.generation).max()
@@ -345,13 +355,18 @@ impl Region {
 
     // ---- pins, marks, records ---------------------------------------------------------------------------
 
-    fn change_control<T>(&self, change: impl FnOnce(&mut ControlState, &dyn Medium) -> Result<T>) -> Result<T> {
+    fn change_control<T>(
+        &self,
+        change: impl FnOnce(&mut ControlState, &dyn Medium) -> Result<T>,
+    ) -> Result<T> {
         let mut control = self.control.lock();
         let _short = self.short_barriers.lock();
         let mut value = None;
         let result = change(&mut control, &*self.medium).map(|done| value = Some(done));
         self.believe("write control block", result)?;
-        value.ok_or_else(|| Error::new(ErrorKind::Internal, "write control block", "no result").at_path(&self.path))
+        value.ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "write control block", "no result").at_path(&self.path)
+        })
     }
 
     /// Durably sets or clears one flag of `(slot, generation)` in the control block.
@@ -405,14 +420,18 @@ impl Region {
         Error::new(
             ErrorKind::NoSlot,
             op,
-            format!("it would leave fewer than max_in_flight = {} slots to save into", self.options.max_in_flight),
+            format!(
+                "it would leave fewer than max_in_flight = {} slots to save into",
+                self.options.max_in_flight
+            ),
         )
         .at_path(&self.path)
         .advise("unpin or close another checkpoint, or grow the region by a slot")
     }
 
     fn not_found(&self, op: &'static str, generation: u64) -> Error {
-        Error::new(ErrorKind::NotFound, op, format!("no checkpoint has generation {generation}")).at_path(&self.path)
+        Error::new(ErrorKind::NotFound, op, format!("no checkpoint has generation {generation}"))
+            .at_path(&self.path)
     }
 
     /// Durably keeps a checkpoint whatever the retention rule says.
@@ -558,15 +577,24 @@ impl Region {
             unix_ns: super::unix_ns(),
             flags: 0,
         };
-        self.medium.write_durable(layout.record_offset(claim.slot), &record.encode(), Barrier::WritingMark)?;
+        self.medium.write_durable(
+            layout.record_offset(claim.slot),
+            &record.encode(),
+            Barrier::WritingMark,
+        )?;
         let zeros = vec![0u8; (1 << 20) as usize];
-        let (start, end) = (layout.slot_offset(claim.slot), layout.slot_offset(claim.slot) + layout.slot_bytes);
+        let (start, end) =
+            (layout.slot_offset(claim.slot), layout.slot_offset(claim.slot) + layout.slot_bytes);
         let mut at = start;
         while at < end {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Err(Error::new(ErrorKind::TimedOut, OP, "the slot was not rewritten in the time given")
-                    .at_path(&self.path)
-                    .at_offset(at));
+                return Err(Error::new(
+                    ErrorKind::TimedOut,
+                    OP,
+                    "the slot was not rewritten in the time given",
+                )
+                .at_path(&self.path)
+                .at_offset(at));
             }
             let step = (end - at).min(zeros.len() as u64);
             self.medium.copy(at, &zeros[..step as usize])?;
@@ -584,7 +612,8 @@ impl Region {
     pub(crate) fn read_record(&self, slot: u32) -> Result<Option<SlotRecord>> {
         let mut block = [0u8; BLOCK_BYTES as usize];
         self.medium.read(self.layout().record_offset(slot), &mut block)?;
-        SlotRecord::decode(&block, &self.superblock.uuid, slot, self.layout()).map_err(|e| e.at_path(&self.path))
+        SlotRecord::decode(&block, &self.superblock.uuid, slot, self.layout())
+            .map_err(|e| e.at_path(&self.path))
     }
 
     /// Reads all records again: the present decision table, as any process sees it.

@@ -1,0 +1,115 @@
+//! The writer's exclusive lock, and who holds it.
+#![expect(unsafe_code, reason = "flock is a system call")]
+
+use std::fs;
+use std::io;
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+
+use super::file::{identity, RegionFile};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::thread;
+
+/// First pause between two attempts; doubled each time.
+const POLL_MIN: Duration = Duration::from_millis(1);
+/// Longest pause between two attempts.
+const POLL_MAX: Duration = Duration::from_millis(50);
+
+/// Takes the lock on the open file description of `file`, trying until `deadline`.
+pub(super) fn exclusive(file: &RegionFile, deadline: Instant) -> Result<()> {
+    let mut pause = POLL_MIN;
+    loop {
+        // SAFETY: touches no memory.
+        if unsafe { libc::flock(file.raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR) => continue,
+            Some(libc::EWOULDBLOCK) => {}
+            _ => {
+                return Err(file.about(
+                    Error::io("lock", &error)
+                        .with_kind(ErrorKind::Unsupported)
+                        .advise("put the region on a file system with locks: two writers would destroy it"),
+                ))
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(in_use(file));
+        }
+        thread::sleep(pause.min(left));
+        pause = (pause * 2).min(POLL_MAX);
+    }
+}
+
+/// Gives the lock up. Failure is impossible for a valid descriptor, and closing it does the same.
+pub(super) fn release(fd: RawFd) {
+    // SAFETY: touches no memory.
+    unsafe { libc::flock(fd, libc::LOCK_UN) };
+}
+
+fn in_use(file: &RegionFile) -> Error {
+    let holder = match holder(file.raw_fd()) {
+        Some(pid) => match fs::read_to_string(format!("/proc/{pid}/comm")) {
+            Ok(command) => format!("process {pid} ({})", command.trim_end()),
+            Err(_) => format!("process {pid}, which has ended: the kernel is finishing its writes"),
+        },
+        None => "a process that cannot be seen from here".to_string(),
+    };
+    file.about(
+        Error::new(ErrorKind::InUse, "lock", format!("another writer holds the region: {holder}"))
+            .advise("end that process, wait longer, or open the region read-only"),
+    )
+}
+
+/// The process that took the lock, from /proc/locks.
+fn holder(fd: RawFd) -> Option<u32> {
+    let (device, inode) = identity(fd).ok()?;
+    holder_in(&fs::read_to_string("/proc/locks").ok()?, device, inode)
+}
+
+/// Finds `1: FLOCK  ADVISORY  WRITE 1234 fe:00:56789 0 EOF` by device and inode; by inode alone where the file
+/// system shows another device number there (btrfs, overlay).
+fn holder_in(locks: &str, device: u64, inode: u64) -> Option<u32> {
+    let mut by_inode = None;
+    for line in locks.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, "WRITE", pid, place, ..] = words[..] else { continue };
+        let mut parts = place.split(':');
+        let (Some(major), Some(minor), Some(number)) = (parts.next(), parts.next(), parts.next()) else {
+            continue;
+        };
+        let Some(pid) = pid.parse().ok().filter(|pid| *pid > 0) else { continue };
+        if number.parse() != Ok(inode) {
+            continue;
+        }
+        let same_device = u32::from_str_radix(major, 16) == Ok(libc::major(device))
+            && u32::from_str_radix(minor, 16) == Ok(libc::minor(device));
+        if same_device {
+            return Some(pid);
+        }
+        by_inode = by_inode.or(Some(pid));
+    }
+    by_inode
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_holder_is_found_by_device_and_inode() {
+        let locks = "1: POSIX  ADVISORY  WRITE 11 fe:00:77 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 22 fe:01:77 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 33 fe:00:77 0 EOF\n\
+                     3: -> FLOCK  ADVISORY  WRITE 44 fe:00:77 0 EOF\n\
+                     4: FLOCK  ADVISORY  WRITE -1 fe:00:78 0 EOF\n\
+                     rubbish\n";
+        assert_eq!(holder_in(locks, libc::makedev(0xfe, 0), 77), Some(33));
+        assert_eq!(holder_in(locks, libc::makedev(0xfe, 9), 77), Some(22), "by inode alone");
+        assert_eq!(holder_in(locks, libc::makedev(0xfe, 0), 78), None, "holder in another pid namespace");
+        assert_eq!(holder_in(locks, libc::makedev(0xfe, 0), 79), None);
+    }
+}

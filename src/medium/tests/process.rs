@@ -1,0 +1,233 @@
+//! Prevents: a lock that a second writer, a forked child or a dead handle gets around; and a refusal by the kernel
+//! (locked memory, io_uring) that stops the engine instead of being noted.
+#![expect(unsafe_code, reason = "fork, rlimits, capabilities and seccomp are system calls")]
+
+use std::process::Command;
+
+use super::*;
+
+#[test]
+fn a_second_writer_is_told_who_holds_the_region_and_a_reader_is_not_stopped() {
+    let directory = on_disk();
+    let path = region(&directory);
+    for kind in [Requested::Mmap, Requested::Direct] {
+        let writer = open_medium(&path, &options(kind, IoBackend::Auto), Some(&pool())).unwrap();
+        writer.copy(0, &pattern(5, BLOCK)).unwrap();
+        let began = Instant::now();
+        let wait = MediumOptions { lock_wait: Duration::from_millis(60), ..options(kind, IoBackend::Auto) };
+        let error = open_medium(&path, &wait, None).err().expect("two writers at once");
+        assert!(began.elapsed() >= Duration::from_millis(60), "gave up early");
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+        let text = error.to_string();
+        let comm = fs::read_to_string("/proc/self/comm").unwrap();
+        assert!(text.contains(&std::process::id().to_string()) && text.contains(comm.trim()), "{text}");
+
+        let reader =
+            open_medium(&path, &MediumOptions { writable: false, ..options(kind, IoBackend::Auto) }, None)
+                .unwrap();
+        let mut got = vec![0; BLOCK];
+        reader.read(0, &mut got).unwrap();
+        assert_eq!(got, pattern(5, BLOCK));
+        assert_eq!(reader.copy(0, &got).unwrap_err().kind(), ErrorKind::ReadOnly);
+        assert_eq!(reader.persist(0, 1, Barrier::Open).unwrap_err().kind(), ErrorKind::ReadOnly);
+        assert_eq!(reader.write_durable(0, &got, Barrier::Commit).unwrap_err().kind(), ErrorKind::ReadOnly);
+
+        let waiting = thread::spawn({
+            let path = path.clone();
+            move || {
+                let wait = MediumOptions { lock_wait: PATIENCE, ..options(kind, IoBackend::Auto) };
+                open_medium(&path, &wait, None).map(|_| ())
+            }
+        });
+        thread::sleep(Duration::from_millis(20));
+        assert!(!waiting.is_finished(), "a waiter got the lock of a live writer");
+        drop(writer);
+        waiting.join().unwrap().unwrap();
+        open_medium(&path, &options(kind, IoBackend::Auto), None).expect("free again at once");
+    }
+}
+
+#[test]
+fn a_writer_that_waited_for_a_replaced_file_gets_the_new_one() {
+    let directory = on_disk();
+    let path = region(&directory);
+    let old = RegionFile::open(&path, true, Duration::ZERO).unwrap();
+    let waiting = thread::spawn({
+        let path = path.clone();
+        move || RegionFile::open(&path, true, PATIENCE)
+    });
+    thread::sleep(Duration::from_millis(30));
+    let grown = directory.path().join("grown");
+    create_file(&grown, 2 * REGION, None).unwrap();
+    fs::rename(&grown, &path).unwrap();
+    drop(old);
+    assert_eq!(waiting.join().unwrap().unwrap().len_bytes(), 2 * REGION);
+}
+
+/// Forks; `child` must not return and must use only what is allowed after a fork.
+fn fork(child: impl FnOnce() -> i32) -> libc::pid_t {
+    // SAFETY: the child only does what `child` does and leaves by _exit.
+    match unsafe { libc::fork() } {
+        0 => {
+            let code = child();
+            // SAFETY: ends the child without running destructors of the parent's objects.
+            unsafe { libc::_exit(code) }
+        }
+        pid => {
+            assert!(pid > 0, "fork failed");
+            pid
+        }
+    }
+}
+
+fn wait(pid: libc::pid_t) -> i32 {
+    let mut status = 0;
+    // SAFETY: writes one int.
+    let got = unsafe { libc::waitpid(pid, &mut status, 0) };
+    assert_eq!(got, pid);
+    status
+}
+
+#[test]
+fn a_forked_child_holds_no_lock_and_is_refused() {
+    for_each_medium(2, |what, medium, pool| {
+        let path = PathBuf::from(what.split(' ').next().unwrap());
+        let sink = Arc::new(Tally::default());
+        let buffer = pool.acquire(None).unwrap();
+        let refused = fork(|| {
+            let forked = |result: Result<()>| result.is_err_and(|error| error.kind() == ErrorKind::Forked);
+            let verbs = forked(medium.read(0, &mut [0]))
+                && forked(medium.copy(0, &[]))
+                && forked(medium.fence(Barrier::Chunk))
+                && forked(medium.persist(0, 0, Barrier::Payload))
+                && forked(medium.write_durable(0, &[], Barrier::Commit));
+            medium.start(io(IoOp::Copy, 0, BLOCK, buffer, 0, &sink));
+            let told = sink.finished.lock().pop().is_some_and(|(.., result)| forked(result));
+            // Dropping the parent's objects in the child must neither hang nor crash nor free the parent's lock.
+            drop(medium.clone());
+            i32::from(!(verbs && told))
+        });
+        assert_eq!(wait(refused), 0, "{what}");
+        assert!(
+            open_medium(&path, &options(Requested::Mmap, IoBackend::Auto), None).is_err(),
+            "{what}: lock lost"
+        );
+
+        let idle = fork(|| loop {
+            // SAFETY: waits for a signal.
+            unsafe { libc::pause() };
+        });
+        drop(medium);
+        let reopened = open_medium(&path, &options(Requested::Mmap, IoBackend::Auto), None);
+        // SAFETY: the child that was just made.
+        unsafe { libc::kill(idle, libc::SIGKILL) };
+        wait(idle);
+        reopened.map(|_| ()).unwrap_or_else(|error| panic!("{what}: the idle child keeps the lock: {error}"));
+    });
+}
+
+#[test]
+fn a_child_that_drops_the_medium_leaves_the_parent_working() {
+    for_each_medium(2, |what, medium, pool| {
+        let mut slot = Some(medium);
+        let child = fork(|| {
+            drop(slot.take());
+            0
+        });
+        assert_eq!(wait(child), 0, "{what}");
+        let medium = slot.unwrap();
+        let sink = Arc::new(Tally::default());
+        medium.start(io(IoOp::Copy, 0, BLOCK, pool.acquire(None).unwrap(), 1, &sink));
+        sink.take(1).pop().unwrap().2.unwrap();
+    });
+}
+
+/// Runs the named test of this program alone in a process of its own, where `inside` is true.
+fn alone(test: &str, inside: impl FnOnce()) {
+    const VARIABLE: &str = "PCCHECK_TEST_ALONE";
+    if std::env::var_os(VARIABLE).is_some() {
+        return inside();
+    }
+    let program = std::env::current_exe().unwrap();
+    let name = format!("medium::tests::process::{test}");
+    let output =
+        Command::new(program).args([&name, "--exact", "--nocapture"]).env(VARIABLE, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn works(medium: &Arc<dyn Medium>, pool: &Arc<StagingPool>) {
+    let sink = Arc::new(Tally::default());
+    let mut buffer = pool.acquire(None).unwrap();
+    buffer.copy_from_slice(&pattern(4, BUFFER));
+    medium.start(io(IoOp::Copy, 0, BUFFER, buffer, 1, &sink));
+    sink.take(1).pop().unwrap().2.unwrap();
+    let mut got = vec![0; BUFFER];
+    medium.read(0, &mut got).unwrap();
+    assert!(got == pattern(4, BUFFER));
+}
+
+#[test]
+fn without_lockable_memory_buffers_go_unregistered() {
+    alone("without_lockable_memory_buffers_go_unregistered", || {
+        let directory = on_disk();
+        let path = region(&directory);
+        let pool = pool();
+        drop_capability_to_lock_memory();
+        let medium = open_medium(&path, &options(Requested::Direct, IoBackend::Uring), Some(&pool)).unwrap();
+        assert_eq!(medium.info().path, "io_uring");
+        assert!(medium.info().notes.iter().any(|note| note.contains("locked memory")), "{:?}", medium.info());
+        works(&medium, &pool);
+    });
+}
+
+/// Of the calling thread; and lowers the process's limit to what a ring needs, less than the pool.
+fn drop_capability_to_lock_memory() {
+    const VERSION_3: u32 = 0x2008_0522;
+    const LIMIT_BYTES: libc::rlim_t = 512 << 10;
+    let limit = libc::rlimit { rlim_cur: LIMIT_BYTES, rlim_max: LIMIT_BYTES };
+    // SAFETY: reads one struct.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }, 0);
+    let header = [VERSION_3, 0];
+    let empty = [0u32; 6];
+    // SAFETY: version 3 of the call reads 8 bytes of header and 24 bytes of capability sets.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), empty.as_ptr()) }, 0);
+}
+
+#[test]
+fn where_io_uring_is_refused_threads_take_over() {
+    alone("where_io_uring_is_refused_threads_take_over", || {
+        let directory = on_disk();
+        let path = region(&directory);
+        let pool = pool();
+        refuse_io_uring();
+        let medium = open_medium(&path, &options(Requested::Direct, IoBackend::Auto), Some(&pool)).unwrap();
+        assert_eq!(medium.info().path, "pwrite");
+        assert!(medium.info().notes.iter().any(|note| note.contains("io_uring")), "{:?}", medium.info());
+        works(&medium, &pool);
+        drop(medium);
+        let refused = open_medium(&path, &options(Requested::Direct, IoBackend::Uring), None).err().unwrap();
+        assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+    });
+}
+
+/// A seccomp filter as container runtimes use it: io_uring_setup fails with EPERM.
+fn refuse_io_uring() {
+    let load_number = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
+    let skip_unless_setup =
+        libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: libc::SYS_io_uring_setup as u32 };
+    let fail =
+        libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ERRNO | libc::EPERM as u32 };
+    let allow = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
+    let mut filter = [load_number, skip_unless_setup, fail, allow];
+    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+    // SAFETY: takes numbers only.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
+    // SAFETY: reads the program of four instructions.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) };
+    assert_eq!(set, 0);
+}
