@@ -34,8 +34,8 @@ pub mod atomic {
 pub mod model {
     pub use loom::cell::UnsafeCell;
 
-    /// Runs `law` under every schedule with at most `preemptions` preemptions (more if LOOM_MAX_PREEMPTIONS says
-    /// so); panics at the first that breaks it.
+    /// Runs `law` under every schedule with at most `preemptions` preemptions (more if LOOM_MAX_PREEMPTIONS
+    /// says so); panics at the first that breaks it.
     pub fn explore(preemptions: usize, law: impl Fn() + Sync + Send + 'static) {
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = Some(preemptions.max(builder.preemption_bound.unwrap_or(0)));

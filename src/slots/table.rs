@@ -5,8 +5,8 @@
 //! 1. A WRITING(g) slot belongs to the save of generation `g`: it alone commits, releases or quarantines it.
 //! 2. A slot is claimed only while FREE, by one compare-and-exchange from the FREE word that was seen to
 //!    WRITING(g). Of two claimers that saw the same word one fails, since generations are never reused and
-//!    the word has changed; so a slot is never handed out twice. That the word went away and came back (A-B-A)
-//!    does no harm: the same FREE word means that the slot is free, whatever happened between.
+//!    the word has changed; so a slot is never handed out twice. That the word went away and came back
+//!    (A-B-A) does no harm: the same FREE word means that the slot is free, whatever happened between.
 //! 3. A COMMITTED slot leaves that state only by reclaim, discard and quarantine, all of which hold the
 //!    `retention` lock; reclaim and discard also fail, by the same exchange, while it is pinned or read.
 //! 4. Claim, commit, release, pins and readers take no lock.
@@ -15,17 +15,17 @@
 //!
 //! It frees a committed slot of generation `g` after it saw `keep` committed slots newer than `g`. Others
 //! commit meanwhile, which adds newer ones; but none of those that were seen can leave COMMITTED, by rule 3.
-//! So at the exchange there still are `keep` newer ones, and the newest `keep` (at least one) are never freed.
-//! For the same reason [`SlotTable::newest`], which holds the lock too, cannot miss a checkpoint that was
-//! committed when it was called, nor return one that is gone.
+//! So at the exchange there still are `keep` newer ones, and the newest `keep` (at least one) are never
+//! freed. For the same reason [`SlotTable::newest`], which holds the lock too, cannot miss a checkpoint that
+//! was committed when it was called, nor return one that is gone.
 //!
 //! # What the orderings publish
 //!
 //! Payload and records reach the medium by I/O, ordered by its completion and by the protocol's barriers, not
 //! by these words. The words order what is in DRAM: a save's bookkeeping of its slot, and loads and stores of
-//! mapped media. Every change is one read-modify-write with AcqRel: its Release half ends the changer's use of
-//! the slot before others see the new word (a reader's loads before `drop_reader`, the save's stores before
-//! `commit`), its Acquire half starts a use only after the earlier owner's end (`claim` pairs with the
+//! mapped media. Every change is one read-modify-write with AcqRel: its Release half ends the changer's use
+//! of the slot before others see the new word (a reader's loads before `drop_reader`, the save's stores
+//! before `commit`), its Acquire half starts a use only after the earlier owner's end (`claim` pairs with the
 //! `reclaim`, `release`, `discard` or `lift_quarantine` that freed the slot, `reclaim` with `drop_reader` and
 //! `unpin`, `add_reader` with `commit`). All changes of a word form one release sequence, so intermediate
 //! changes by third parties break no pair.
@@ -70,8 +70,8 @@ impl SlotTable {
         self.words.is_empty()
     }
 
-    /// Claims the free slot whose old content is oldest, for the save of `generation`, which must be new and in
-    /// `1..=GENERATION_MAX`. `None`: no slot is free (or the generation is out of range).
+    /// Claims the free slot whose old content is oldest, for the save of `generation`, which must be new and
+    /// in `1..=GENERATION_MAX`. `None`: no slot is free (or the generation is out of range).
     ///
     /// Lock-free: it starts over only when another claim took the slot it had chosen.
     pub fn claim(&self, generation: u64) -> Option<Claim> {
@@ -93,14 +93,15 @@ impl SlotTable {
         self.change(slot, |word| word.commit(generation))
     }
 
-    /// Gives up a save that failed or was cancelled: WRITING(g) to FREE(0). False if the slot is not WRITING(g).
+    /// Gives up a save that failed or was cancelled: WRITING(g) to FREE(0). False if the slot is not
+    /// WRITING(g).
     #[must_use]
     pub fn release(&self, slot: u32, generation: u64) -> bool {
         self.change(slot, |word| word.release(generation))
     }
 
-    /// Takes a slot whose durability is unknown out of use: WRITING(g) or COMMITTED(g) to QUARANTINED(g). Pins
-    /// and readers stay and can be dropped. False if the slot holds something else.
+    /// Takes a slot whose durability is unknown out of use: WRITING(g) or COMMITTED(g) to QUARANTINED(g).
+    /// Pins and readers stay and can be dropped. False if the slot holds something else.
     #[must_use]
     pub fn quarantine(&self, slot: u32, generation: u64) -> bool {
         let _retained = self.retention.lock();
@@ -113,9 +114,10 @@ impl SlotTable {
         self.change(slot, |word| word.lift_quarantine(generation))
     }
 
-    /// Frees the committed, unpinned, unread slots that are older than the newest `keep` committed ones (pinned
-    /// and read ones count among these; `keep` 0 is taken as 1), and with `hold_floor` only those of a
-    /// generation below it. Returns slot and generation of each; its media record stays valid until claimed.
+    /// Frees the committed, unpinned, unread slots that are older than the newest `keep` committed ones
+    /// (pinned and read ones count among these; `keep` 0 is taken as 1), and with `hold_floor` only those of
+    /// a generation below it. Returns slot and generation of each; its media record stays valid until
+    /// claimed.
     pub fn reclaim(&self, keep: usize, hold_floor: Option<u64>) -> Vec<(u32, u64)> {
         let _retained = self.retention.lock();
         let limit = self.reclaim_limit(keep, hold_floor);
@@ -131,34 +133,36 @@ impl SlotTable {
         freed
     }
 
-    /// Pins a checkpoint: never reclaimed until unpinned. True if the slot is COMMITTED(g), pinned before or not.
+    /// Pins a checkpoint: never reclaimed until unpinned. True if the slot is COMMITTED(g), pinned before or
+    /// not.
     #[must_use]
     pub fn pin(&self, slot: u32, generation: u64) -> bool {
         self.change(slot, |word| word.pin(generation))
     }
 
-    /// Ends a pin; the next [`reclaim`](SlotTable::reclaim) may free the slot. True if the slot holds `generation`
-    /// (committed or quarantined), pinned before or not.
+    /// Ends a pin; the next [`reclaim`](SlotTable::reclaim) may free the slot. True if the slot holds
+    /// `generation` (committed or quarantined), pinned before or not.
     #[must_use]
     pub fn unpin(&self, slot: u32, generation: u64) -> bool {
         self.change(slot, |word| word.unpin(generation))
     }
 
-    /// Registers a reader: the slot keeps its content until [`drop_reader`](SlotTable::drop_reader). False if it is
-    /// not COMMITTED(g) any more, or has [`READERS_MAX`](super::READERS_MAX) readers.
+    /// Registers a reader: the slot keeps its content until [`drop_reader`](SlotTable::drop_reader). False if
+    /// it is not COMMITTED(g) any more, or has [`READERS_MAX`](super::READERS_MAX) readers.
     #[must_use]
     pub fn add_reader(&self, slot: u32, generation: u64) -> bool {
         self.change(slot, |word| word.add_reader(generation))
     }
 
-    /// Ends one reader that [`add_reader`](SlotTable::add_reader) registered; the next reclaim may free the slot.
+    /// Ends one reader that [`add_reader`](SlotTable::add_reader) registered; the next reclaim may free the
+    /// slot.
     pub fn drop_reader(&self, slot: u32, generation: u64) {
         let was_reading = self.change(slot, |word| word.drop_reader(generation));
         debug_assert!(was_reading, "slot {slot} has no reader of generation {generation}");
     }
 
-    /// Gives up a checkpoint: COMMITTED(g), neither pinned nor read, to FREE(0). False otherwise. The caller has
-    /// made this durable, and answers for what remains: the newest may be discarded.
+    /// Gives up a checkpoint: COMMITTED(g), neither pinned nor read, to FREE(0). False otherwise. The caller
+    /// has made this durable, and answers for what remains: the newest may be discarded.
     #[must_use]
     pub fn discard(&self, slot: u32, generation: u64) -> bool {
         let _retained = self.retention.lock();
@@ -181,8 +185,9 @@ impl SlotTable {
         self.snapshot().map(|(_, word)| word.view()).collect()
     }
 
-    /// Slot and generation of the newest checkpoint: at least as new as the newest when the call began. It may be
-    /// reclaimed after the return; [`add_reader`](SlotTable::add_reader) tells, and then a newer one exists.
+    /// Slot and generation of the newest checkpoint: at least as new as the newest when the call began. It
+    /// may be reclaimed after the return; [`add_reader`](SlotTable::add_reader) tells, and then a newer one
+    /// exists.
     pub fn newest(&self) -> Option<(u32, u64)> {
         let _retained = self.retention.lock();
         self.snapshot()
@@ -191,8 +196,8 @@ impl SlotTable {
             .max_by_key(|&(_, generation)| generation)
     }
 
-    /// How many slots serve saves: free, being written, or such that [`reclaim`](SlotTable::reclaim) would free
-    /// them. So neither quarantined, nor pinned, nor read, nor among the newest `keep`, nor held.
+    /// How many slots serve saves: free, being written, or such that [`reclaim`](SlotTable::reclaim) would
+    /// free them. So neither quarantined, nor pinned, nor read, nor among the newest `keep`, nor held.
     pub fn claimable_count(&self, keep: usize, hold_floor: Option<u64>) -> usize {
         let _retained = self.retention.lock();
         let limit = self.reclaim_limit(keep, hold_floor);

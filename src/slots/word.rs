@@ -15,8 +15,9 @@
 //!                     +------> QUARANTINED(g) <---+
 //! ```
 //!
-//! Pins and readers are added while COMMITTED only; a slot with either leaves that state only for QUARANTINED,
-//! which keeps them. A transition is a pure function: the table applies it by compare-and-exchange.
+//! Pins and readers are added while COMMITTED only; a slot with either leaves that state only for
+//! QUARANTINED, which keeps them. A transition is a pure function: the table applies it by
+//! compare-and-exchange.
 
 const STATE_MASK: u64 = 0b111;
 const PINNED: u64 = 1 << 3;

@@ -30,7 +30,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps and touches `len` bytes (a multiple of [`PAGE_BYTES`], not 0), aligned to [`HUGE_PAGE_BYTES`], all zero.
+    /// Maps and touches `len` bytes (a multiple of [`PAGE_BYTES`], not 0), aligned to [`HUGE_PAGE_BYTES`],
+    /// all zero.
     pub(super) fn new(len: usize) -> Result<Mapping> {
         let too_large = || out_of_memory(len, "the size overflows the address space");
         // Mapped with one huge page to spare, so that an aligned start exists; the rest is given back.

@@ -22,7 +22,8 @@ pub struct StagingOptions {
 
 /// The fixed set of chunk buffers shared by all saves and loads of a store.
 ///
-/// All memory is taken in [`new`](StagingPool::new) and given back when the pool and its last buffer are dropped.
+/// All memory is taken in [`new`](StagingPool::new) and given back when the pool and its last buffer are
+/// dropped.
 pub struct StagingPool {
     mapping: Mapping,
     buffer_bytes: usize,
@@ -50,7 +51,7 @@ impl StagingPool {
         let count = total_bytes / buffer_bytes as u64;
         if count < BUFFERS_MIN as u64 {
             return Err(invalid(format!(
-                "at least {BUFFERS_MIN} buffers of {buffer_bytes} bytes must fit, found {total_bytes} bytes in all"
+                "at least {BUFFERS_MIN} buffers of {buffer_bytes} bytes must fit, found {total_bytes} bytes"
             ))
             .advise("give a larger staging pool or smaller chunks"));
         }

@@ -139,7 +139,7 @@ mod tests {
                     Some(index) => {
                         let index = usize::from(index);
                         let taken = index < len && free.insert(index);
-                        prop_assert_eq!(set.put(index), taken, "put succeeds exactly for indices that are out");
+                        prop_assert_eq!(set.put(index), taken, "put takes what is out, no more");
                     }
                 }
                 prop_assert_eq!(set.free_count(), free.len());
