@@ -35,6 +35,9 @@ const OVERLAYFS_MAGIC: i64 = 0x794c_7630;
 /// Alignment that suffices for O_DIRECT on every device with sectors up to 4 KiB.
 pub(super) const SAFE_DIO_ALIGN: usize = 4096;
 
+/// How long a device's claim is waited for at least: the kernel gives it up a little after its holder closed.
+const CLAIM_GRACE: Duration = Duration::from_millis(100);
+
 /// What is fixed about a region's file from the moment it is opened.
 #[derive(Debug)]
 pub struct RegionFile {
@@ -64,8 +67,10 @@ impl RegionFile {
 
     fn open_at(path: &Path, writable: bool, lock_deadline: Option<Instant>) -> Result<Self> {
         loop {
-            let claims = lock_deadline.is_some() && writable;
-            let file = RegionFile::open_once(path, writable, claims)?;
+            let file = match lock_deadline.filter(|_| writable) {
+                Some(deadline) => RegionFile::open_claimed(path, deadline)?,
+                None => RegionFile::open_once(path, writable, false)?,
+            };
             let (Some(deadline), true) = (lock_deadline, writable) else { return Ok(file) };
             lock::exclusive(&file, deadline)?;
             if file.still_named()? {
@@ -80,6 +85,25 @@ impl RegionFile {
                 )
                 .at_path(path)
                 .advise("try again"));
+            }
+        }
+    }
+
+    /// Opens for writing; a device also under the kernel's exclusive claim, which other writers hold while they are
+    /// open, as mounts do.
+    fn open_claimed(path: &Path, deadline: Instant) -> Result<Self> {
+        let mut backoff = lock::Backoff::until(deadline.max(Instant::now() + CLAIM_GRACE));
+        loop {
+            match RegionFile::open_once(path, true, true) {
+                Err(error) if error.errno() == Some(libc::EBUSY) => {
+                    if backoff.wait() {
+                        continue;
+                    }
+                    // Another writer can be named, by its lock; a mount cannot.
+                    let seen = RegionFile::open_once(path, false, false).ok().filter(lock::is_held);
+                    return Err(seen.map_or(error, |file| lock::in_use(&file)));
+                }
+                opened => return opened,
             }
         }
     }

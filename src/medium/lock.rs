@@ -15,9 +15,32 @@ const POLL_MIN: Duration = Duration::from_millis(1);
 /// Longest pause between two attempts.
 const POLL_MAX: Duration = Duration::from_millis(50);
 
+/// Pauses between attempts at something that another process still holds.
+pub(super) struct Backoff {
+    deadline: Instant,
+    pause: Duration,
+}
+
+impl Backoff {
+    pub(super) fn until(deadline: Instant) -> Self {
+        Backoff { deadline, pause: POLL_MIN }
+    }
+
+    /// Sleeps; false, at once, when the deadline has passed.
+    pub(super) fn wait(&mut self) -> bool {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        thread::sleep(self.pause.min(left));
+        self.pause = (self.pause * 2).min(POLL_MAX);
+        true
+    }
+}
+
 /// Takes the lock on the open file description of `file`, trying until `deadline`.
 pub(super) fn exclusive(file: &RegionFile, deadline: Instant) -> Result<()> {
-    let mut pause = POLL_MIN;
+    let mut backoff = Backoff::until(deadline);
     loop {
         // SAFETY: touches no memory.
         if unsafe { libc::flock(file.raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
@@ -35,12 +58,9 @@ pub(super) fn exclusive(file: &RegionFile, deadline: Instant) -> Result<()> {
                 ))
             }
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        if !backoff.wait() {
             return Err(in_use(file));
         }
-        thread::sleep(pause.min(left));
-        pause = (pause * 2).min(POLL_MAX);
     }
 }
 
@@ -50,7 +70,13 @@ pub(super) fn release(fd: RawFd) {
     unsafe { libc::flock(fd, libc::LOCK_UN) };
 }
 
-fn in_use(file: &RegionFile) -> Error {
+/// Whether some process holds the writer's lock.
+pub(super) fn is_held(file: &RegionFile) -> bool {
+    holder(file.raw_fd()).is_some()
+}
+
+/// The error that names who holds the region.
+pub(super) fn in_use(file: &RegionFile) -> Error {
     let holder = match holder(file.raw_fd()) {
         Some(pid) => match fs::read_to_string(format!("/proc/{pid}/comm")) {
             Ok(command) => format!("process {pid} ({})", command.trim_end()),

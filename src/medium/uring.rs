@@ -383,6 +383,9 @@ impl Drop for Shared {
         }
         let closed = without_forks(|| {
             drop(self.registration.take());
+            // The kernel dismantles a ring some time after it is closed; a device's exclusive claim must not wait for
+            // that. Refusal changes nothing: then it does wait.
+            let _ = self.ring.submitter().unregister_files();
             // SAFETY: not used again: `self` is being dropped.
             unsafe { ManuallyDrop::drop(&mut self.ring) };
             Ok(())

@@ -53,7 +53,9 @@ fn for_each_medium(queue_depth: usize, check: impl Fn(&str, Arc<dyn Medium>, &Ar
             (Requested::Direct, IoBackend::Uring, false),
             (Requested::Direct, IoBackend::Threads, false),
         ] {
-            let options = MediumOptions { queue_depth, ..options(kind, backend) };
+            // A medium that a completion dropped gives its lock up on the thread of that completion, a little later.
+            let lock_wait = PATIENCE;
+            let options = MediumOptions { queue_depth, lock_wait, ..options(kind, backend) };
             let medium = open_medium(&path, &options, registered.then_some(&pool)).unwrap();
             let what = format!("{} {:?}", path.display(), medium.info());
             check(&what, medium, &pool);
