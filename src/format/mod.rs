@@ -59,7 +59,7 @@ pub const MAX_CHUNK_BYTES: u64 = 64 << 20;
 /// Highest generation, so that a slot's state, pins and generation pack in 64 bits. The lowest is 1.
 pub const MAX_GENERATION: u64 = (1 << 44) - 1;
 
-/// Most generations that one control write may lease beyond the last ceiling or the next generation.
+/// Most generations by which one control write may raise the ceiling.
 pub const MAX_LEASE_GENERATIONS: u64 = 1 << 16;
 
 /// Generations skipped when both control blocks, and so the ceiling, are lost.

@@ -231,18 +231,17 @@ fn plan_within(
     own: BTreeMap<String, String>,
     limit_bytes: u64,
 ) -> Result<PayloadPlan> {
-    let moved = if user.is_empty() { None } else { Some(to_json(&user)?.into_bytes()) };
-    let mut metadata = user;
+    let mut metadata = user.clone();
     metadata.extend(own.clone());
     let inline = arrange(tensors, metadata, None)?;
     if inline.header.len() as u64 <= limit_bytes {
         return Ok(inline);
     }
     let mut header_bytes = inline.header.len();
-    if let Some(data) = moved {
+    if !user.is_empty() {
         let mut metadata = own;
         metadata.insert(KEY_METADATA_TENSOR.to_owned(), METADATA_TENSOR_NAME.to_owned());
-        let outside = arrange(tensors, metadata, Some(data))?;
+        let outside = arrange(tensors, metadata, Some(to_json(&user)?.into_bytes()))?;
         if outside.header.len() as u64 <= limit_bytes {
             return Ok(outside);
         }

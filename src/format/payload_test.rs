@@ -334,3 +334,30 @@ proptest! {
         }
     }
 }
+
+/// A file that Python's safetensors 0.8 wrote.
+#[test]
+fn a_file_of_python_s_safetensors_is_read() {
+    let file = include_bytes!("../../tests/data/python.safetensors");
+    let payload = parse(file).unwrap();
+    assert_ne!(payload.header_bytes % 4096, 0);
+    assert_eq!(payload.metadata["epoch"], "3");
+    let expected: [(&str, Dtype, &[u64], &[u8]); 5] = [
+        (
+            "w",
+            Dtype::F32,
+            &[2, 3],
+            &[0, 0, 0, 0, 0, 0, 128, 63, 0, 0, 0, 64, 0, 0, 64, 64, 0, 0, 128, 64, 0, 0, 160, 64],
+        ),
+        ("b", Dtype::BOOL, &[3], &[1, 0, 1]),
+        ("s", Dtype::I64, &[], &[7, 0, 0, 0, 0, 0, 0, 0]),
+        ("e", Dtype::F16, &[0, 4], &[]),
+        ("вес", Dtype::C64, &[1], &[0, 0, 128, 63, 0, 0, 0, 64]),
+    ];
+    assert_eq!(payload.tensors.len(), expected.len());
+    for (name, dtype, shape, bytes) in expected {
+        let tensor = payload.tensor(name).unwrap();
+        assert_eq!((tensor.dtype, &tensor.shape[..]), (dtype, shape), "{name}");
+        assert_eq!(&file[tensor.offset as usize..][..tensor.bytes as usize], bytes, "{name}");
+    }
+}
