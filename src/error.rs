@@ -22,7 +22,7 @@ pub enum ErrorKind {
     NotFound,
     /// The path already holds a region (or other data) and force was not given.
     AlreadyExists,
-    /// The file is not a pccheck region, or both its superblocks are damaged.
+    /// The file is not a pccheck region.
     NotARegion,
     /// The region was written by a newer, incompatible version of the format.
     UnsupportedVersion,

@@ -82,11 +82,16 @@ impl Region {
             make_durable_again(&*medium, &table).map_err(|e| e.at_path(path))?;
             let run_id = options.run_id;
             lease.ceiling = control.lease(&*medium, lease.next).map_err(|e| e.at_path(path))?;
+            if table.control_damaged {
+                // Over the damaged copy as well, so that the next damage cannot hide a ceiling.
+                control.lease(&*medium, lease.next).map_err(|e| e.at_path(path))?;
+            }
             if control.current().run_id != run_id {
                 control.update(&*medium, |c| c.run_id = run_id).map_err(|e| e.at_path(path))?;
             }
         }
-        let views: Vec<SlotView> = table.slots.iter().map(slot_view).collect();
+        let views: Vec<SlotView> =
+            table.slots.iter().map(|decision| slot_view(decision, control.current())).collect();
         let records = table
             .slots
             .iter()
@@ -639,11 +644,15 @@ fn make_durable_again(medium: &dyn Medium, table: &DecisionTable) -> Result<()> 
     Ok(())
 }
 
-fn slot_view(decision: &recovery::SlotDecision) -> SlotView {
+fn slot_view(decision: &recovery::SlotDecision, control: &Control) -> SlotView {
     let generation = decision.record.as_ref().map_or(0, |record| record.generation);
     let (state, generation) = match decision.verdict {
         Verdict::Checkpoint => (SlotState::Committed, generation),
-        Verdict::Quarantined => (SlotState::Quarantined, generation),
+        // The mark's generation: the record itself may be unreadable.
+        Verdict::Quarantined => {
+            let mark = control.marks.iter().find(|mark| mark.slot == decision.slot);
+            (SlotState::Quarantined, mark.map_or(generation, |mark| mark.generation))
+        }
         _ => (SlotState::Free, 0),
     };
     SlotView { state, generation, readers: 0, pinned: decision.pinned && state == SlotState::Committed }
