@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{GlobalMark, MARK_DISCARDED, MAX_GENERATION};
 use crate::format::{
-    Layout, RecordState, SlotRecord, Superblock, BLOCK_BYTES, MARK_PINNED, MARK_QUARANTINED,
+    Control, GlobalMark, Layout, RecordState, SlotRecord, Superblock, BLOCK_BYTES, MARK_DISCARDED,
+    MARK_PINNED, MARK_QUARANTINED, MAX_GENERATION,
 };
 use crate::medium::{fork, Barrier, Medium, MediumInfo};
 use crate::recovery::{self, DecisionTable, Verdict};
