@@ -8,6 +8,7 @@
 //!   on its slot is in flight, its writing mark is not being written and the committer does not hold it. Only
 //!   then is the slot given back, so that no late write can hit a slot that another save has claimed.
 
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -551,6 +552,16 @@ impl IoSink for SaveCore {
     fn finished(&self, token: u64, buffer: StagingBuffer, result: Result<()>) {
         drop(buffer);
         let Ok(shared) = self.shared() else { return };
+        // The medium's thread serves all saves and must outlive a defect in one of them.
+        let told = catch_unwind(AssertUnwindSafe(|| self.write_finished(&shared, token, result)));
+        if told.is_err() {
+            shared.region.poison();
+        }
+    }
+}
+
+impl SaveCore {
+    fn write_finished(&self, shared: &Shared, token: u64, result: Result<()>) {
         // On persistent memory the thread that stored the chunk runs this, and its fence makes the chunk durable.
         let result = result.and_then(|()| shared.region.medium().fence(Barrier::Chunk));
         {

@@ -256,7 +256,7 @@ impl Shared {
     pub fn end_failed(&self, save: &SaveCore, error: &Error) {
         match error.kind() {
             ErrorKind::DurabilityUnknown => self.region.quarantine(save.claim),
-            _ => self.region.release(save.claim),
+            kind => self.region.release(save.claim, kind != ErrorKind::Cancelled),
         }
         match error.kind() {
             ErrorKind::Cancelled => self.metrics.saves_cancelled(),

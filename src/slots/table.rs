@@ -100,6 +100,13 @@ impl SlotTable {
         self.change(slot, |word| word.release(generation))
     }
 
+    /// Gives up a save whose medium refused a write: WRITING(g) to FREE(g), so that the slot is claimed after all
+    /// others and one bad place does not fail every save. False if the slot is not WRITING(g).
+    #[must_use]
+    pub fn release_last(&self, slot: u32, generation: u64) -> bool {
+        self.change(slot, |word| word.release_last(generation))
+    }
+
     /// Takes a slot whose durability is unknown out of use: WRITING(g) or COMMITTED(g) to QUARANTINED(g).
     /// Pins and readers stay and can be dropped. False if the slot holds something else.
     #[must_use]

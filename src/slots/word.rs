@@ -167,6 +167,12 @@ impl Word {
         self.is(WRITING, generation).then(|| Word::new(FREE, 0))
     }
 
+    /// WRITING(g) -> FREE(g): nothing is there, but the slot is claimed after all others.
+    #[must_use]
+    pub(super) fn release_last(self, generation: u64) -> Option<Word> {
+        self.is(WRITING, generation).then(|| Word::new(FREE, generation))
+    }
+
     /// WRITING(g) or COMMITTED(g) -> QUARANTINED(g), with its pin and readers.
     #[must_use]
     pub(super) fn quarantine(self, generation: u64) -> Option<Word> {

@@ -289,9 +289,16 @@ impl Region {
         })
     }
 
-    /// Passes on the result of a barrier, counting its failure.
+    /// Passes on the result of a barrier, counting its failure. Refusals that reached no medium are not counted.
     fn believe(&self, op: &'static str, result: Result<()>) -> Result<()> {
         result.map_err(|cause| {
+            let concerns_medium = matches!(
+                cause.kind(),
+                ErrorKind::Io | ErrorKind::NoSpace | ErrorKind::OutOfMemory | ErrorKind::DurabilityUnknown
+            );
+            if !concerns_medium {
+                return cause.at_path(&self.path);
+            }
             let error = self.durability_unknown(op, &cause);
             *self.last_flush_error.lock() = Some(error.clone());
             self.flush_failures.fetch_add(1, Ordering::Release);
@@ -314,9 +321,12 @@ impl Region {
         views.iter().filter(|v| v.state == SlotState::Committed).map(|v| v.generation).max()
     }
 
-    /// Gives back the slot of a save that failed or was cancelled.
-    pub(crate) fn release(&self, claim: Claimed) {
-        let owned = self.slots.release(claim.slot, claim.generation);
+    /// Gives back the slot of a save that failed or was cancelled; `suspect` where the medium refused a write.
+    pub(crate) fn release(&self, claim: Claimed, suspect: bool) {
+        let owned = match suspect {
+            true => self.slots.release_last(claim.slot, claim.generation),
+            false => self.slots.release(claim.slot, claim.generation),
+        };
         debug_assert!(owned, "a save releases the slot it owns");
         self.slot_freed.notify_all();
     }
