@@ -51,6 +51,7 @@ enum Op {
     Claim,
     Commit(u8),
     Release(u8),
+    ReleaseLast(u8),
     Quarantine(u8),
     Lift(u8),
     Reclaim(usize, Option<u8>),
@@ -68,6 +69,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => Just(Op::Claim),
         5 => slot().prop_map(Op::Commit),
         1 => slot().prop_map(Op::Release),
+        1 => slot().prop_map(Op::ReleaseLast),
         1 => slot().prop_map(Op::Quarantine),
         1 => slot().prop_map(Op::Lift),
         4 => (0usize..4, prop::option::weighted(0.3, slot())).prop_map(|(keep, hold)| Op::Reclaim(keep, hold)),
@@ -107,6 +109,14 @@ proptest! {
                     prop_assert_eq!(table.release(index, it.generation), allowed);
                     if allowed {
                         *it = view(SlotState::Free, 0);
+                    }
+                }
+                Op::ReleaseLast(slot) => {
+                    let (index, it) = (at(slot) as u32, &mut model.0[at(slot)]);
+                    let allowed = it.state == SlotState::Writing;
+                    prop_assert_eq!(table.release_last(index, it.generation), allowed);
+                    if allowed {
+                        it.state = SlotState::Free;
                     }
                 }
                 Op::Quarantine(slot) => {
