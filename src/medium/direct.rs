@@ -196,6 +196,11 @@ impl Medium for Direct {
         self.file.sync_data()
     }
 
+    /// One fdatasync covers all ranges.
+    fn persist_ranges(&self, ranges: &[(u64, u64)], barrier: Barrier) -> Result<()> {
+        ranges.first().map_or(Ok(()), |&(offset, len)| self.persist(offset, len, barrier))
+    }
+
     /// RWF_DSYNC: the device writes the block through its cache, and nothing else is flushed.
     fn write_durable(&self, offset: u64, block: &[u8], _barrier: Barrier) -> Result<()> {
         self.check_blocks("write durably", offset, block.len())?;
