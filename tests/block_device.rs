@@ -13,7 +13,9 @@ use pccheck::ErrorKind;
 const WAIT: Option<Duration> = Some(Duration::from_secs(60));
 
 fn device() -> PathBuf {
-    PathBuf::from(std::env::var_os("PCC_BLOCK_DEVICE").expect("PCC_BLOCK_DEVICE names a block device to overwrite"))
+    PathBuf::from(
+        std::env::var_os("PCC_BLOCK_DEVICE").expect("PCC_BLOCK_DEVICE names a block device to overwrite"),
+    )
 }
 
 fn options(backend: IoBackend) -> OpenOptions {
@@ -54,7 +56,8 @@ fn a_device_holds_a_region_like_a_file() {
         }
         let again = OpenOptions { lock_wait: Some(Duration::ZERO), ..options(backend) };
         assert_eq!(Store::open(&path, &again).err().expect("claimed").kind(), ErrorKind::InUse);
-        let reader = Store::open(&path, &OpenOptions { read_only: true, ..options(backend) }).expect("beside");
+        let reader =
+            Store::open(&path, &OpenOptions { read_only: true, ..options(backend) }).expect("beside");
         drop(store);
         for store in [reader, Store::open(&path, &options(backend)).expect("open again")] {
             let opened = store.open_checkpoint(Select::Newest, true).expect("newest");

@@ -97,7 +97,9 @@ impl Mapped {
         let persister = Persister::detect();
         if !persister.reaches_persistence() {
             let message = "no instruction of this processor is known to reach persistence";
-            let error = file.about(Error::new(ErrorKind::Unsupported, "map with MAP_SYNC", message));
+            let error = file
+                .about(Error::new(ErrorKind::Unsupported, "map with MAP_SYNC", message))
+                .advise("let the engine choose the medium, or choose mmap");
             return Err(Box::new(NotDax { file, error }));
         }
         let protection = match file.is_writable() {

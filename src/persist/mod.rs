@@ -13,13 +13,14 @@
 //! that need not survive anything.
 #![expect(unsafe_code, reason = "this room is the crate's only home of machine instructions")]
 
-#[cfg(target_arch = "aarch64")]
+// `--cfg pcc_portable` chooses the portable path anywhere, so that it is tested, too.
+#[cfg(all(target_arch = "aarch64", not(pcc_portable)))]
 #[path = "aarch64.rs"]
 mod arch;
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(any(pcc_portable, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
 #[path = "portable.rs"]
 mod arch;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(pcc_portable)))]
 #[path = "x86_64.rs"]
 mod arch;
 

@@ -77,7 +77,7 @@ fn detection_takes_the_first_available_and_every_path_has_a_name() {
     let available = Persister::available();
     assert_eq!(available[0], Persister::detect());
     assert!(available.iter().all(|p| !p.name().is_empty()));
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(pcc_portable)))]
     {
         let names: Vec<_> = available.iter().map(Persister::name).collect();
         assert!(names.contains(&"sse2"), "{names:?}");
