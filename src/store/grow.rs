@@ -100,7 +100,10 @@ fn copy_region(
     let pins = |mark: &SlotMark| table.newest_first.contains(&mark.slot) && mark.flags & MARK_PINNED != 0;
     let marks = control.marks.iter().filter(|mark| pins(mark)).cloned().collect();
     let control = Control { marks, sequence: control.sequence + 1, ..control };
-    new.copy(CONTROL_OFFSETS[0], &control.encode(&superblock.uuid)?)?;
+    // Both copies: a missing one would look like damage, and cost generations at every open.
+    for offset in CONTROL_OFFSETS {
+        new.copy(offset, &control.encode(&superblock.uuid)?)?;
+    }
     new.fence(Barrier::Control)?;
     new.persist(0, new.len_bytes(), Barrier::Payload)?;
     for offset in SUPERBLOCK_OFFSETS {
