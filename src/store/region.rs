@@ -426,7 +426,19 @@ impl Region {
         self.slots.claimable_count(self.options.keep as usize, self.hold_floor())
     }
 
-    /// True where saves still have N slots to claim.
+    /// True where saves will have N slots to claim however long what is protected now stays so: a pin outlives
+    /// its checkpoint's time among the newest K.
+    fn has_lasting_room(&self) -> bool {
+        let protected = self
+            .slots
+            .views()
+            .iter()
+            .filter(|view| view.pinned || view.readers > 0 || view.state == SlotState::Quarantined)
+            .count() as u32;
+        protected + self.options.keep + self.options.max_in_flight <= self.layout().slot_count
+    }
+
+    /// True where saves have N slots to claim now. Enough for a reader, which goes away again.
     fn has_room(&self) -> bool {
         self.claimable_count() >= self.options.max_in_flight as usize
     }
