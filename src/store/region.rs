@@ -473,7 +473,7 @@ impl Region {
         if !self.slots.pin(record.slot, generation) {
             return Err(self.not_found(OP, generation));
         }
-        if !self.has_room() {
+        if !self.has_lasting_room() {
             let _ = self.slots.unpin(record.slot, generation);
             return Err(self.no_room(OP));
         }
