@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod commands;
+mod demo;
 mod exit;
 mod output;
 mod table;
@@ -45,6 +46,9 @@ enum Command {
     Pin(commands::pin::Args),
     /// Lift a pin, durably (needs the writer's lock).
     Unpin(commands::pin::Args),
+    Demo(demo::Args),
+    #[command(hide = true)]
+    DemoTrainer(demo::trainer::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +61,8 @@ fn main() -> ExitCode {
         Command::Grow(args) => commands::grow::run(&args),
         Command::Pin(args) => commands::pin::run(&args, true),
         Command::Unpin(args) => commands::pin::run(&args, false),
+        Command::Demo(args) => demo::run(&args),
+        Command::DemoTrainer(args) => demo::trainer::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
