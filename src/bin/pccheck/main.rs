@@ -8,6 +8,7 @@
 //! | [`units`], [`table`], [`output`], [`exit`] | sizes and times, aligned tables, what is printed, exit codes |
 #![deny(unsafe_code)]
 
+mod bench;
 mod commands;
 mod demo;
 mod exit;
@@ -46,6 +47,7 @@ enum Command {
     Pin(commands::pin::Args),
     /// Lift a pin, durably (needs the writer's lock).
     Unpin(commands::pin::Args),
+    Bench(bench::Args),
     Demo(demo::Args),
     #[command(hide = true)]
     DemoTrainer(demo::trainer::Args),
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         Command::Grow(args) => commands::grow::run(&args),
         Command::Pin(args) => commands::pin::run(&args, true),
         Command::Unpin(args) => commands::pin::run(&args, false),
+        Command::Bench(args) => bench::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoTrainer(args) => demo::trainer::run(&args),
     };

@@ -85,11 +85,10 @@ pub fn publish(args: &Args, lived: &Lived, payload_bytes: u64, took: Duration) -
 
 fn curve(lived: &Lived, title: String, subtitle: String) -> Curve {
     let floats = |bits: &[u32]| bits.iter().copied().map(f32::from_bits).collect::<Vec<f32>>();
-    // Trainers that were killed before their first iteration have no part in the curve.
-    let lives = lived.lives.iter().filter_map(|life| {
-        let start = life.start?;
-        (!life.losses.is_empty())
-            .then(|| plot::Life { first_iteration: start.step, losses: floats(&life.losses) })
+    let lives = lived.lives.iter().enumerate().filter_map(|(index, life)| {
+        // A trainer that was killed before it could train stands where the next one resumed.
+        let first = lived.lives[index..].iter().find_map(|life| life.start)?.step;
+        Some(plot::Life { first_iteration: first, losses: floats(&life.losses) })
     });
     Curve { title, subtitle, uninterrupted: floats(&lived.reference.losses), lives: lives.collect() }
 }
