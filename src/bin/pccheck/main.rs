@@ -8,7 +8,9 @@
 //! | [`units`], [`table`], [`output`], [`exit`] | sizes and times, aligned tables, what is printed, exit codes |
 #![deny(unsafe_code)]
 
+mod bench;
 mod commands;
+mod demo;
 mod exit;
 mod output;
 mod table;
@@ -45,6 +47,10 @@ enum Command {
     Pin(commands::pin::Args),
     /// Lift a pin, durably (needs the writer's lock).
     Unpin(commands::pin::Args),
+    Bench(bench::Args),
+    Demo(demo::Args),
+    #[command(hide = true)]
+    DemoTrainer(demo::trainer::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +63,9 @@ fn main() -> ExitCode {
         Command::Grow(args) => commands::grow::run(&args),
         Command::Pin(args) => commands::pin::run(&args, true),
         Command::Unpin(args) => commands::pin::run(&args, false),
+        Command::Bench(args) => bench::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::DemoTrainer(args) => demo::trainer::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

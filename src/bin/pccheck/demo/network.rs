@@ -165,15 +165,10 @@ impl Network {
         ((width / WIDTH_STEP as f64).round() as usize * WIDTH_STEP).clamp(WIDTH_STEP, WIDTH_MAX)
     }
 
-    /// A new network with about `bytes` of state ([`Network::state_bytes`] is exact), to be trained on `samples`
-    /// samples. The same `seed` always gives the same network and the same training.
+    /// A new network with hidden layers of `width` units, a multiple of [`WIDTH_STEP`] up to [`WIDTH_MAX`], to be
+    /// trained on `samples` samples. The same `seed` always gives the same network and the same training.
     ///
     /// Errors with [`ErrorKind::OutOfMemory`].
-    pub fn for_state_bytes(bytes: u64, samples: usize, seed: u64) -> Result<Network> {
-        Network::new(Network::width_for_state_bytes(bytes), samples, seed)
-    }
-
-    /// A new network with hidden layers of `width` units, a multiple of [`WIDTH_STEP`] up to [`WIDTH_MAX`].
     pub fn new(width: usize, samples: usize, seed: u64) -> Result<Network> {
         let mut network = Network::blank(width, samples)?;
         let mut random = Random(seed);
@@ -213,11 +208,6 @@ impl Network {
     /// Iterations trained so far.
     pub fn step(&self) -> u64 {
         self.counters[STEP]
-    }
-
-    /// Size of the state in bytes: what one checkpoint holds.
-    pub fn state_bytes(&self) -> u64 {
-        self.tensors().iter().map(|tensor| tensor.bytes() as u64).sum()
     }
 
     /// All tensors of the state, for saving. They stay unchanged, and in their places, until
@@ -322,7 +312,7 @@ pub(super) fn zeros(count: usize) -> Result<Vec<f32>> {
 
 /// Pseudo-random numbers by SplitMix64 (Steele, Lea and Flood, 2014). Its state is this one number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -333,7 +323,7 @@ impl Random {
     }
 
     /// Uniform from 0 to `bound`, exclusive; the bias is below `bound` / 2^64.
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }
 
@@ -359,10 +349,11 @@ mod tests {
         }
         assert_eq!(Network::width_for_state_bytes(0), WIDTH_STEP);
         assert_eq!(Network::width_for_state_bytes(u64::MAX), WIDTH_MAX);
-        let network = Network::for_state_bytes(1_000_000, SAMPLES, 1).unwrap();
+        let network = Network::new(Network::width_for_state_bytes(1_000_000), SAMPLES, 1).unwrap();
         let width = network.width();
         let expected = 12 * (width * width + 76 * width + 10) + 8 * (SAMPLES + COUNTERS);
-        assert_eq!(network.state_bytes(), expected as u64);
+        let state_bytes: usize = network.tensors().iter().map(|tensor| tensor.bytes()).sum();
+        assert_eq!(state_bytes, expected);
         assert_eq!(Network::new(17, SAMPLES, 1).err().unwrap().kind(), ErrorKind::InvalidArgument);
     }
 

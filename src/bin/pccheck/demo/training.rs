@@ -92,11 +92,6 @@ impl Gradients {
             random: Random::default(),
         })
     }
-
-    /// Samples in a batch: from 32 for narrow to 8 for wide networks.
-    pub fn batch_samples(&self) -> usize {
-        self.samples
-    }
 }
 
 fn available_threads() -> usize {

@@ -1,0 +1,254 @@
+//! What the machine can do at best: plain O_DIRECT transfers of one block of memory, and plain copying.
+//!
+//! Nothing of the engine is used: no chunks, no staging, no hashing, no protocol. Memory is the same huge-page block
+//! that the engine saves, so not even a copy stands between it and the disk.
+#![expect(unsafe_code, reason = "ring entries carry raw pointers to buffers")]
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use io_uring::{opcode, types, IoUring};
+use pccheck::{Error, ErrorKind, Result};
+
+const OP: &str = "plain transfer";
+/// Operations in flight and bytes of each that are tried; the fastest is the ceiling.
+const MODES: [(usize, usize); 5] = [(4, 4 << 20), (8, 4 << 20), (4, 1 << 20), (4, 16 << 20), (2, 16 << 20)];
+/// Trials of each mode; the best counts.
+const TRIALS: usize = 3;
+
+/// Direction of a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Write,
+    Read,
+}
+
+/// How many operations are in flight, and how large each is.
+#[derive(Debug, Clone, Copy)]
+pub struct Mode {
+    /// Operations in flight.
+    pub depth: usize,
+    /// Bytes of each.
+    pub bytes: usize,
+    /// By io_uring; otherwise by as many threads.
+    pub ring: bool,
+}
+
+/// A file of the state's size, preallocated and written, and the fastest ways to write and to read it.
+pub struct Plain {
+    file: File,
+    path: PathBuf,
+    /// False where the file system refuses O_DIRECT: then transfers go through the page cache.
+    pub direct: bool,
+    /// Fastest way of writing.
+    pub write_mode: Mode,
+    /// Fastest way of reading.
+    pub read_mode: Mode,
+}
+
+impl Plain {
+    /// Creates the file, writes `source` to it, and finds the fastest modes. `copy` is overwritten.
+    pub fn prepare(path: &Path, source: &[u8], copy: &mut [u8]) -> Result<Plain> {
+        let failed = |e: &std::io::Error| Error::io(OP, e).at_path(path);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true);
+        let (file, direct) = match options.clone().custom_flags(libc::O_DIRECT).open(path) {
+            Ok(file) => (file, true),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                (options.open(path).map_err(|e| failed(&e))?, false)
+            }
+            Err(e) => return Err(failed(&e)),
+        };
+        // SAFETY: touches no memory; the descriptor is the file's.
+        let allocated = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, source.len() as libc::off_t) };
+        if allocated != 0 {
+            return Err(failed(&std::io::Error::from_raw_os_error(allocated)));
+        }
+        let ring = IoUring::new(2).is_ok();
+        let first = Mode { depth: MODES[0].0, bytes: MODES[0].1, ring };
+        let mut plain = Plain { file, path: path.to_path_buf(), direct, write_mode: first, read_mode: first };
+        // Allocated extents are slower until they were written once.
+        plain.write(source)?;
+        plain.write_mode = plain.fastest(ring, |plain, mode| plain.write_in(source, mode))?;
+        plain.read_mode = plain.fastest(ring, |plain, mode| plain.read_in(copy, mode))?;
+        Ok(plain)
+    }
+
+    fn fastest(&self, ring: bool, mut run: impl FnMut(&Plain, Mode) -> Result<Duration>) -> Result<Mode> {
+        let mut best = (Duration::MAX, self.write_mode);
+        for _ in 0..TRIALS {
+            for (depth, bytes) in MODES {
+                let mode = Mode { depth, bytes, ring };
+                let took = run(self, mode)?;
+                if took < best.0 {
+                    best = (took, mode);
+                }
+            }
+        }
+        Ok(best.1)
+    }
+
+    /// Writes `source` to the start of the file and makes it durable; how long that took.
+    pub fn write(&self, source: &[u8]) -> Result<Duration> {
+        self.write_in(source, self.write_mode)
+    }
+
+    /// Reads the start of the file to `to`; how long that took.
+    pub fn read(&self, to: &mut [u8]) -> Result<Duration> {
+        self.read_in(to, self.read_mode)
+    }
+
+    fn write_in(&self, source: &[u8], mode: Mode) -> Result<Duration> {
+        let began = Instant::now();
+        match mode.ring {
+            // SAFETY: writing only reads the memory.
+            true => unsafe {
+                self.through_ring(Direction::Write, source.as_ptr().cast_mut(), source.len(), mode)
+            }?,
+            false => {
+                in_threads(mode, source.chunks(mode.bytes), |at, piece| self.file.write_all_at(piece, at))
+                    .map_err(|e| self.failed(&e))?
+            }
+        }
+        self.file.sync_data().map_err(|e| self.failed(&e))?;
+        Ok(began.elapsed())
+    }
+
+    fn read_in(&self, to: &mut [u8], mode: Mode) -> Result<Duration> {
+        let began = Instant::now();
+        match mode.ring {
+            // SAFETY: `to` is borrowed exclusively until every operation has completed.
+            true => unsafe { self.through_ring(Direction::Read, to.as_mut_ptr(), to.len(), mode) }?,
+            false => {
+                in_threads(mode, to.chunks_mut(mode.bytes), |at, piece| self.file.read_exact_at(piece, at))
+                    .map_err(|e| self.failed(&e))?
+            }
+        }
+        Ok(began.elapsed())
+    }
+
+    fn failed(&self, error: &std::io::Error) -> Error {
+        Error::io(OP, error).at_path(&self.path)
+    }
+
+    /// Moves `len` bytes with `mode.depth` operations in flight; returns when all have completed.
+    ///
+    /// # Safety
+    ///
+    /// `start..start + len` must be valid for the direction and be accessed by nobody else meanwhile.
+    unsafe fn through_ring(
+        &self,
+        direction: Direction,
+        start: *mut u8,
+        len: usize,
+        mode: Mode,
+    ) -> Result<()> {
+        let mut ring = IoUring::new(mode.depth as u32).map_err(|e| self.failed(&e))?;
+        let file = types::Fd(self.file.as_raw_fd());
+        let (mut next, mut in_flight) = (0, 0);
+        let mut failure: Option<Error> = None;
+        while in_flight > 0 || (next < len && failure.is_none()) {
+            while in_flight < mode.depth && next < len && failure.is_none() {
+                let bytes = mode.bytes.min(len - next);
+                let memory = start.wrapping_add(next);
+                let entry = match direction {
+                    Direction::Write => {
+                        opcode::Write::new(file, memory, bytes as u32).offset(next as u64).build()
+                    }
+                    Direction::Read => {
+                        opcode::Read::new(file, memory, bytes as u32).offset(next as u64).build()
+                    }
+                };
+                // SAFETY: the caller's promise; the loop ends only when nothing is in flight.
+                let pushed = unsafe { ring.submission().push(&entry.user_data(bytes as u64)) };
+                if pushed.is_err() {
+                    failure = Some(Error::new(ErrorKind::Internal, OP, "the ring is full"));
+                    break;
+                }
+                next += bytes;
+                in_flight += 1;
+            }
+            match ring.submit_and_wait(1) {
+                Ok(_) => {}
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+                // Nothing can be waited for any more; the caller ends the process with this error.
+                Err(e) => return Err(self.failed(&e)),
+            }
+            for done in ring.completion() {
+                in_flight -= 1;
+                let result = done.result();
+                if result < 0 {
+                    let error = std::io::Error::from_raw_os_error(-result);
+                    failure.get_or_insert(self.failed(&error));
+                } else if result as u64 != done.user_data() {
+                    let message = format!("expected {} bytes moved, found {result}", done.user_data());
+                    failure.get_or_insert(Error::new(ErrorKind::Io, OP, message).at_path(&self.path));
+                }
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+}
+
+/// Shares pieces of `mode.bytes` out among `mode.depth` threads.
+fn in_threads<P: Send>(
+    mode: Mode,
+    pieces: impl Iterator<Item = P>,
+    work: impl Fn(u64, P) -> std::io::Result<()> + Sync,
+) -> std::io::Result<()> {
+    let mut shares: Vec<Vec<(u64, P)>> = (0..mode.depth).map(|_| Vec::new()).collect();
+    for (index, piece) in pieces.enumerate() {
+        shares[index % mode.depth].push(((index * mode.bytes) as u64, piece));
+    }
+    thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = shares
+            .into_iter()
+            .map(|share| scope.spawn(move || share.into_iter().try_for_each(|(at, piece)| work(at, piece))))
+            .collect();
+        threads.into_iter().try_for_each(|thread| {
+            thread.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread panicked")))
+        })
+    })
+}
+
+/// Copies `from` to `to` with `threads` threads, each a contiguous part at once; how long that took.
+pub fn copy(from: &[u8], to: &mut [u8], threads: usize) -> Duration {
+    let began = Instant::now();
+    let part = from.len().div_ceil(threads.max(1)).max(1);
+    thread::scope(|scope| {
+        for (from, to) in from.chunks(part).zip(to.chunks_mut(part)) {
+            scope.spawn(move || to.copy_from_slice(from));
+        }
+    });
+    began.elapsed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::memory::{HugeBlock, State, STATE_BYTES_MIN};
+
+    #[test]
+    fn what_is_written_plainly_is_read_back_in_every_mode() {
+        let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+        let mut state = State::new(STATE_BYTES_MIN * 3).unwrap();
+        let mut copied = HugeBlock::new(state.bytes().len()).unwrap();
+        let plain = Plain::prepare(&dir.path().join("plain"), state.bytes(), &mut copied).unwrap();
+        for ring in [plain.write_mode.ring, false] {
+            state.change();
+            let mode = Mode { depth: 3, bytes: 1 << 18, ring };
+            plain.write_in(state.bytes(), mode).unwrap();
+            copied.fill(0);
+            plain.read_in(&mut copied, mode).unwrap();
+            assert!(&copied[..] == state.bytes());
+        }
+        copied.fill(0);
+        copy(state.bytes(), &mut copied, 3);
+        assert!(&copied[..] == state.bytes());
+    }
+}

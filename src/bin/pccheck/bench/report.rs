@@ -1,0 +1,237 @@
+//! Medians, spreads and ratios of what was measured; tables and JSON.
+
+use std::time::Duration;
+
+use pccheck::Result;
+use serde_json::{json, Value};
+
+use super::ceiling::Mode;
+use super::measure::{Measurement, Round};
+use super::Args;
+use crate::commands::medium_name;
+use crate::table::Table;
+use crate::{output, units};
+
+/// Median, least and greatest of some figures.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Spread {
+    fn of(figures: impl Iterator<Item = f64>) -> Spread {
+        let mut sorted: Vec<f64> = figures.collect();
+        sorted.sort_by(f64::total_cmp);
+        let middle = sorted.len() / 2;
+        let median = match sorted.len() {
+            0 => 0.0,
+            n if n % 2 == 1 => sorted[middle],
+            _ => (sorted[middle - 1] + sorted[middle]) / 2.0,
+        };
+        Spread {
+            median,
+            min: sorted.first().copied().unwrap_or(0.0),
+            max: sorted.last().copied().unwrap_or(0.0),
+        }
+    }
+
+    fn text(&self, digits: usize) -> String {
+        let Spread { median, min, max } = self;
+        format!("{median:.digits$} ({min:.digits$}-{max:.digits$})")
+    }
+
+    fn json(&self) -> Value {
+        json!({ "median": self.median, "min": self.min, "max": self.max })
+    }
+}
+
+/// The figures of one setting that people ask for. Rates in 10^9 bytes per second, times in milliseconds.
+struct Figures {
+    durable: Spread,
+    plain_write: Spread,
+    durable_ratio: Spread,
+    copied_ms: Spread,
+    plain_copy_ms: Spread,
+    copied_ratio: Spread,
+    restore: Spread,
+    plain_read: Spread,
+    restore_ratio: Spread,
+    /// Peak memory beyond the staging pool.
+    beyond_pool_bytes: Option<i64>,
+}
+
+impl Figures {
+    fn of(measured: &Measurement) -> Figures {
+        let bytes = measured.state_bytes;
+        let saved = bytes * u64::from(measured.setting.in_flight);
+        let spread = |figure: &dyn Fn(&Round) -> f64| Spread::of(measured.rounds.iter().map(figure));
+        let rate = |bytes: u64, time: Duration| units::gb_per_s(bytes, time.as_secs_f64());
+        let over = |above: f64, below: f64| if below > 0.0 { above / below } else { 0.0 };
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        Figures {
+            durable: spread(&|r| rate(saved, r.durable)),
+            plain_write: spread(&|r| rate(bytes, r.plain_write)),
+            durable_ratio: spread(&|r| over(rate(saved, r.durable), rate(bytes, r.plain_write))),
+            copied_ms: spread(&|r| ms(r.copied)),
+            plain_copy_ms: spread(&|r| ms(r.plain_copy)),
+            copied_ratio: spread(&|r| over(ms(r.copied), ms(r.plain_copy))),
+            restore: spread(&|r| rate(bytes, r.restore)),
+            plain_read: spread(&|r| rate(bytes, r.plain_read)),
+            restore_ratio: spread(&|r| over(rate(bytes, r.restore), rate(bytes, r.plain_read))),
+            beyond_pool_bytes: measured
+                .extra_bytes
+                .map(|extra| extra as i64 - measured.setting.staging_bytes as i64),
+        }
+    }
+}
+
+/// Prints everything.
+pub fn publish(args: &Args, results: &[Measurement]) -> Result<()> {
+    let figures: Vec<Figures> = results.iter().map(Figures::of).collect();
+    if args.json {
+        let settings: Vec<Value> = results.iter().zip(&figures).map(|(m, f)| to_json(m, f)).collect();
+        return output::print_json(&json!({ "repeat": args.repeat, "settings": settings }));
+    }
+    let mut text = String::from("Settings\n");
+    text += &settings_table(results);
+    text +=
+        "\nSaving: from begin to durable, GB/s: median (least-greatest); ratio to plain O_DIRECT writing\n";
+    let mut rows =
+        Table::new(&["#", "first save", "durable GB/s", "plain GB/s", "ratio", "<plain writing by"]);
+    for (number, (m, f)) in results.iter().zip(&figures).enumerate() {
+        rows.row(vec![
+            (number + 1).to_string(),
+            format!("{:.2}", units::gb_per_s(m.state_bytes, m.first.1.as_secs_f64())),
+            f.durable.text(2),
+            f.plain_write.text(2),
+            format!("{:.2}", f.durable_ratio.median),
+            mode_text(m.write_mode, m.plain_direct),
+        ]);
+    }
+    text += &rows.render();
+    text += "\nCopying: from begin to copied, when the trainer may go on; ratio to plain copying (less is better)\n";
+    let mut rows = Table::new(&["#", "first save", "copied ms", "plain ms", "ratio", "<"]);
+    for (number, (m, f)) in results.iter().zip(&figures).enumerate() {
+        let holds = m.setting.staging_bytes >= m.state_bytes * u64::from(m.setting.in_flight);
+        rows.row(vec![
+            (number + 1).to_string(),
+            format!("{:.1}", m.first.0.as_secs_f64() * 1e3),
+            f.copied_ms.text(1),
+            f.plain_copy_ms.text(1),
+            format!("{:.2}", f.copied_ratio.median),
+            if holds { "the pool holds the state" } else { "waits for the disk: the pool is smaller" }
+                .to_string(),
+        ]);
+    }
+    text += &rows.render();
+    text += "\nRestoring with verification, GB/s; ratio to plain O_DIRECT reading\n";
+    let mut rows = Table::new(&["#", "restore GB/s", "plain GB/s", "ratio", "<plain reading by"]);
+    for (number, (m, f)) in results.iter().zip(&figures).enumerate() {
+        rows.row(vec![
+            (number + 1).to_string(),
+            f.restore.text(2),
+            f.plain_read.text(2),
+            format!("{:.2}", f.restore_ratio.median),
+            mode_text(m.read_mode, m.plain_direct),
+        ]);
+    }
+    text += &rows.render();
+    text += "\nMemory: peak beyond what was resident before the store was opened\n";
+    let mut rows = Table::new(&["#", "pool", "peak", "beyond the pool", "opening"]);
+    for (number, (m, f)) in results.iter().zip(&figures).enumerate() {
+        rows.row(vec![
+            (number + 1).to_string(),
+            units::size(m.setting.staging_bytes),
+            m.extra_bytes.map_or("unknown".to_string(), units::size),
+            f.beyond_pool_bytes.map_or("unknown".to_string(), |bytes| {
+                format!("{}{}", if bytes < 0 { "-" } else { "" }, units::size(bytes.unsigned_abs()))
+            }),
+            units::time(m.open),
+        ]);
+    }
+    text += &rows.render();
+    output::print(&text)
+}
+
+fn settings_table(results: &[Measurement]) -> String {
+    let mut rows =
+        Table::new(&["#", "state", "in flight", "writers", "chunk", "pool", "<medium", "<reached by"]);
+    for (number, m) in results.iter().enumerate() {
+        rows.row(vec![
+            (number + 1).to_string(),
+            units::size(m.state_bytes),
+            m.setting.in_flight.to_string(),
+            m.setting.writers.to_string(),
+            units::size(m.setting.chunk_bytes),
+            units::size(m.setting.staging_bytes),
+            medium_name(m.medium.kind).to_string(),
+            m.medium.path.to_string(),
+        ]);
+    }
+    rows.render()
+}
+
+fn mode_text(mode: Mode, direct: bool) -> String {
+    let by = if mode.ring { "io_uring" } else { "threads" };
+    let cached = if direct { "" } else { ", page cache" };
+    format!("{by}, {} x {}{cached}", mode.depth, units::size(mode.bytes as u64))
+}
+
+fn to_json(m: &Measurement, f: &Figures) -> Value {
+    let us = |time: Duration| time.as_micros() as u64;
+    let rounds: Vec<Value> = m
+        .rounds
+        .iter()
+        .map(|round| {
+            json!({
+                "copied_us": us(round.copied),
+                "durable_us": us(round.durable),
+                "plain_write_us": us(round.plain_write),
+                "plain_copy_us": us(round.plain_copy),
+                "restore_us": us(round.restore),
+                "plain_read_us": us(round.plain_read),
+            })
+        })
+        .collect();
+    json!({
+        "state_bytes": m.state_bytes,
+        "in_flight": m.setting.in_flight,
+        "writers": m.setting.writers,
+        "chunk_bytes": m.setting.chunk_bytes,
+        "staging_bytes": m.setting.staging_bytes,
+        "medium": medium_name(m.medium.kind),
+        "medium_path": m.medium.path,
+        "medium_notes": m.medium.notes,
+        "plain_direct": m.plain_direct,
+        "plain_write_mode": mode_text(m.write_mode, m.plain_direct),
+        "plain_read_mode": mode_text(m.read_mode, m.plain_direct),
+        "open_us": us(m.open),
+        "first_save": { "copied_us": us(m.first.0), "durable_us": us(m.first.1) },
+        "durable_gb_per_s": f.durable.json(),
+        "plain_write_gb_per_s": f.plain_write.json(),
+        "durable_ratio": f.durable_ratio.json(),
+        "copied_ms": f.copied_ms.json(),
+        "plain_copy_ms": f.plain_copy_ms.json(),
+        "copied_ratio": f.copied_ratio.json(),
+        "restore_gb_per_s": f.restore.json(),
+        "plain_read_gb_per_s": f.plain_read.json(),
+        "restore_ratio": f.restore_ratio.json(),
+        "extra_bytes": m.extra_bytes,
+        "beyond_pool_bytes": f.beyond_pool_bytes,
+        "rounds": rounds,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_stand_in_the_middle() {
+        assert_eq!(Spread::of([3.0, 1.0, 2.0].into_iter()), Spread { median: 2.0, min: 1.0, max: 3.0 });
+        assert_eq!(Spread::of([4.0, 1.0].into_iter()).median, 2.5);
+        assert_eq!(Spread::of([].into_iter()).median, 0.0);
+    }
+}
