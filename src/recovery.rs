@@ -114,7 +114,8 @@ where
             ErrorKind::NotARegion,
             OP,
             format!("expected at least {} bytes, found {region_bytes}", CONTROL_OFFSETS[0]),
-        ));
+        )
+        .advise("name a file that `pccheck format` made, or restore the whole file from a copy"));
     }
     let [a, b] = SUPERBLOCK_OFFSETS.map(|offset| Superblock::decode(&read_block(offset)?));
     let (superblock, note) = Superblock::choose_decoded(a, b)?;

@@ -1,20 +1,24 @@
 //! Creating a region's file, with all of its space, so that no save ever finds the file system full.
-#![expect(unsafe_code, reason = "fallocate is a system call")]
+#![expect(unsafe_code, reason = "fallocate and ftruncate are system calls")]
 
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use super::aligned::AlignedBuffer;
-use super::file::{available_bytes, disable_copy_on_write, sync_parent, SAFE_DIO_ALIGN};
+use super::file::{available_bytes, disable_copy_on_write, sync_parent, RegionFile, SAFE_DIO_ALIGN};
 use super::io as transfer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BLOCK_BYTES;
 
 /// Bytes of zeros written at a time.
 const ZEROS_BYTES: usize = 4 << 20;
+
+/// Unit of `st_blocks`, whatever the file system's own.
+const STAT_BLOCK_BYTES: u64 = 512;
 
 /// Only the owner may read a training run's state, unless they decide otherwise.
 const MODE: u32 = 0o600;
@@ -33,10 +37,7 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 /// [`ErrorKind::AlreadyExists`] if the path exists, whatever it is; [`ErrorKind::NoSpace`] with the bytes needed and
 /// available. On any error the new file is removed.
 pub fn create_file(path: &Path, bytes: u64, prewrite: Option<Progress<'_>>) -> Result<()> {
-    if bytes == 0 || bytes % BLOCK_BYTES != 0 || i64::try_from(bytes).is_err() {
-        let message = format!("expected a positive multiple of {BLOCK_BYTES} bytes, found {bytes}");
-        return Err(Error::new(ErrorKind::InvalidArgument, "create", message).at_path(path));
-    }
+    check_bytes(path, bytes)?;
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -53,6 +54,52 @@ pub fn create_file(path: &Path, bytes: u64, prewrite: Option<Progress<'_>>) -> R
         let _ = fs::remove_file(path);
     }
     done
+}
+
+/// Gives the existing file `path` exactly `bytes`, preallocated and zero; of a block device, checks that it is large
+/// enough. What the file held is lost, but not while another writer has it open, and not for lack of space.
+///
+/// # Errors
+///
+/// [`ErrorKind::InUse`] when another writer holds the region; [`ErrorKind::NoSpace`] with the bytes needed and
+/// available. An error after the space was found to suffice leaves the file empty.
+pub fn reuse_file(path: &Path, bytes: u64, prewrite: Option<Progress<'_>>) -> Result<()> {
+    check_bytes(path, bytes)?;
+    let held = RegionFile::open(path, true, Duration::ZERO)?;
+    let fd = held.raw_fd();
+    if held.is_block_device() {
+        if held.len_bytes() < bytes {
+            let message = format!("{bytes} bytes are needed, the device has {}", held.len_bytes());
+            return Err(Error::new(ErrorKind::NoSpace, "format", message)
+                .at_path(path)
+                .advise("use fewer or smaller slots, or a larger device"));
+        }
+        return match prewrite {
+            Some(progress) => write_zeros(fd, bytes, progress).map_err(|error| error.at_path(path)),
+            None => Ok(()),
+        };
+    }
+    let own = fs::metadata(path).map_or(0, |found| found.blocks() * STAT_BLOCK_BYTES);
+    let filled = require_space(fd, bytes.saturating_sub(own))
+        .and_then(|()| truncate(fd))
+        .and_then(|()| fill(fd, bytes, prewrite).inspect_err(|_| drop(truncate(fd))));
+    filled.map_err(|error| error.at_path(path))
+}
+
+fn truncate(fd: RawFd) -> Result<()> {
+    // SAFETY: touches no memory.
+    if unsafe { libc::ftruncate64(fd, 0) } != 0 {
+        return Err(Error::last_os("truncate"));
+    }
+    Ok(())
+}
+
+fn check_bytes(path: &Path, bytes: u64) -> Result<()> {
+    if bytes == 0 || bytes % BLOCK_BYTES != 0 || i64::try_from(bytes).is_err() {
+        let message = format!("expected a positive multiple of {BLOCK_BYTES} bytes, found {bytes}");
+        return Err(Error::new(ErrorKind::InvalidArgument, "create", message).at_path(path));
+    }
+    Ok(())
 }
 
 fn explain_create(error: &io::Error, path: &Path) -> Error {

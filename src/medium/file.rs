@@ -109,7 +109,7 @@ impl RegionFile {
     }
 
     fn open_once(given: &Path, writable: bool, claims: bool) -> Result<Self> {
-        let about = |error: io::Error| Error::io("open", &error).at_path(given);
+        let about = |error: io::Error| explain_open(&error, given);
         let found = fs::metadata(given).map_err(about)?;
         let block_device = found.file_type().is_block_device();
         if !block_device && !found.is_file() {
@@ -295,7 +295,7 @@ impl Drop for RegionFile {
     }
 }
 
-fn not_storage(path: &Path) -> Error {
+pub(super) fn not_storage(path: &Path) -> Error {
     Error::new(
         ErrorKind::Unsupported,
         "open",
@@ -314,6 +314,12 @@ fn explain_open(error: &io::Error, path: &Path) -> Error {
         Some(libc::EBUSY) => wrapped
             .with_kind(ErrorKind::InUse)
             .advise("the device is mounted, or another process has claimed it: unmount it first"),
+        Some(libc::ENOENT) => {
+            wrapped.advise("create the region first (`pccheck format`), or correct the path")
+        }
+        Some(libc::EACCES | libc::EPERM) => {
+            wrapped.advise("run as the region's owner, or have its permissions changed")
+        }
         Some(libc::EROFS) => wrapped.advise("the file system is mounted read-only"),
         _ => wrapped,
     }

@@ -91,6 +91,15 @@ pub fn open_medium(
     pool: Option<&Arc<StagingPool>>,
 ) -> Result<Arc<dyn Medium>> {
     let file = RegionFile::open(path, options.writable, options.lock_wait)?;
+    if file.len_bytes() == 0 {
+        return Err(Error::new(
+            ErrorKind::NotARegion,
+            "open",
+            "expected a region, found an empty file: 0 bytes",
+        )
+        .at_path(path)
+        .advise("format it first (`pccheck format`), or correct the path"));
+    }
     if file.durability() < options.required {
         return Err(Error::new(
             ErrorKind::Durability,

@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::save::commit;
 use crate::save::core::{cancelled, Origin, SaveCore, SaveSpec};
 use crate::save::faults::Faults;
+use crate::slots::SlotState;
 use crate::source::Source;
 use crate::staging::StagingBuffer;
 use crate::store::Region;
@@ -361,11 +362,16 @@ fn run_marker(shared: &Shared) {
 
 fn no_slot(region: &Region) -> Error {
     let options = region.options();
+    let views = region.slot_views();
+    let pinned = views.iter().filter(|view| view.pinned).count();
+    let read = views.iter().filter(|view| view.readers > 0).count();
+    let quarantined = views.iter().filter(|view| view.state == SlotState::Quarantined).count();
     Error::new(
         ErrorKind::NoSlot,
         "begin save",
         format!(
-            "no slot became free in the time given: {} slots, max_in_flight {}, keep {}, hold {}",
+            "no slot became free in the time given: {} slots, of which {pinned} pinned, {read} being read and \
+             {quarantined} quarantined; max_in_flight {}, keep {}, hold {}",
             region.layout().slot_count,
             options.max_in_flight,
             options.keep,
@@ -373,9 +379,10 @@ fn no_slot(region: &Region) -> Error {
         ),
     )
     .at_path(region.path())
-    .advise(if options.hold {
-        "mark a step as durable everywhere, or abandon one"
-    } else {
-        "wait longer, save less often, or raise max_in_flight and the slot count"
+    .advise(match (options.hold, pinned + read, quarantined) {
+        (true, ..) => "mark a step as durable everywhere, or abandon one",
+        (_, _, 1..) => "check the device, then repair the quarantined slots",
+        (_, 1.., _) => "unpin or close a checkpoint, or grow the region",
+        _ => "wait longer, save less often, or raise max_in_flight and the slot count",
     })
 }

@@ -34,7 +34,11 @@ pub(crate) fn format_path(
         Some(progress) => progress,
         None => &mut silent,
     };
-    medium::create_file(path, layout.region_bytes(), options.prewrite.then_some(progress))?;
+    let progress = options.prewrite.then_some(progress);
+    match path.symlink_metadata() {
+        Ok(_) => medium::reuse_file(path, layout.region_bytes(), progress)?,
+        Err(_) => medium::create_file(path, layout.region_bytes(), progress)?,
+    }
     let medium_options = MediumOptions {
         kind: options.medium,
         required: medium::Durability::Process,
@@ -88,27 +92,25 @@ fn check_replaceable(path: &Path, force: bool) -> Result<()> {
     if force {
         return Ok(());
     }
-    match medium::read_head(path)? {
-        None => Ok(()),
-        Some(head) if head.iter().all(|&byte| byte == 0) => Ok(()),
-        Some(head) => {
-            let block = |offset: u64| -> [u8; BLOCK_BYTES as usize] {
-                let mut block = [0; BLOCK_BYTES as usize];
-                let bytes = head.get(offset as usize..).unwrap_or(&[]);
-                let len = bytes.len().min(block.len());
-                block[..len].copy_from_slice(&bytes[..len]);
-                block
-            };
-            let found = Superblock::choose(&block(SUPERBLOCK_OFFSETS[0]), &block(SUPERBLOCK_OFFSETS[1]));
-            let what = match found {
-                Ok((superblock, _)) => format!("it holds region {}", superblock.uuid),
-                Err(_) => "it holds data that is not a pccheck region".to_string(),
-            };
-            Err(Error::new(ErrorKind::AlreadyExists, OP, what)
-                .at_path(path)
-                .advise("choose another path, or give force to destroy what is there"))
-        }
+    if !medium::holds_data(path)? {
+        return Ok(());
     }
+    let head = medium::read_head(path)?.unwrap_or_default();
+    let block = |offset: u64| -> [u8; BLOCK_BYTES as usize] {
+        let mut block = [0; BLOCK_BYTES as usize];
+        let bytes = head.get(offset as usize..).unwrap_or(&[]);
+        let len = bytes.len().min(block.len());
+        block[..len].copy_from_slice(&bytes[..len]);
+        block
+    };
+    let found = Superblock::choose(&block(SUPERBLOCK_OFFSETS[0]), &block(SUPERBLOCK_OFFSETS[1]));
+    let what = match found {
+        Ok((superblock, _)) => format!("it holds region {}", superblock.uuid),
+        Err(_) => "it holds data that is not a pccheck region".to_string(),
+    };
+    Err(Error::new(ErrorKind::AlreadyExists, OP, what)
+        .at_path(path)
+        .advise("choose another path, or give force to destroy what is there"))
 }
 
 fn clear_metadata(medium: &dyn Medium, layout: &Layout) -> Result<()> {

@@ -496,10 +496,12 @@ impl Region {
 
     /// Protects a checkpoint from being overwritten while it is read. False where it is gone.
     pub(crate) fn add_reader(&self, record: &SlotRecord) -> Result<bool> {
+        let claimable = self.claimable_count();
         if !self.slots.add_reader(record.slot, record.generation) {
             return Ok(false);
         }
-        if !self.has_room() {
+        // A checkpoint that is kept or pinned anyway can always be read: also while quarantines leave no room.
+        if self.claimable_count() < claimable && !self.has_room() {
             self.drop_reader(record.slot, record.generation);
             return Err(self.no_room("open checkpoint"));
         }

@@ -1,0 +1,349 @@
+//! Prevents: a checkpoint that was reported durable and is gone, or is wrong, after the process was killed; and a
+//! region that cannot be opened any more. Real processes save without pause, on a real disk, and are killed at
+//! random moments, also while they open and recover; every region lives through all of its kills.
+
+#[path = "sigkill/child.rs"]
+mod child;
+#[path = "sigkill/content.rs"]
+mod content;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::env;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use child::{Orders, Way};
+use content::Random;
+use pccheck::engine::{format_region, Select, Store};
+use pccheck::store::{FormatOptions, OpenOptions};
+
+const KILLS: usize = 200;
+const MOST_IN_FLIGHT: u32 = 4;
+const MOST_KEPT: u32 = 2;
+/// One to spare: what was committed stays readable a little longer than it must.
+const SLOTS: u32 = MOST_IN_FLIGHT + MOST_KEPT + 1;
+/// A child is killed at most this long after it is ready.
+const LONGEST_LIFE_US: u64 = 40_000;
+/// Every so many kills hit opening and recovery instead, at most this long after it began.
+const KILL_OPENING_EVERY: usize = 8;
+const LONGEST_OPENING_US: u64 = 6_000;
+/// Steps that one child may use.
+const STEPS_PER_CHILD: u64 = 1_000_000;
+/// The lock of a killed process must be free after this long.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+/// Set to a number that a failed run printed, to repeat its kill moments.
+const ENV_SEED: &str = "PCC_SIGKILL_SEED";
+
+/// The child's body: a test that does nothing unless this process was started by [`run_child`].
+#[test]
+fn child_process() {
+    child::run_if_child();
+}
+
+/// What a child said before it died.
+#[derive(Default)]
+struct Said {
+    path: String,
+    began: BTreeSet<u64>,
+    issued: BTreeMap<u64, u64>,
+    durable: BTreeMap<u64, u64>,
+}
+
+/// A region, and all that is known of it from its children's reports.
+struct History {
+    path: PathBuf,
+    way: Way,
+    began: BTreeSet<u64>,
+    step_of: BTreeMap<u64, u64>,
+    newest_durable: u64,
+    /// No save may use this generation or a lower one.
+    used_up_to: u64,
+}
+
+#[derive(Default, Debug)]
+struct Totals {
+    kills: usize,
+    saves: usize,
+    durable: usize,
+    in_opening: usize,
+    most_lost_steps: u64,
+    longest_open: Duration,
+    paths: BTreeSet<String>,
+}
+
+impl History {
+    fn new(dir: &Path, way: Way) -> History {
+        let path = dir.join(format!("{way:?}"));
+        format_region(&path, &FormatOptions::new(SLOTS, content::PAYLOAD_BYTES)).expect("format");
+        History {
+            path,
+            way,
+            began: BTreeSet::new(),
+            step_of: BTreeMap::new(),
+            newest_durable: 0,
+            used_up_to: 0,
+        }
+    }
+
+    fn orders(&self, nth: usize) -> Orders {
+        Orders {
+            region: self.path.clone(),
+            way: self.way,
+            in_flight: 1 + nth as u32 % MOST_IN_FLIGHT,
+            keep: 1 + nth as u32 / MOST_IN_FLIGHT % MOST_KEPT,
+            first_step: (nth as u64 + 1) * STEPS_PER_CHILD,
+            lie: false,
+        }
+    }
+
+    /// One child, one kill, one check.
+    fn round(
+        &mut self,
+        nth: usize,
+        orders: &Orders,
+        random: &mut Random,
+        totals: &mut Totals,
+    ) -> Result<(), String> {
+        let in_opening = nth % KILL_OPENING_EVERY == KILL_OPENING_EVERY - 1;
+        let (after, life_us) = match in_opening {
+            true => ("opening", random.below(LONGEST_OPENING_US)),
+            false => ("ready", random.below(LONGEST_LIFE_US)),
+        };
+        let said = run_child(orders, after, Duration::from_micros(life_us))?;
+        totals.kills += 1;
+        totals.in_opening += usize::from(in_opening);
+        totals.saves += said.issued.len();
+        totals.durable += said.durable.len();
+        totals.paths.insert(said.path.clone());
+        self.learn(&said)?;
+        let open_began = Instant::now();
+        let newest_step = self.check(orders, &said)?;
+        totals.longest_open = totals.longest_open.max(open_began.elapsed());
+        if let (Some(last), Some(first)) = (said.began.last(), said.began.first()) {
+            let lost = last - newest_step.unwrap_or(0).clamp(first - 1, *last);
+            totals.most_lost_steps = totals.most_lost_steps.max(lost);
+        }
+        Ok(())
+    }
+
+    /// Takes in a child's reports: no generation may ever come back.
+    fn learn(&mut self, said: &Said) -> Result<(), String> {
+        for (generation, step) in &said.issued {
+            if *generation <= self.used_up_to {
+                return Err(format!(
+                    "generation {generation} of step {step} is at or below {}",
+                    self.used_up_to
+                ));
+            }
+        }
+        self.step_of.extend(&said.issued);
+        self.began.extend(&said.began);
+        for (generation, step) in &said.durable {
+            if self.step_of.get(generation).is_some_and(|issued| issued != step) {
+                return Err(format!("generation {generation} was issued and reported durable for two steps"));
+            }
+            self.step_of.insert(*generation, *step);
+            self.newest_durable = self.newest_durable.max(*generation);
+        }
+        self.used_up_to = self.step_of.keys().last().copied().unwrap_or(0).max(self.used_up_to);
+        Ok(())
+    }
+
+    /// Opens the region as any other process would, then as its next writer. Returns the step of the newest.
+    fn check(&mut self, orders: &Orders, said: &Said) -> Result<Option<u64>, String> {
+        let options = self.way.options(orders.in_flight, orders.keep);
+        let reader = OpenOptions { read_only: true, ..options.clone() };
+        let store = Store::open(&self.path, &reader).map_err(|error| format!("open read-only: {error}"))?;
+        let listed = self.check_listed(&store)?;
+        self.check_durable(&listed, orders, said)?;
+        for decision in &store.recovered().slots {
+            let recorded = decision.record.as_ref().map_or(0, |record| record.generation);
+            self.used_up_to = self.used_up_to.max(recorded);
+        }
+        drop(store);
+
+        let writer = OpenOptions { lock_wait: Some(LOCK_WAIT), ..options };
+        let store = Store::open(&self.path, &writer).map_err(|error| format!("open for writing: {error}"))?;
+        let kept = self.check_listed(&store)?;
+        let newest = &listed[..listed.len().min(orders.keep as usize)];
+        if kept != newest {
+            return Err(format!("a reader saw {listed:?}, the next writer keeps {kept:?}"));
+        }
+        Ok(listed.first().map(|generation| self.step_of[generation]))
+    }
+
+    /// Every listed checkpoint must be one that was begun, and hold exactly what it must. Generations, newest first.
+    fn check_listed(&mut self, store: &Store) -> Result<Vec<u64>, String> {
+        let listed = store.checkpoints().map_err(|error| format!("list: {error}"))?;
+        let mut generations = Vec::with_capacity(listed.len());
+        for info in &listed {
+            let (generation, step) = (info.record.generation, info.record.step);
+            // A child may die between the begin of a save and its report.
+            let issued = *self.step_of.entry(generation).or_insert(step);
+            if issued != step || !self.began.contains(&step) {
+                return Err(format!(
+                    "generation {generation} is step {step}, it was issued for step {issued}"
+                ));
+            }
+            let opened = store
+                .open_checkpoint(Select::Generation(generation), true)
+                .map_err(|error| format!("generation {generation}: {error}"))?;
+            content::check(&opened.checkpoint).map_err(|what| format!("generation {generation}: {what}"))?;
+            generations.push(generation);
+        }
+        if generations.windows(2).any(|pair| pair[0] <= pair[1]) {
+            return Err(format!("not newest first: {generations:?}"));
+        }
+        Ok(generations)
+    }
+
+    /// Whatever was reported durable is there, or has been followed by as many newer ones as are kept.
+    fn check_durable(&self, listed: &[u64], orders: &Orders, said: &Said) -> Result<(), String> {
+        let newest = listed.first().copied().unwrap_or(0);
+        if newest < self.newest_durable {
+            return Err(format!(
+                "generation {} was reported durable, the newest is {newest}",
+                self.newest_durable
+            ));
+        }
+        for generation in said.durable.keys() {
+            let newer = listed.iter().filter(|listed| *listed > generation).count();
+            if !listed.contains(generation) && newer < orders.keep as usize {
+                return Err(format!(
+                    "generation {generation} was reported durable and is gone; kept are {}, found {listed:?}",
+                    orders.keep
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Starts a child and kills it `life` after it has said `after`. Returns all that it said.
+fn run_child(orders: &Orders, after: &str, life: Duration) -> Result<Said, String> {
+    let mut process = Command::new(env::current_exe().expect("this program"))
+        .args(["--exact", "child_process", "--nocapture", "--test-threads=1"])
+        .envs(orders.to_env())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("start a child: {error}"))?;
+    let mut lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
+    let mut said = Said::default();
+    let mut waiting = true;
+    let mut outcome = Ok(());
+    while let Some(Ok(line)) = lines.next() {
+        let Some(line) = line.strip_prefix('@') else { continue };
+        outcome = outcome.and_then(|()| said.hear(line));
+        if waiting && line.starts_with(after) {
+            waiting = false;
+            thread::sleep(life);
+            process.kill().map_err(|error| format!("kill: {error}"))?;
+        }
+    }
+    let status = process.wait().map_err(|error| format!("wait: {error}"))?;
+    outcome?;
+    match waiting || status.success() {
+        true => Err(format!("a child ended by itself, {status}")),
+        false => Ok(said),
+    }
+}
+
+impl Said {
+    fn hear(&mut self, line: &str) -> Result<(), String> {
+        let words: Vec<&str> = line.split(' ').collect();
+        let number = |text: &str| text.parse::<u64>().map_err(|error| format!("{line:?}: {error}"));
+        match words[..] {
+            ["opening"] => {}
+            ["ready", ..] => self.path = words[1..].join(" "),
+            ["begin", step] => drop(self.began.insert(number(step)?)),
+            ["issued", generation, step] => {
+                if self.issued.insert(number(generation)?, number(step)?).is_some() {
+                    return Err(format!("{line:?}: issued twice"));
+                }
+            }
+            ["durable", generation, step] => drop(self.durable.insert(number(generation)?, number(step)?)),
+            _ => return Err(format!("a child said {line:?}")),
+        }
+        Ok(())
+    }
+}
+
+fn seed() -> u64 {
+    let given = env::var(ENV_SEED).ok().and_then(|text| text.parse().ok());
+    given.unwrap_or_else(|| {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64)
+    })
+}
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory")
+}
+
+fn kill_often(dir: &Path, way: Way, kills: usize, seed: u64) -> Totals {
+    let mut history = History::new(dir, way);
+    let mut random = Random(seed ^ way as u64);
+    let mut totals = Totals::default();
+    for nth in 0..kills {
+        let orders = history.orders(nth);
+        if let Err(what) = history.round(nth, &orders, &mut random, &mut totals) {
+            panic!("kill {nth} on {way:?} with {orders:?}, {ENV_SEED}={seed}: {what}");
+        }
+    }
+    totals
+}
+
+#[test]
+fn two_hundred_kills_lose_nothing_durable() {
+    let (dir, seed) = (scratch(), seed());
+    let began = Instant::now();
+    let all: Vec<Totals> = thread::scope(|scope| {
+        let ways = Way::ALL.into_iter().enumerate();
+        let runs: Vec<_> = ways
+            .map(|(index, way)| {
+                let kills = (KILLS + Way::ALL.len() - 1 - index) / Way::ALL.len();
+                let dir = dir.path();
+                scope.spawn(move || kill_often(dir, way, kills, seed))
+            })
+            .collect();
+        runs.into_iter()
+            .map(|run| run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    let sum = |of: fn(&Totals) -> usize| all.iter().map(of).sum::<usize>();
+    let (kills, durable) = (sum(|totals| totals.kills), sum(|totals| totals.durable));
+    println!(
+        "{kills} kills ({} while opening), {} saves begun, {durable} reported durable, at most {} steps lost by a kill, \
+         checked within {:?}, {:?}, {ENV_SEED}={seed}, {:?}",
+        sum(|totals| totals.in_opening),
+        sum(|totals| totals.saves),
+        all.iter().map(|totals| totals.most_lost_steps).max().unwrap_or(0),
+        all.iter().map(|totals| totals.longest_open).max().unwrap_or_default(),
+        all.iter().flat_map(|totals| &totals.paths).filter(|path| !path.is_empty()).collect::<BTreeSet<_>>(),
+        began.elapsed(),
+    );
+    assert_eq!(kills, KILLS);
+    assert!(
+        durable > 2 * kills,
+        "only {durable} saves became durable: the kills came too early to test anything"
+    );
+}
+
+/// The check itself can fail: a child that reports a save durable when it has only begun is found out.
+#[test]
+fn a_child_that_lies_about_durability_is_caught() {
+    const MOST_KILLS: usize = 50;
+    let (dir, seed) = (scratch(), seed());
+    let mut history = History::new(dir.path(), Way::Threads);
+    let mut random = Random(seed);
+    let caught = (0..MOST_KILLS).find_map(|nth| {
+        let orders = Orders { lie: true, ..history.orders(nth) };
+        let round = history.round(0, &orders, &mut random, &mut Totals::default());
+        round.err()
+    });
+    let what = caught.unwrap_or_else(|| panic!("not caught in {MOST_KILLS} kills, {ENV_SEED}={seed}"));
+    assert!(what.contains("was reported durable"), "caught for the wrong reason: {what}");
+}
