@@ -210,7 +210,8 @@ enum UnderWay {
 }
 
 /// The process is killed, the machine lives: calls `check` with the medium as the next process finds it. All
-/// that had completed is visible and still pending, so that the next process can be made to lose it. Stops
+/// that had completed is visible and (but on pmem) still pending, so that the next process can be made to lose
+/// it; what a persist has failed on stays beyond the reach of later persists. Stops
 /// before every copy, completion and effective barrier, and at the end; where copies are under way, each stop
 /// comes three times: they are dropped, they land, and they land in part.
 ///
@@ -253,11 +254,8 @@ pub fn for_each_kill(
                         units * unit_bytes
                     }
                 };
-                let start = Start {
-                    durable: replay.durable.clone(),
-                    pending: replay.pending_after_kill(landed),
-                    notes: replay.notes.clone(),
-                };
+                let (durable, pending) = replay.left_by_kill(landed);
+                let start = Start { durable, pending, notes: replay.notes.clone() };
                 summary.images += 1;
                 check(&point, SimMedium::begin(trace.len_bytes, trace.model, start)).map_err(|message| {
                     let image = format!("process killed, copies under way: {fate:?}");

@@ -79,7 +79,7 @@ impl SimMedium {
         for (block, versions) in &start.pending {
             next_op += versions.len() as u64;
             if let Some(newest) = versions.last() {
-                visible.set(*block, newest.clone());
+                visible.set(*block, newest.bytes.clone());
             }
         }
         let state = State {

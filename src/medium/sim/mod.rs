@@ -17,7 +17,13 @@
 //! Per block the durable content and the later versions are kept in the order of their completion. A crash
 //! keeps for each unit independently any version that is not older than the durable one. A write that was
 //! submitted and has not completed may land at any moment. After a failed persist nothing that was pending
-//! then can become durable any more, except by being written again.
+//! then can become durable any more, except by being written again; the death of the process does not change
+//! that (the kernel has dropped the dirty state, and goes on showing the bytes).
+//!
+//! The death of a process alone loses nothing that had completed. On disks and in the page cache it makes
+//! nothing durable either. On persistent memory it does: a completed copy has left the write-combining buffers
+//! or has its write-backs under way, and the switch away from a dying thread serialises the processor. Only of a
+//! copy that was cut short may lines stay in the caches, visible and not durable, until they are flushed.
 
 mod choices;
 mod content;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::choices::BlockChoices;
 use super::content::{blocks_of, BlockBytes, Content, BLOCK};
-use super::trace::{Event, Note, OpId, SimModel, ThreadTag, Trace};
+use super::trace::{Event, LeftBehind, Note, OpId, SimModel, ThreadTag, Trace};
 use crate::format::BLOCK_BYTES;
 use crate::sync::Arc;
 
@@ -67,10 +67,11 @@ impl Replay {
         let mut next_op = 0;
         let mut pending = BTreeMap::new();
         for (index, versions) in &trace.start.pending {
-            let versions = versions.iter().map(|bytes| {
+            let versions = versions.iter().map(|left| {
                 next_op += 1;
                 let op = OpId(next_op);
-                Version { bytes: bytes.clone(), op, owner: None, phase: Phase::Completed }
+                let phase = if left.persistable { Phase::Completed } else { Phase::Unknown };
+                Version { bytes: left.bytes.clone(), op, owner: None, phase }
             });
             pending.insert(*index, Pending { versions: versions.collect(), choices: None });
         }
@@ -228,37 +229,44 @@ impl Replay {
         self.in_flight.keys().copied().collect()
     }
 
-    /// Per block what a process that dies now leaves behind, undecided as to power. `landed` says which part
-    /// of each copy under way the kernel or the caches still carry out, in bytes from its beginning.
-    pub(super) fn pending_after_kill(
+    /// What a process that dies now leaves behind: the durable content, and per block what is undecided as to
+    /// power. `landed` says which part of each copy under way the kernel or the caches still carry out, in bytes
+    /// from its beginning. What had completed on pmem is durable; see the module's fault model.
+    pub(super) fn left_by_kill(
         &self,
         landed: impl Fn(OpId, u64) -> u64,
-    ) -> Vec<(u64, Vec<BlockBytes>)> {
+    ) -> (Content, Vec<(u64, Vec<LeftBehind>)>) {
+        let mut durable = self.durable.clone();
         let mut left = Vec::new();
         for (block, pending) in &self.pending {
             let mut visible = self.durable.get(*block);
             let mut versions = Vec::new();
             // A copy under way lands after all that had completed.
-            let order = |v: &&Version| v.phase == Phase::InFlight;
-            let (late, early): (Vec<_>, Vec<_>) = pending.versions.iter().partition(order);
-            for version in early.into_iter().chain(late) {
-                let mut bytes = version.bytes.clone();
-                if version.phase == Phase::InFlight {
-                    let blocks = &self.in_flight[&version.op];
-                    let total = (blocks.end - blocks.start) * BLOCK_BYTES;
-                    let before = (block - blocks.start) * BLOCK_BYTES;
-                    let kept = landed(version.op, total).saturating_sub(before).min(BLOCK_BYTES) as usize;
-                    let mut mixed = visible.to_array();
-                    mixed[..kept].copy_from_slice(&bytes.bytes()[..kept]);
-                    bytes = BlockBytes::owned(mixed);
-                }
-                visible = bytes.clone();
-                versions.push(bytes);
+            let under_way = |v: &&Version| v.phase == Phase::InFlight;
+            let (late, early): (Vec<_>, Vec<_>) = pending.versions.iter().partition(under_way);
+            for version in early {
+                visible = version.bytes.clone();
+                let persistable = version.phase == Phase::Completed;
+                versions.push(LeftBehind { bytes: visible.clone(), persistable });
+            }
+            if self.model == SimModel::Pmem {
+                versions.clear();
+                durable.set(*block, visible.clone());
+            }
+            for version in late {
+                let blocks = &self.in_flight[&version.op];
+                let total = (blocks.end - blocks.start) * BLOCK_BYTES;
+                let before = (block - blocks.start) * BLOCK_BYTES;
+                let kept = landed(version.op, total).saturating_sub(before).min(BLOCK_BYTES) as usize;
+                let mut mixed = visible.to_array();
+                mixed[..kept].copy_from_slice(&version.bytes.bytes()[..kept]);
+                visible = BlockBytes::owned(mixed);
+                versions.push(LeftBehind { bytes: visible.clone(), persistable: true });
             }
             if !versions.is_empty() {
                 left.push((*block, versions));
             }
         }
-        left
+        (durable, left)
     }
 }

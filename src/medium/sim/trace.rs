@@ -149,13 +149,21 @@ impl std::fmt::Debug for Event {
     }
 }
 
+/// What a dead process wrote into one block: visible, not durable.
+#[derive(Clone)]
+pub(super) struct LeftBehind {
+    pub(super) bytes: BlockBytes,
+    /// Whether a persist makes it durable: not where one has failed on it before.
+    pub(super) persistable: bool,
+}
+
 /// A region before the first event of a trace.
 #[derive(Clone, Default)]
 pub(super) struct Start {
     /// What cannot be lost any more.
     pub(super) durable: Content,
     /// What an earlier process wrote and nothing made durable, per block, oldest first.
-    pub(super) pending: Vec<(u64, Vec<BlockBytes>)>,
+    pub(super) pending: Vec<(u64, Vec<LeftBehind>)>,
     /// What was said in earlier lives of the region.
     pub(super) notes: Vec<Note>,
 }
