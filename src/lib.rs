@@ -13,6 +13,7 @@
 //! capi, bin          the C ABI; the command-line tool
 //! engine             Store: an open region with its threads
 //! save, load         one save: pipeline, raw stream, commit; verified parallel restore
+//! tune               how often to save
 //! store, metrics     format, open, control block, durable steps, grow; counters
 //! recovery, source   records -> decision table; where state comes from
 //! medium             how bytes become persistent: dax, mmap, direct, sim
@@ -23,6 +24,8 @@
 
 pub mod error;
 
+#[cfg(not(loom))]
+pub mod capi;
 #[cfg(not(loom))]
 pub mod engine;
 #[cfg(not(loom))]
@@ -46,5 +49,7 @@ pub mod staging;
 #[cfg(not(loom))]
 pub mod store;
 pub mod sync;
+#[cfg(not(loom))]
+pub mod tune;
 
 pub use error::{Error, ErrorKind, Result};

@@ -1,6 +1,9 @@
 //! Counters of one store since it was opened.
 
+use std::time::{Duration, Instant};
+
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::Mutex;
 
 /// A snapshot of the counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -17,6 +20,12 @@ pub struct Stats {
     pub saves_cancelled: u64,
     /// Payload bytes of durable saves.
     pub durable_bytes: u64,
+    /// Nanoseconds in which at least one save was in flight.
+    pub busy_ns: u64,
+    /// Sum over durable saves of the nanoseconds from begin to copied.
+    pub copied_ns: u64,
+    /// Sum over durable saves of the nanoseconds from begin to durable.
+    pub durable_ns: u64,
     /// Saves in flight now.
     pub in_flight: u32,
     /// Quarantined slots now.
@@ -36,14 +45,46 @@ pub(crate) struct Metrics {
     failed: AtomicU64,
     cancelled: AtomicU64,
     durable_bytes: AtomicU64,
+    copied_ns: AtomicU64,
+    durable_ns: AtomicU64,
+    busy: Mutex<Busy>,
+}
+
+/// The time in which saves were in flight, and since when they are.
+#[derive(Default)]
+struct Busy {
+    saves: u32,
+    since: Option<Instant>,
+    total: Duration,
+}
+
+impl Busy {
+    fn now(&self) -> Duration {
+        self.total + self.since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
 }
 
 impl Metrics {
     pub fn saves_begun(&self) {
         self.begun.fetch_add(1, Ordering::Relaxed);
+        let mut busy = self.busy.lock();
+        busy.saves += 1;
+        busy.since.get_or_insert_with(Instant::now);
     }
 
-    pub fn saves_durable(&self, bytes: u64, superseded: bool) {
+    /// A save is no longer in flight, however it ended.
+    pub fn saves_ended(&self) {
+        let mut busy = self.busy.lock();
+        busy.saves = busy.saves.saturating_sub(1);
+        if busy.saves == 0 {
+            busy.total = busy.now();
+            busy.since = None;
+        }
+    }
+
+    pub fn saves_durable(&self, bytes: u64, superseded: bool, copied: Duration, durable: Duration) {
+        self.copied_ns.fetch_add(ns(copied), Ordering::Relaxed);
+        self.durable_ns.fetch_add(ns(durable), Ordering::Relaxed);
         self.durable.fetch_add(1, Ordering::Relaxed);
         self.superseded.fetch_add(u64::from(superseded), Ordering::Relaxed);
         self.durable_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -66,7 +107,14 @@ impl Metrics {
             saves_failed: self.failed.load(Ordering::Relaxed),
             saves_cancelled: self.cancelled.load(Ordering::Relaxed),
             durable_bytes: self.durable_bytes.load(Ordering::Relaxed),
+            busy_ns: ns(self.busy.lock().now()),
+            copied_ns: self.copied_ns.load(Ordering::Relaxed),
+            durable_ns: self.durable_ns.load(Ordering::Relaxed),
             ..Stats::default()
         }
     }
+}
+
+fn ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

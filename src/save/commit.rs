@@ -47,8 +47,9 @@ fn commit_one(shared: &Shared, save: &SaveCore) -> Result<()> {
         check_flushes(shared, save)?;
         shared.region.publish(record)
     };
+    let (copied, durable) = save.ages();
+    shared.metrics.saves_durable(save.spec.payload_bytes, superseded_by.is_some(), copied, durable);
     shared.forget(save);
-    shared.metrics.saves_durable(save.spec.payload_bytes, superseded_by.is_some());
     save.end(Ok((save.claim.slot, superseded_by)));
     Ok(())
 }

@@ -539,6 +539,13 @@ impl SaveCore {
         }
     }
 
+    /// From begin to copied (as far as it has come), and from begin to now.
+    pub fn ages(&self) -> (Duration, Duration) {
+        let now = Instant::now();
+        let copied_at = self.state.lock().copied_at.unwrap_or(now);
+        (copied_at - self.begun, now - self.begun)
+    }
+
     pub fn ended(&self) -> bool {
         self.state.lock().outcome.is_some()
     }

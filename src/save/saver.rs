@@ -270,6 +270,7 @@ impl Shared {
     pub fn forget(&self, save: &SaveCore) {
         self.copy_queue.lock().remove(&save.claim.generation);
         self.active.lock().remove(&save.claim.generation);
+        self.metrics.saves_ended();
         self.active_changed.notify_all();
         self.region.slot_freed().notify_all();
         if self.closing() {

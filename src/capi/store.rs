@@ -1,0 +1,513 @@
+//! `pcc_store`: regions, and everything that concerns a store as a whole.
+#![expect(unsafe_code, reason = "exported functions")]
+#![expect(clippy::missing_safety_doc, reason = "the contract of exported functions is the header")]
+
+use core::ffi::c_char;
+use core::fmt::Write;
+
+use super::guard::{self, Caller, Opaque, Outcome};
+use super::options::{
+    durability_code, medium_code, pcc_checkpoint_info, pcc_format_options, pcc_got_info, pcc_open_options,
+    pcc_stats_info, pcc_verify_report, wait_of, PCC_CHECKPOINT_RAW,
+};
+use super::status::{pcc_status, PCC_CORRUPT};
+use super::text::{CText, Fault};
+use crate::engine::{format_region, grow_region, CheckpointInfo, Select, Store};
+use crate::error::{Error, ErrorKind};
+use crate::format::{SlotRecord, RAW_STREAM};
+use crate::recovery::Verdict;
+use crate::sync::Arc;
+
+/// An open region and its threads.
+#[allow(non_camel_case_types)]
+pub struct pcc_store {
+    _opaque: [u8; 0],
+}
+
+/// What stands behind a [`pcc_store`].
+pub(super) struct StoreInner {
+    pub store: Arc<Store>,
+    path_text: CText,
+    notes_text: CText,
+}
+
+impl Opaque for pcc_store {
+    type Inner = StoreInner;
+    const TAG: u64 = u64::from_le_bytes(*b"pccstore");
+    const NAME: &'static str = "pcc_store";
+
+    fn poison(inner: &StoreInner) {
+        inner.store.poison();
+    }
+}
+
+/// Creates a region at `path` (NUL-terminated): a new file, an empty file, or a block device. It has `slot_count`
+/// slots (2 to 240): saves in flight + checkpoints kept + pinned; each holds up to `payload_bytes` (see
+/// `pcc_payload_bytes`). All space is allocated now. Nothing is ever destroyed unless `options->force` is 1.
+///
+/// Durability: the empty region is durable on return.
+/// Threads: any.
+/// Ownership: nothing is kept; `options` may be NULL.
+/// Errors: PCC_ALREADY_EXISTS, PCC_NO_SPACE, PCC_IN_USE, PCC_INVALID_ARGUMENT, PCC_UNSUPPORTED, PCC_IO, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_format(
+    path: *const c_char,
+    slot_count: u32,
+    payload_bytes: u64,
+    options: *const pcc_format_options,
+) -> pcc_status {
+    let body = |caller: &Caller| {
+        let path = caller.path(path)?;
+        let options = caller.format_options(&caller.options(options)?, slot_count, payload_bytes)?;
+        Ok(format_region(path, &options)?)
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::call("pcc_format", body) }
+}
+
+/// Replaces a region file by a larger one (more slots, larger slots, or both) that holds the same checkpoints and pins.
+/// A crash leaves the old file or the new one. Refused on devices and while a writer has the region open; waits for
+/// that writer for `lock_wait_ms` milliseconds (negative: for ever).
+///
+/// Durability: the new region and its checkpoints are durable on return.
+/// Threads: any.
+/// Ownership: nothing is kept.
+/// Errors: PCC_IN_USE, PCC_NO_SPACE, PCC_UNSUPPORTED, PCC_INVALID_ARGUMENT, PCC_NOT_A_REGION, PCC_IO, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_grow(
+    path: *const c_char,
+    slot_count: u32,
+    payload_bytes: u64,
+    lock_wait_ms: i64,
+) -> pcc_status {
+    let body = |caller: &Caller| {
+        let path = caller.path(path)?;
+        // The engine takes no wait as its default; for ever is as long as a clock can tell.
+        let wait = wait_of(lock_wait_ms).or(wait_of(LONGEST_WAIT_MS));
+        Ok(grow_region(path, slot_count, payload_bytes, wait)?)
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::call("pcc_grow", body) }
+}
+
+/// A hundred years, less a day.
+const LONGEST_WAIT_MS: i64 = (100 * 365 - 1) * 24 * 3600 * 1000;
+
+/// Opens a region, recovers what it holds, and starts the library's threads. One writer at a time has a region open;
+/// read-only stores work beside it.
+///
+/// Durability: every checkpoint that recovery found is durable on return (not made so by a read-only store).
+/// Threads: any.
+/// Ownership: `store` receives a handle to be given to `pcc_close`, or NULL on failure. `options` may be NULL.
+/// Errors: PCC_NOT_FOUND, PCC_NOT_A_REGION, PCC_IN_USE (names the holder), PCC_DURABILITY, PCC_UNSUPPORTED_VERSION,
+/// PCC_UNSUPPORTED_FEATURE, PCC_UNSUPPORTED, PCC_OUT_OF_MEMORY, PCC_INVALID_ARGUMENT, PCC_IO, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_open(
+    path: *const c_char,
+    options: *const pcc_open_options,
+    store: *mut *mut pcc_store,
+) -> pcc_status {
+    let body = |caller: &Caller| {
+        let out = caller.out_handle("store", store)?;
+        let path = caller.path(path)?;
+        let options = caller.open_options(&caller.options(options)?)?;
+        let store = Arc::new(Store::open(path, &options)?);
+        let info = store.medium_info();
+        let recovered = store.recovered();
+        let notes: Vec<&str> = info.notes.iter().chain(&recovered.notes).map(String::as_str).collect();
+        *out = guard::new_handle(StoreInner {
+            path_text: CText::new(info.path),
+            notes_text: CText::new(&notes.join("\n")),
+            store,
+        });
+        Ok(())
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::call("pcc_open", body) }
+}
+
+/// Closes a store: cancels the saves in flight and waits until their I/O has ended; NULL is fine. Call `pcc_drain`
+/// before, to let them become durable. Handles of its saves stay valid until freed. The region's lock is released
+/// here, or when the last raw save or checkpoint opened through it is freed.
+///
+/// Durability: commits nothing.
+/// Threads: no other call may use the store meanwhile or later.
+/// Ownership: frees `store`. In a forked child it only forgets it.
+/// Errors: none.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_close(store: *mut pcc_store) {
+    // SAFETY: the header binds the caller.
+    unsafe { guard::free("pcc_close", store) }
+}
+
+/// Waits until no save is in flight, for at most `timeout_ms` (negative: for ever). Says nothing of how they ended.
+///
+/// Durability: saves that ended with PCC_OK are durable, as ever.
+/// Threads: any number at once.
+/// Ownership: none.
+/// Errors: PCC_TIMED_OUT, PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_drain(store: *const pcc_store, timeout_ms: i64) -> pcc_status {
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_drain", store, |_, inner| Ok(inner.store.drain(wait_of(timeout_ms))?)) }
+}
+
+/// Lists the checkpoints, newest first: fills up to `capacity` elements of `infos`, which are `info_bytes`
+/// (sizeof(pcc_checkpoint_info)) apart, and stores in `count` how many there are, which may be more. With `capacity` 0
+/// it only counts. Another save may become durable between two calls.
+///
+/// Durability: all listed checkpoints are durable.
+/// Threads: any number at once.
+/// Ownership: `infos` and `count` are the caller's; nothing refers to the store.
+/// Errors: PCC_IO (read-only stores read the medium), PCC_FORKED, PCC_BAD_POINTER, PCC_INVALID_ARGUMENT.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_list(
+    store: *const pcc_store,
+    infos: *mut pcc_checkpoint_info,
+    info_bytes: u64,
+    capacity: u64,
+    count: *mut u64,
+) -> pcc_status {
+    let body = |caller: &Caller, inner: &StoreInner| {
+        let count = caller.out("count", count, 0)?;
+        let found = inner.store.checkpoints()?;
+        caller.fill_array(infos, info_bytes, capacity, found.iter().map(listed))?;
+        *count = found.len() as u64;
+        Ok(())
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_list", store, body) }
+}
+
+/// Keeps the checkpoint of `generation` until it is unpinned, also across restarts. Pinning twice is pinning once.
+///
+/// Durability: the pin is durable on return.
+/// Threads: any number at once.
+/// Ownership: none.
+/// Errors: PCC_NOT_FOUND; PCC_NO_SLOT where fewer than N slots would be left to save into; PCC_READ_ONLY, PCC_IO,
+/// PCC_DURABILITY_UNKNOWN, PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_pin(store: *const pcc_store, generation: u64) -> pcc_status {
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_pin", store, |_, inner| Ok(inner.store.pin(generation)?)) }
+}
+
+/// Lifts a pin; the checkpoint is then kept as long as it is among the newest K. No error where it was not pinned.
+///
+/// Durability: durable on return.
+/// Threads: any number at once.
+/// Ownership: none.
+/// Errors: PCC_NOT_FOUND, PCC_READ_ONLY, PCC_IO, PCC_DURABILITY_UNKNOWN, PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_unpin(store: *const pcc_store, generation: u64) -> pcc_status {
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_unpin", store, |_, inner| Ok(inner.store.unpin(generation)?)) }
+}
+
+/// Marks `step` of run `run_id` as durable on every rank of a group: a store opened with `hold` may now reclaim what is
+/// older. How ranks learn that of each other is the caller's business. `generation` (may be NULL) receives the
+/// checkpoint's generation here.
+///
+/// Durability: the mark is durable on return.
+/// Threads: any number at once.
+/// Ownership: `generation` is the caller's.
+/// Errors: PCC_NOT_FOUND where this rank has no such checkpoint; PCC_READ_ONLY, PCC_IO, PCC_DURABILITY_UNKNOWN,
+/// PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_mark_global(
+    store: *const pcc_store,
+    run_id: u64,
+    step: u64,
+    generation: *mut u64,
+) -> pcc_status {
+    let body = |caller: &Caller, inner: &StoreInner| {
+        let out = caller.out_optional("generation", generation, 0)?;
+        let generation = inner.store.mark_global(run_id, step)?;
+        if let Some(out) = out {
+            *out = generation;
+        }
+        Ok(())
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_mark_global", store, body) }
+}
+
+/// Gives up `step` of run `run_id`, which some rank skipped, lost or failed: cancels its saves in flight and discards
+/// its checkpoints. Every rank calls it. `discarded` (may be NULL) receives how many checkpoints went.
+///
+/// Durability: the discard is durable on return.
+/// Threads: any number at once. Waits for the I/O of the cancelled saves.
+/// Ownership: `discarded` is the caller's.
+/// Errors: PCC_INVALID_STATE where the step is marked as durable everywhere, or its checkpoint is open; PCC_READ_ONLY,
+/// PCC_IO, PCC_DURABILITY_UNKNOWN, PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_abandon(
+    store: *const pcc_store,
+    run_id: u64,
+    step: u64,
+    discarded: *mut u32,
+) -> pcc_status {
+    let body = |caller: &Caller, inner: &StoreInner| {
+        let out = caller.out_optional("discarded", discarded, 0)?;
+        let discarded = inner.store.abandon(run_id, step)?;
+        if let Some(out) = out {
+            *out = discarded;
+        }
+        Ok(())
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_abandon", store, body) }
+}
+
+/// Discards every checkpoint newer than `generation` (0: all of them): what a group does after a restart, before any
+/// rank saves again. `discarded` (may be NULL) receives how many went.
+///
+/// Durability: the discard is durable on return.
+/// Threads: any number at once, but no save may be in flight.
+/// Ownership: `discarded` is the caller's.
+/// Errors: PCC_NOT_FOUND where `generation` is not a checkpoint; PCC_INVALID_STATE where saves are in flight or such a
+/// checkpoint is open; PCC_READ_ONLY, PCC_IO, PCC_DURABILITY_UNKNOWN, PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_discard_newer(
+    store: *const pcc_store,
+    generation: u64,
+    discarded: *mut u32,
+) -> pcc_status {
+    let body = |caller: &Caller, inner: &StoreInner| {
+        let out = caller.out_optional("discarded", discarded, 0)?;
+        let discarded = inner.store.discard_newer(generation)?;
+        if let Some(out) = out {
+            *out = discarded;
+        }
+        Ok(())
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_discard_newer", store, body) }
+}
+
+/// Reads and verifies every byte of the checkpoint of `generation`, or of all checkpoints where it is 0. `report` (may
+/// be NULL) receives the counts, `text` (`text_cap` bytes, may be NULL) one line per checkpoint, NUL-terminated UTF-8.
+///
+/// Durability: none; nothing is changed.
+/// Threads: any number at once.
+/// Ownership: `report` and `text` are the caller's.
+/// Errors: PCC_CORRUPT where at least one checkpoint is damaged (report and text are filled all the same);
+/// PCC_NOT_FOUND, PCC_IO, PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_verify(
+    store: *const pcc_store,
+    generation: u64,
+    report: *mut pcc_verify_report,
+    text: *mut c_char,
+    text_cap: u64,
+) -> pcc_status {
+    let body = |caller: &Caller, inner: &StoreInner| {
+        caller.check_fillable(report)?;
+        let (mut found, lines, first) = verify(&inner.store, generation)?;
+        found.text_bytes = caller.text_to(text, text_cap, &lines);
+        caller.fill_optional(report, found)?;
+        match first {
+            Some(error) => Err(Fault { status: PCC_CORRUPT, error }),
+            None => Ok(()),
+        }
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_verify", store, body) }
+}
+
+fn verify(store: &Store, generation: u64) -> Outcome<(pcc_verify_report, String, Option<Error>)> {
+    let wanted = |record: &SlotRecord| generation == 0 || record.generation == generation;
+    let all = store.checkpoints()?.into_iter().map(|info| info.record);
+    let records: Vec<SlotRecord> = all.filter(wanted).collect();
+    if records.is_empty() && generation != 0 {
+        let message = format!("no checkpoint has generation {generation}");
+        let error = Error::new(ErrorKind::NotFound, "pcc_verify", message);
+        return Err(error.at_path(store.region().path()).into());
+    }
+    let mut report = <pcc_verify_report as guard::Versioned>::initial();
+    let (mut lines, mut first) = (String::new(), None);
+    for record in records {
+        let place = format!("generation {} step {} slot {}", record.generation, record.step, record.slot);
+        let result = store.open_checkpoint(Select::Generation(record.generation), true);
+        let verdict = match result {
+            Ok(_) => {
+                report.intact += 1;
+                "intact".to_string()
+            }
+            Err(error) => match error.kind() {
+                ErrorKind::Corrupt | ErrorKind::Io => {
+                    report.damaged += 1;
+                    let text = format!("damaged: {error}");
+                    first.get_or_insert(error);
+                    text
+                }
+                ErrorKind::Reclaimed | ErrorKind::NotFound => {
+                    report.reclaimed += 1;
+                    "reclaimed meanwhile".to_string()
+                }
+                _ => return Err(error.into()),
+            },
+        };
+        // Writing to a String cannot fail.
+        let _ = writeln!(lines, "{place}: {verdict}");
+    }
+    Ok((report, lines, first))
+}
+
+/// Rewrites every quarantined slot in full, flushes it, and takes it back into use. `repaired` (may be NULL) receives
+/// how many.
+///
+/// Durability: the slots are durably empty on return.
+/// Threads: any number at once.
+/// Ownership: `repaired` is the caller's.
+/// Errors: PCC_IO where the medium still fails; PCC_TIMED_OUT after `timeout_ms` (negative: never); PCC_READ_ONLY,
+/// PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_repair(
+    store: *const pcc_store,
+    timeout_ms: i64,
+    repaired: *mut u32,
+) -> pcc_status {
+    let body = |caller: &Caller, inner: &StoreInner| {
+        let out = caller.out_optional("repaired", repaired, 0)?;
+        let repaired = inner.store.repair(wait_of(timeout_ms))?;
+        if let Some(out) = out {
+            *out = repaired;
+        }
+        Ok(())
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_repair", store, body) }
+}
+
+/// Counters since open, and gauges of this moment. Set `stats->struct_bytes` before.
+///
+/// Durability: none.
+/// Threads: any number at once.
+/// Ownership: `stats` is the caller's.
+/// Errors: PCC_FORKED, PCC_BAD_POINTER, PCC_INVALID_ARGUMENT for an impossible size.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_stats(store: *const pcc_store, stats: *mut pcc_stats_info) -> pcc_status {
+    let body = |caller: &Caller, inner: &StoreInner| {
+        let now = inner.store.stats();
+        let value = pcc_stats_info {
+            struct_bytes: 0,
+            saves_begun: now.saves_begun,
+            saves_durable: now.saves_durable,
+            saves_superseded: now.saves_superseded,
+            saves_failed: now.saves_failed,
+            saves_cancelled: now.saves_cancelled,
+            durable_bytes: now.durable_bytes,
+            busy_ns: now.busy_ns,
+            copied_ns: now.copied_ns,
+            durable_ns: now.durable_ns,
+            newest_generation: now.newest_generation,
+            in_flight: now.in_flight,
+            quarantined_slots: now.quarantined_slots,
+            claimable_slots: now.claimable_slots,
+            reserved: 0,
+        };
+        caller.fill(stats, value)
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_stats", store, body) }
+}
+
+/// What was got at open, as opposed to what was asked for. Set `got->struct_bytes` before.
+///
+/// Durability: `got->durability` says what a durable save survives.
+/// Threads: any number at once.
+/// Ownership: `got` is the caller's; the texts in it belong to the store and live until `pcc_close`.
+/// Errors: PCC_FORKED, PCC_BAD_POINTER, PCC_INVALID_ARGUMENT for an impossible size.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_got(store: *const pcc_store, got: *mut pcc_got_info) -> pcc_status {
+    let body = |caller: &Caller, inner: &StoreInner| {
+        let region = inner.store.region();
+        let (info, options, pool) = (region.medium_info(), region.options(), region.pool());
+        let value = pcc_got_info {
+            struct_bytes: 0,
+            path_text: inner.path_text.as_ptr(),
+            notes_text: inner.notes_text.as_ptr(),
+            region_uuid: region.superblock().uuid.0,
+            slot_bytes: region.layout().slot_bytes,
+            staging_bytes: pool.total_bytes(),
+            staging_huge_bytes: pool.huge_page_bytes(),
+            chunk_bytes: options.chunk_bytes,
+            recovered_checkpoints: inner.store.recovered().newest_first.len() as u32,
+            staging_locked: pool.locked().into(),
+            medium: medium_code(info.kind),
+            durability: durability_code(info.durability),
+            slot_count: region.layout().slot_count,
+            max_in_flight: options.max_in_flight,
+            keep: options.keep,
+            read_only: options.read_only.into(),
+        };
+        caller.fill(got, value)
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_got", store, body) }
+}
+
+/// Copies what recovery found at open, one line per slot with the reason why it counts or not, then notes on damage
+/// that was survived; UTF-8, NUL-terminated, cut at a character where `cap` is too small. Returns the bytes that the
+/// whole text takes with its NUL, or 0 on failure.
+///
+/// Durability: none.
+/// Threads: any number at once.
+/// Ownership: the text is copied to `buf` (`cap` bytes); NULL or 0 only ask for the size.
+/// Errors: returns 0; PCC_FORKED or PCC_BAD_POINTER in `pcc_last_error_status`.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_recovery_text(store: *const pcc_store, buf: *mut c_char, cap: u64) -> u64 {
+    let body =
+        |caller: &Caller, inner: &StoreInner| Ok(caller.text_to(buf, cap, &recovery_text(&inner.store)));
+    // SAFETY: the header binds the caller.
+    unsafe { guard::value_on("pcc_recovery_text", store, 0, body) }
+}
+
+fn recovery_text(store: &Store) -> String {
+    let table = store.recovered();
+    let mut text = String::new();
+    for decision in &table.slots {
+        let verdict = match &decision.verdict {
+            Verdict::Checkpoint => "checkpoint",
+            Verdict::Empty => "empty",
+            Verdict::Writing => "not committed",
+            Verdict::Rejected(_) => "rejected",
+            Verdict::Quarantined => "quarantined",
+            Verdict::Discarded => "discarded",
+        };
+        // Writing to a String cannot fail.
+        let _ = write!(text, "slot {}: {verdict}", decision.slot);
+        if let Some(record) = &decision.record {
+            let _ = write!(text, ", generation {} step {}", record.generation, record.step);
+        }
+        let _ = writeln!(text, "{}: {}", if decision.pinned { ", pinned" } else { "" }, decision.reason);
+    }
+    for note in &table.notes {
+        let _ = writeln!(text, "note: {note}");
+    }
+    text
+}
+
+/// A checkpoint's record as C sees it.
+pub(super) fn info_of(record: &SlotRecord) -> pcc_checkpoint_info {
+    pcc_checkpoint_info {
+        struct_bytes: 0,
+        generation: record.generation,
+        step: record.step,
+        run_id: record.run_id,
+        payload_bytes: record.payload_bytes,
+        chunk_bytes: record.chunk_bytes,
+        unix_ns: record.unix_ns,
+        slot: record.slot,
+        tensor_count: record.tensor_count,
+        flags: if record.flags & RAW_STREAM != 0 { PCC_CHECKPOINT_RAW } else { 0 },
+        pinned: 0,
+        readers: 0,
+        rejected: 0,
+    }
+}
+
+fn listed(info: &CheckpointInfo) -> pcc_checkpoint_info {
+    pcc_checkpoint_info { pinned: info.pinned.into(), readers: info.readers, ..info_of(&info.record) }
+}
