@@ -50,9 +50,8 @@ fn sixty_four_saves_are_in_flight_at_once_and_all_become_durable() {
     let data: Vec<Vec<u8>> = (0..u64::from(N)).map(|step| state(step, 700_000)).collect();
     for round in 0..2 {
         // Raw saves stay open until they are committed: all N are in flight together.
-        let mut raws: Vec<_> = (0..u64::from(N))
-            .map(|step| store.begin_raw(step, 700_000, &[], WAIT).expect("begin"))
-            .collect();
+        let mut raws: Vec<_> =
+            (0..u64::from(N)).map(|step| store.begin_raw(step, 700_000, &[], WAIT).expect("begin")).collect();
         assert_eq!(store.stats().in_flight, N);
         let full = store.begin_raw(999, 1, &[], Some(Duration::ZERO)).err().expect("N are in flight");
         assert_eq!(full.kind(), ErrorKind::NoSlot);

@@ -5,6 +5,10 @@
 //! everything that depends on the promise is a method of it. What *can* be checked is checked all the same: NULL,
 //! alignment, lengths, UTF-8, struct sizes, and that a handle is of the expected kind and of this process.
 #![expect(unsafe_code, reason = "the one place where pointers from C are turned into references")]
+#![expect(
+    clippy::mut_from_ref,
+    reason = "`self` only stands for the promise that the pointers are the call's alone"
+)]
 
 use core::cell::{Cell, RefCell};
 use core::ffi::{c_char, CStr};
@@ -259,14 +263,14 @@ impl Caller {
     }
 
     /// What stands behind a handle, during this call.
-    pub fn handle<'a, H: Opaque>(&'a self, handle: *const H) -> Outcome<&'a H::Inner> {
+    pub fn handle<H: Opaque>(&self, handle: *const H) -> Outcome<&H::Inner> {
         let header = self.header(handle)?;
         header.stamp.check(self.op)?;
         Ok(&header.inner)
     }
 
     /// As [`Caller::handle`], for calls that no other call on the same handle may overlap.
-    pub fn handle_mut<'a, H: Opaque>(&'a self, handle: *mut H) -> Outcome<&'a mut H::Inner> {
+    pub fn handle_mut<H: Opaque>(&self, handle: *mut H) -> Outcome<&mut H::Inner> {
         self.handle(handle.cast_const())?;
         let handle: *mut Handle<H::Inner> = handle.cast();
         // SAFETY: live and of this kind, as just checked; the promise is that no other call uses it meanwhile.
@@ -326,7 +330,7 @@ impl Caller {
     }
 
     /// A NUL-terminated path, in the file system's bytes.
-    pub fn path<'a>(&'a self, path: *const c_char) -> Outcome<&'a Path> {
+    pub fn path(&self, path: *const c_char) -> Outcome<&Path> {
         let path = self.c_str("path", path)?;
         if path.is_empty() {
             return Err(self.invalid("path is empty".into()));
@@ -421,7 +425,7 @@ impl Caller {
         // SAFETY: not NULL, aligned; every version begins with `struct_bytes`.
         let struct_bytes = unsafe { *array.cast::<u64>() };
         self.check_struct_bytes(what, struct_bytes)?;
-        let total = count.checked_mul(struct_bytes).unwrap_or(u64::MAX);
+        let total = count.saturating_mul(struct_bytes);
         self.check_span(what, array as usize, total)?;
         (0..count as usize)
             .map(|index| {
@@ -475,7 +479,7 @@ impl Caller {
         }
         self.check(T::NAME, array)?;
         self.check_struct_bytes(T::NAME, struct_bytes)?;
-        let total = capacity.checked_mul(struct_bytes).unwrap_or(u64::MAX);
+        let total = capacity.saturating_mul(struct_bytes);
         self.check_span(T::NAME, array as usize, total)?;
         for (index, value) in values.take(capacity as usize).enumerate() {
             // SAFETY: within the array, whose span was checked.
@@ -495,7 +499,7 @@ impl Caller {
 
     fn check_struct_bytes(&self, what: &str, struct_bytes: u64) -> Outcome<()> {
         let known = (STRUCT_ALIGN_BYTES..=MAX_STRUCT_BYTES).contains(&struct_bytes);
-        if known && struct_bytes % STRUCT_ALIGN_BYTES == 0 {
+        if known && struct_bytes.is_multiple_of(STRUCT_ALIGN_BYTES) {
             return Ok(());
         }
         Err(self.invalid(format!(

@@ -463,7 +463,7 @@ impl Caller {
     }
 
     /// Key and value pairs.
-    pub fn metadata<'a>(&'a self, pairs: *const pcc_pair, count: u64) -> Outcome<Vec<(&'a str, &'a str)>> {
+    pub fn metadata(&self, pairs: *const pcc_pair, count: u64) -> Outcome<Vec<(&str, &str)>> {
         self.limit("metadata", count)?;
         let pairs = self.array("metadata", pairs, count)?;
         pairs

@@ -123,7 +123,7 @@ fn records_end(slot_count: u32) -> Option<u64> {
 
 /// Whether `chunk_bytes` is a permitted chunk size; if not, what is wrong.
 pub(crate) fn check_chunk_bytes(chunk_bytes: u64) -> Result<(), String> {
-    if (MIN_CHUNK_BYTES..=MAX_CHUNK_BYTES).contains(&chunk_bytes) && chunk_bytes % BLOCK_BYTES == 0 {
+    if (MIN_CHUNK_BYTES..=MAX_CHUNK_BYTES).contains(&chunk_bytes) && chunk_bytes.is_multiple_of(BLOCK_BYTES) {
         return Ok(());
     }
     Err(format!(

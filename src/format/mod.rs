@@ -78,8 +78,9 @@ pub const MAX_RANK: usize = 64;
 pub const MAX_HEADER_JSON_BYTES: u64 = 100_000_000;
 
 const _: () = assert!(std::mem::size_of::<Block>() as u64 == BLOCK_BYTES);
-const _: () = assert!(SLOT_ALIGN_BYTES % BLOCK_BYTES == 0);
-const _: () = assert!(MIN_CHUNK_BYTES % BLOCK_BYTES == 0 && MAX_CHUNK_BYTES % BLOCK_BYTES == 0);
+const _: () = assert!(SLOT_ALIGN_BYTES.is_multiple_of(BLOCK_BYTES));
+const _: () =
+    assert!(MIN_CHUNK_BYTES.is_multiple_of(BLOCK_BYTES) && MAX_CHUNK_BYTES.is_multiple_of(BLOCK_BYTES));
 
 #[cfg(test)]
 mod spec_test;

@@ -241,7 +241,7 @@ impl SlotRecord {
         // Cannot overflow: the payload fits in the slot, so the table is smaller still.
         let table_blocks_bytes = self.table_bytes().next_multiple_of(BLOCK_BYTES);
         let highest = slot_bytes.checked_sub(table_blocks_bytes);
-        if self.table_offset % BLOCK_BYTES != 0
+        if !self.table_offset.is_multiple_of(BLOCK_BYTES)
             || self.table_offset < lowest
             || highest.is_none_or(|highest| self.table_offset > highest)
         {

@@ -95,7 +95,7 @@ fn truncate(fd: RawFd) -> Result<()> {
 }
 
 fn check_bytes(path: &Path, bytes: u64) -> Result<()> {
-    if bytes == 0 || bytes % BLOCK_BYTES != 0 || i64::try_from(bytes).is_err() {
+    if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) || i64::try_from(bytes).is_err() {
         let message = format!("expected a positive multiple of {BLOCK_BYTES} bytes, found {bytes}");
         return Err(Error::new(ErrorKind::InvalidArgument, "create", message).at_path(path));
     }

@@ -75,15 +75,15 @@ impl Direct {
     }
 
     fn is_aligned(&self, offset: u64, memory: &[u8]) -> bool {
-        offset % BLOCK_BYTES == 0
-            && memory.len() as u64 % BLOCK_BYTES == 0
-            && memory.as_ptr().addr() % self.memory_align == 0
+        offset.is_multiple_of(BLOCK_BYTES)
+            && (memory.len() as u64).is_multiple_of(BLOCK_BYTES)
+            && memory.as_ptr().addr().is_multiple_of(self.memory_align)
     }
 
     /// Offset and length must be whole blocks, as the trait says.
     fn check_blocks(&self, op: &'static str, offset: u64, len: usize) -> Result<()> {
         self.file.check(op, offset, len as u64, true)?;
-        if offset % BLOCK_BYTES != 0 || len as u64 % BLOCK_BYTES != 0 {
+        if !offset.is_multiple_of(BLOCK_BYTES) || !(len as u64).is_multiple_of(BLOCK_BYTES) {
             let message = format!("expected whole blocks of {BLOCK_BYTES} bytes, found {len} bytes");
             return Err(self
                 .file

@@ -36,7 +36,7 @@ pub struct Measured {
 /// each medium, and tells which made them durable sooner. For a freshly formatted region: what was there is lost. The
 /// lock is not taken: the caller holds it, or is the only one to know of the file.
 pub fn measure_preferred(path: &Path, offset: u64, len: u64) -> Result<Measured> {
-    if len == 0 || len % BLOCK_BYTES != 0 || offset % BLOCK_BYTES != 0 {
+    if len == 0 || !len.is_multiple_of(BLOCK_BYTES) || !offset.is_multiple_of(BLOCK_BYTES) {
         let message =
             format!("expected whole blocks of {BLOCK_BYTES} bytes, found {len} bytes from {offset}");
         return Err(Error::new(ErrorKind::InvalidArgument, "measure", message).at_path(path));

@@ -182,8 +182,8 @@ fn check_io(file: &RegionFile, io: &Io) -> Result<()> {
     file.check(op, io.offset, io.len as u64, io.op == IoOp::Copy)?;
     if io.len == 0
         || io.len > io.buffer.len()
-        || io.len as u64 % BLOCK_BYTES != 0
-        || io.offset % BLOCK_BYTES != 0
+        || !(io.len as u64).is_multiple_of(BLOCK_BYTES)
+        || !io.offset.is_multiple_of(BLOCK_BYTES)
     {
         let room = io.buffer.len();
         let message = format!(

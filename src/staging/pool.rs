@@ -43,7 +43,7 @@ impl StagingPool {
     /// `OutOfMemory` when the kernel does not give the memory.
     pub fn new(total_bytes: u64, buffer_bytes: usize, options: &StagingOptions) -> Result<Arc<StagingPool>> {
         let invalid = |message| Error::new(ErrorKind::InvalidArgument, "create staging pool", message);
-        if buffer_bytes == 0 || buffer_bytes % PAGE_BYTES != 0 {
+        if buffer_bytes == 0 || !buffer_bytes.is_multiple_of(PAGE_BYTES) {
             return Err(invalid(format!(
                 "a buffer must be a positive multiple of {PAGE_BYTES} bytes, found {buffer_bytes}"
             )));

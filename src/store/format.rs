@@ -137,7 +137,7 @@ fn write_metadata(medium: &dyn Medium, layout: &Layout, preferred_medium: Prefer
         compat: 0,
         incompat: 0,
         uuid,
-        layout: layout.clone(),
+        layout: *layout,
         created_unix_ns: crate::store::unix_ns(),
         preferred_medium,
     };

@@ -88,7 +88,7 @@ fn copy_region(
     }
     medium::create_file(beside, layout.region_bytes(), None)?;
     let new = medium::open_medium(beside, options, None)?;
-    let superblock = Superblock { layout: layout.clone(), ..table.superblock.clone() };
+    let superblock = Superblock { layout, ..table.superblock.clone() };
     for decision in &table.slots {
         let Some(record) = &decision.record else { continue };
         match decision.verdict {

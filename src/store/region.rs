@@ -73,7 +73,7 @@ impl Region {
     ) -> Result<Region> {
         options.validate()?;
         let table = read_table(&*medium).map_err(|e| e.at_path(path))?;
-        let layout = table.superblock.layout.clone();
+        let layout = table.superblock.layout;
         check_slot_count(&options, &layout).map_err(|e| e.at_path(path))?;
         let found = table.control.clone().zip(table.control_copy);
         let mut control = ControlState::adopt(table.superblock.uuid, found);
@@ -418,7 +418,7 @@ impl Region {
 
     /// The step last marked as durable on every rank.
     pub fn global_mark(&self) -> Option<GlobalMark> {
-        self.control.lock().current().global.clone()
+        self.control.lock().current().global
     }
 
     /// Slots that saves may use: free, being written, or reclaimable.

@@ -70,7 +70,7 @@ impl Bed {
         for step in [OLDER, NEWEST] {
             save(&store, step).expect("save");
         }
-        let layout = store.region().layout().clone();
+        let layout = *store.region().layout();
         Bed { dir, path, layout }
     }
 

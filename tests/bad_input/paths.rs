@@ -317,7 +317,8 @@ fn options_that_do_not_fit_the_region() {
         assert!(small.advice().is_some());
         small
     });
-    let limits: [(fn(&mut OpenOptions), &str); 10] = [
+    type Change = fn(&mut OpenOptions);
+    let limits: [(Change, &str); 10] = [
         (|options| options.max_in_flight = 0, "max_in_flight is 0, expected 1"),
         (|options| options.max_in_flight = 1000, "max_in_flight is 1000, expected 1"),
         (|options| options.keep = 0, "keep is 0, expected 1"),

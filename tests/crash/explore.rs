@@ -86,7 +86,8 @@ impl Counts {
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { points, exhaustive_points, images, distinct, fell_back, second_lives, second_images } = self;
+        let Counts { points, exhaustive_points, images, distinct, fell_back, second_lives, second_images } =
+            self;
         let share = 100.0 * *fell_back as f64 / (*images).max(1) as f64;
         write!(
             f,
@@ -186,13 +187,14 @@ fn live_on(
         restore(&life, setup, generation)?;
     }
     drop(life);
-    lose_power(setup, &sim.trace(), &Effort::small()).map(|counts| counts.images).map_err(|e| {
-        format!("in the life after the crash: {e}")
-    })
+    lose_power(setup, &sim.trace(), &Effort::small())
+        .map(|counts| counts.images)
+        .map_err(|e| format!("in the life after the crash: {e}"))
 }
 
 fn restore(life: &Life, setup: &Setup, generation: u64) -> Result<(), String> {
-    let opened = life.store.open_checkpoint(Select::Newest, true).map_err(|e| format!("restore fails: {e}"))?;
+    let opened =
+        life.store.open_checkpoint(Select::Newest, true).map_err(|e| format!("restore fails: {e}"))?;
     let checkpoint = &opened.checkpoint;
     let name = checkpoint.tensors()[0].name.clone();
     let data = checkpoint.read_tensor(&name).map_err(|e| e.to_string())?;

@@ -114,9 +114,8 @@ fn discards(life: &Life) {
 
 /// Holds the next durable write that carries `barrier`.
 fn hold_write(life: &Life, barrier: Barrier) -> HoldId {
-    life.sim.hold(move |attempt| {
-        attempt.kind == AttemptKind::WriteDurable && attempt.barrier == Some(barrier)
-    })
+    life.sim
+        .hold(move |attempt| attempt.kind == AttemptKind::WriteDurable && attempt.barrier == Some(barrier))
 }
 
 fn wait_held(life: &Life, hold: HoldId) {
@@ -129,9 +128,9 @@ fn begin_with_chunk_held(life: &Life, chunk: u64) -> (std::sync::Arc<pccheck::sa
     let save = life.begin();
     wait_held(life, mark);
     let held = life.chunk_range(life.slot_of(save.generation()), chunk);
-    let hold = life.sim.hold(move |attempt| {
-        attempt.kind == AttemptKind::StartCopy && held.contains(&attempt.offset)
-    });
+    let hold = life
+        .sim
+        .hold(move |attempt| attempt.kind == AttemptKind::StartCopy && held.contains(&attempt.offset));
     life.sim.release(mark);
     (save, hold)
 }

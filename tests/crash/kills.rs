@@ -58,7 +58,11 @@ fn a_region_whose_formatter_was_killed_is_none_or_sound() {
 }
 
 /// The end of a history on a failing medium, with the next life lacking `removed`.
-pub fn kill_on_failing_medium(history: &History, model: SimModel, removed: &[Barrier]) -> Result<Counts, String> {
+pub fn kill_on_failing_medium(
+    history: &History,
+    model: SimModel,
+    removed: &[Barrier],
+) -> Result<Counts, String> {
     let trace: Trace = record(&history.setup, model, SimSchedule::Inline, history.script);
     kill_then_lose_power(&history.setup, &trace, 1, removed)
 }

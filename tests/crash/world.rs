@@ -67,7 +67,8 @@ impl Setup {
     }
 
     pub fn layout(&self) -> Layout {
-        Layout::new(self.slots, Layout::slot_bytes_for(64 << 10, 64 << 10).expect("slot size")).expect("layout")
+        Layout::new(self.slots, Layout::slot_bytes_for(64 << 10, 64 << 10).expect("slot size"))
+            .expect("layout")
     }
 
     fn is_raw(&self, generation: u64) -> bool {

@@ -198,7 +198,7 @@ impl Image {
             Style::Even => choices.build(noise_seed, even),
             Style::Dense => choices.build(noise_seed, |at| persisted(at, chance(at) % 8 != 0)),
             Style::Sparse => choices.build(noise_seed, |at| persisted(at, chance(at) % 8 == 0)),
-            Style::Blocks => choices.build(noise_seed, |at| persisted(at, block_chance % 2 == 0)),
+            Style::Blocks => choices.build(noise_seed, |at| persisted(at, block_chance.is_multiple_of(2))),
             Style::Mixed => match block_chance % 4 {
                 0 => choices.durable().clone(),
                 1 => choices.build(noise_seed, |at| choices.newest(at)),

@@ -277,7 +277,7 @@ impl Shared {
                 format!("{len} bytes from there end outside the region of {} bytes", self.len_bytes);
             return Err(Error::new(ErrorKind::InvalidArgument, op, message).at_offset(offset));
         }
-        if whole_blocks && (offset % BLOCK_BYTES != 0 || len % BLOCK_BYTES != 0) {
+        if whole_blocks && (!offset.is_multiple_of(BLOCK_BYTES) || !len.is_multiple_of(BLOCK_BYTES)) {
             let message = format!("expected whole blocks of {BLOCK_BYTES} bytes, found {len} bytes");
             return Err(Error::new(ErrorKind::InvalidArgument, op, message).at_offset(offset));
         }
