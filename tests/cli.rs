@@ -126,7 +126,7 @@ fn every_command_explains_itself_and_usage_errors_exit_with_2() {
         assert!(help.contains("Examples:") && help.contains("--json"), "{command}: {help}");
         assert!(help.lines().all(|line| line.chars().count() <= 100), "{command}: too wide");
     }
-    assert!(!help.contains("trainer"), "the trainer's mode is hidden");
+    assert!(!help.contains("demo-trainer"), "the trainer's mode is hidden");
     for line in [
         "",
         "frobnicate",
