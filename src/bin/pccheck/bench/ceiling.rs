@@ -72,8 +72,8 @@ impl Plain {
         let first = Mode { depth: MODES[0].0, bytes: MODES[0].1, ring };
         let mut plain = Plain { file, path: path.to_path_buf(), direct, write_mode: first, read_mode: first };
         // Allocated extents are slower until they were written once.
-        plain.write(source)?;
-        plain.write_mode = plain.fastest(ring, |plain, mode| plain.write_in(source, mode))?;
+        plain.write(source, 1)?;
+        plain.write_mode = plain.fastest(ring, |plain, mode| plain.write_in(source, 1, mode))?;
         plain.read_mode = plain.fastest(ring, |plain, mode| plain.read_in(copy, mode))?;
         Ok(plain)
     }
@@ -92,9 +92,9 @@ impl Plain {
         Ok(best.1)
     }
 
-    /// Writes `source` to the start of the file and makes it durable; how long that took.
-    pub fn write(&self, source: &[u8]) -> Result<Duration> {
-        self.write_in(source, self.write_mode)
+    /// Writes `source` to the file so many times in one go, then makes it durable; how long that took.
+    pub fn write(&self, source: &[u8], times: usize) -> Result<Duration> {
+        self.write_in(source, times, self.write_mode)
     }
 
     /// Reads the start of the file to `to`; how long that took.
@@ -102,16 +102,18 @@ impl Plain {
         self.read_in(to, self.read_mode)
     }
 
-    fn write_in(&self, source: &[u8], mode: Mode) -> Result<Duration> {
+    fn write_in(&self, source: &[u8], times: usize, mode: Mode) -> Result<Duration> {
         let began = Instant::now();
         match mode.ring {
             // SAFETY: writing only reads the memory.
             true => unsafe {
-                self.through_ring(Direction::Write, source.as_ptr().cast_mut(), source.len(), mode)
+                self.through_ring(Direction::Write, source.as_ptr().cast_mut(), source.len(), times, mode)
             }?,
             false => {
-                in_threads(mode, source.chunks(mode.bytes), |at, piece| self.file.write_all_at(piece, at))
-                    .map_err(|e| self.failed(&e))?
+                let pass = || {
+                    in_threads(mode, source.chunks(mode.bytes), |at, piece| self.file.write_all_at(piece, at))
+                };
+                (0..times).try_for_each(|_| pass()).map_err(|e| self.failed(&e))?
             }
         }
         self.file.sync_data().map_err(|e| self.failed(&e))?;
@@ -122,7 +124,7 @@ impl Plain {
         let began = Instant::now();
         match mode.ring {
             // SAFETY: `to` is borrowed exclusively until every operation has completed.
-            true => unsafe { self.through_ring(Direction::Read, to.as_mut_ptr(), to.len(), mode) }?,
+            true => unsafe { self.through_ring(Direction::Read, to.as_mut_ptr(), to.len(), 1, mode) }?,
             false => {
                 in_threads(mode, to.chunks_mut(mode.bytes), |at, piece| self.file.read_exact_at(piece, at))
                     .map_err(|e| self.failed(&e))?
@@ -135,7 +137,7 @@ impl Plain {
         Error::io(OP, error).at_path(&self.path)
     }
 
-    /// Moves `len` bytes with `mode.depth` operations in flight; returns when all have completed.
+    /// Moves `len` bytes `times` times with `mode.depth` operations in flight; returns when all have completed.
     ///
     /// # Safety
     ///
@@ -145,22 +147,25 @@ impl Plain {
         direction: Direction,
         start: *mut u8,
         len: usize,
+        times: usize,
         mode: Mode,
     ) -> Result<()> {
+        let total = len * times;
         let mut ring = IoUring::new(mode.depth as u32).map_err(|e| self.failed(&e))?;
         let file = types::Fd(self.file.as_raw_fd());
         let (mut next, mut in_flight) = (0, 0);
         let mut failure: Option<Error> = None;
-        while in_flight > 0 || (next < len && failure.is_none()) {
-            while in_flight < mode.depth && next < len && failure.is_none() {
-                let bytes = mode.bytes.min(len - next);
-                let memory = start.wrapping_add(next);
+        while in_flight > 0 || (next < total && failure.is_none()) {
+            while in_flight < mode.depth && next < total && failure.is_none() {
+                let at = next % len;
+                let bytes = mode.bytes.min(len - at);
+                let memory = start.wrapping_add(at);
                 let entry = match direction {
                     Direction::Write => {
-                        opcode::Write::new(file, memory, bytes as u32).offset(next as u64).build()
+                        opcode::Write::new(file, memory, bytes as u32).offset(at as u64).build()
                     }
                     Direction::Read => {
-                        opcode::Read::new(file, memory, bytes as u32).offset(next as u64).build()
+                        opcode::Read::new(file, memory, bytes as u32).offset(at as u64).build()
                     }
                 };
                 // SAFETY: the caller's promise; the loop ends only when nothing is in flight.
@@ -242,7 +247,7 @@ mod tests {
         for ring in [plain.write_mode.ring, false] {
             state.change();
             let mode = Mode { depth: 3, bytes: 1 << 18, ring };
-            plain.write_in(state.bytes(), mode).unwrap();
+            plain.write_in(state.bytes(), 2, mode).unwrap();
             copied.fill(0);
             plain.read_in(&mut copied, mode).unwrap();
             assert!(&copied[..] == state.bytes());

@@ -25,7 +25,7 @@ pub struct Round {
     pub copied: Duration,
     /// From the first begin to the last durable.
     pub durable: Duration,
-    /// Plain writing of the state once, durable.
+    /// Plain writing of as many bytes as were saved, durable.
     pub plain_write: Duration,
     /// Plain copying of the state once.
     pub plain_copy: Duration,
@@ -155,7 +155,7 @@ fn save_round(
                 state.change();
                 engine = save_all(store, u64::from(round) + 1, state, setting.in_flight)?;
             }
-            1 => write = plain.write(state.bytes())?,
+            1 => write = plain.write(state.bytes(), setting.in_flight as usize)?,
             _ => copying = ceiling::copy(state.bytes(), copy, setting.writers as usize),
         }
         bar.inc(1);

@@ -72,8 +72,8 @@ impl Figures {
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         Figures {
             durable: spread(&|r| rate(saved, r.durable)),
-            plain_write: spread(&|r| rate(bytes, r.plain_write)),
-            durable_ratio: spread(&|r| over(rate(saved, r.durable), rate(bytes, r.plain_write))),
+            plain_write: spread(&|r| rate(saved, r.plain_write)),
+            durable_ratio: spread(&|r| over(rate(saved, r.durable), rate(saved, r.plain_write))),
             copied_ms: spread(&|r| ms(r.copied)),
             plain_copy_ms: spread(&|r| ms(r.plain_copy)),
             copied_ratio: spread(&|r| over(ms(r.copied), ms(r.plain_copy))),

@@ -270,3 +270,29 @@ fn watch(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn life(step: u64, losses: &[u32]) -> Life {
+        let start = Some(Start { step, generation: 1, took: Duration::ZERO });
+        Life { start, losses: losses.to_vec(), ..Life::default() }
+    }
+
+    /// The demonstration is worth nothing if it cannot fail.
+    #[test]
+    fn lost_steps_and_other_losses_are_noticed() {
+        let reference = life(0, &[10, 11, 12, 13, 14]);
+        let resumed = life(2, &[12, 13]);
+        assert!(check(&resumed, &reference, Some(2), 4).is_ok());
+        assert!(check(&Life::default(), &reference, Some(4), 4).is_ok());
+        let error = check(&resumed, &reference, Some(3), 4).unwrap_err();
+        assert!(error.message().contains("find step 3 or later"), "{error}");
+        let error = check(&resumed, &reference, None, 1).unwrap_err();
+        assert!(error.message().contains("at most 1"), "{error}");
+        for different in [&[12, 14][..], &[13], &[12, 13, 14, 15]] {
+            assert!(check(&life(2, different), &reference, None, 2).is_err(), "{different:?}");
+        }
+    }
+}

@@ -187,7 +187,7 @@ impl Network {
 
     /// A network of zeros, which a checkpoint is to be read into; then call [`Network::check`].
     pub fn blank(width: usize, samples: usize) -> Result<Network> {
-        if !(WIDTH_STEP..=WIDTH_MAX).contains(&width) || width % WIDTH_STEP != 0 {
+        if !(WIDTH_STEP..=WIDTH_MAX).contains(&width) || !width.is_multiple_of(WIDTH_STEP) {
             let message =
                 format!("expected a width in multiples of {WIDTH_STEP} up to {WIDTH_MAX}, found {width}");
             return Err(Error::new(ErrorKind::InvalidArgument, "make network", message));

@@ -188,7 +188,7 @@ fn train_and_save(
                 forward_backward(network, gradients, dataset)?;
                 pending.take().map_or(Ok(()), Pending::wait_copied)?;
                 network.update(gradients);
-                if network.step() % args.every == 0 {
+                if network.step().is_multiple_of(args.every) {
                     pending = Some(begin(network, store, &to_reporter)?);
                 }
             }
