@@ -50,7 +50,8 @@ pub fn grow_region(
 
 /// An open region and its threads. All methods may be called from several threads at once.
 ///
-/// Dropping it cancels the saves that are in flight, waits for their I/O to end, and releases the lock.
+/// Dropping it cancels the saves that are in flight, waits for their I/O to end, and releases the lock (once the
+/// checkpoints and raw saves that were opened from it are dropped, too).
 pub struct Store {
     // Dropped first: its threads use the region.
     saver: Option<Saver>,

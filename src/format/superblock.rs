@@ -210,7 +210,8 @@ impl Superblock {
                     (ErrorKind::Corrupt, "restore the first 8192 bytes of the region from a copy")
                 };
                 let message = format!("copy A: {}; copy B: {}", a.message(), b.message());
-                Err(Error::new(kind, OP, message).advise(advice))
+                let errno = a.errno().or(b.errno());
+                Err(Error::new(kind, OP, message).with_errno(errno).advise(advice))
             }
         }
     }

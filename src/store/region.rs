@@ -606,11 +606,11 @@ impl Region {
             unix_ns: super::unix_ns(),
             flags: 0,
         };
-        self.medium.write_durable(
-            layout.record_offset(claim.slot),
-            &record.encode(),
-            Barrier::WritingMark,
-        )?;
+        {
+            let _short = self.short_barriers.lock();
+            let offset = layout.record_offset(claim.slot);
+            self.believe(OP, self.medium.write_durable(offset, &record.encode(), Barrier::WritingMark))?;
+        }
         let zeros = vec![0u8; (1 << 20) as usize];
         let (start, end) =
             (layout.slot_offset(claim.slot), layout.slot_offset(claim.slot) + layout.slot_bytes);
@@ -626,11 +626,15 @@ impl Region {
                 .at_offset(at));
             }
             let step = (end - at).min(zeros.len() as u64);
-            self.medium.copy(at, &zeros[..step as usize])?;
+            self.medium.copy(at, &zeros[..step as usize]).map_err(|e| e.at_path(&self.path))?;
             at += step;
         }
-        self.medium.fence(Barrier::Chunk)?;
-        self.medium.persist(start, end - start, Barrier::Payload)?;
+        self.medium.fence(Barrier::Chunk).map_err(|e| e.at_path(&self.path))?;
+        {
+            // It may take the error of another save's data: its failure must count like that of any short barrier.
+            let _short = self.short_barriers.lock();
+            self.believe(OP, self.medium.persist(start, end - start, Barrier::Payload))?;
+        }
         self.mark_slot(claim.slot, claim.generation, MARK_QUARANTINED, false)?;
         let _ = self.slots.lift_quarantine(claim.slot, claim.generation);
         self.slot_freed.notify_all();
