@@ -80,6 +80,7 @@ impl Region {
         let mut lease = Lease { next: table.next_generation, ceiling: table.next_generation };
         if !options.read_only {
             make_durable_again(&*medium, &table).map_err(|e| e.at_path(path))?;
+            control.make_durable_again(&*medium).map_err(|e| e.at_path(path))?;
             let run_id = options.run_id;
             lease.ceiling = control.lease(&*medium, lease.next).map_err(|e| e.at_path(path))?;
             if control.current().run_id != run_id {
