@@ -469,11 +469,16 @@ impl Region {
     }
 
     /// Protects a checkpoint from being overwritten while it is read. False where it is gone.
+    ///
+    /// Reading what is kept anyway is never refused: quarantined or held slots may have left fewer than N to save
+    /// into, and the newest checkpoint must be restorable all the same.
     pub(crate) fn add_reader(&self, record: &SlotRecord) -> Result<bool> {
+        let takes_room =
+            self.slots.is_reclaimable(record.slot, self.options.keep as usize, self.hold_floor());
         if !self.slots.add_reader(record.slot, record.generation) {
             return Ok(false);
         }
-        if !self.has_room() {
+        if takes_room && !self.has_room() {
             self.drop_reader(record.slot, record.generation);
             return Err(self.no_room("open checkpoint"));
         }
