@@ -25,8 +25,7 @@ impl Classifier for Format {
             Ok(Some(record)) => {
                 let at = self.layout.slot_offset(slot);
                 let table = at + record.table_offset;
-                let refers_to =
-                    vec![at..at + record.payload_bytes, table..table + record.table_bytes()];
+                let refers_to = vec![at..at + record.payload_bytes, table..table + record.table_bytes()];
                 RecordClass::Commit { refers_to }
             }
             _ => RecordClass::Other,

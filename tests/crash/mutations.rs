@@ -25,7 +25,11 @@ fn must_be_caught(what: &str, histories: &[&History], protocol: Protocol, on: &[
     for history in histories {
         for model in MODELS {
             let finding = found(history, model, protocol);
-            println!("{what}, {}, {model:?}: {}", history.name, finding.as_deref().unwrap_or("nothing found"));
+            println!(
+                "{what}, {}, {model:?}: {}",
+                history.name,
+                finding.as_deref().unwrap_or("nothing found")
+            );
             let expected = on.contains(&model);
             assert_eq!(finding.is_some(), expected, "{what}, {}, {model:?}: {finding:?}", history.name);
         }
