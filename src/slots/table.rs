@@ -212,6 +212,17 @@ impl SlotTable {
         self.snapshot().filter(|(_, word)| word.is_free() || word.is_writing() || reclaimable(word)).count()
     }
 
+    /// Whether [`reclaim`](SlotTable::reclaim) would free this slot now. Where not, one more reader of its
+    /// checkpoint takes nothing from saves.
+    pub fn is_reclaimable(&self, slot: u32, keep: usize, hold_floor: Option<u64>) -> bool {
+        let _retained = self.retention.lock();
+        let limit = self.reclaim_limit(keep, hold_floor);
+        let mut slots = self.snapshot();
+        slots.any(|(at, word)| {
+            at == slot && word.is_committed() && word.is_idle() && word.generation() < limit
+        })
+    }
+
     /// Committed generations below this may be freed. Only under the retention lock.
     fn reclaim_limit(&self, keep: usize, hold_floor: Option<u64>) -> u64 {
         let mut newest_first: Vec<u64> = self

@@ -16,13 +16,16 @@ pub(crate) struct ControlState {
     current: Control,
     copy: usize,
     uuid: Uuid,
+    /// `current` was found on the medium.
+    adopted: bool,
 }
 
 impl ControlState {
     /// Continues from what recovery found; a region whose control blocks are both lost starts a new sequence.
     pub(crate) fn adopt(uuid: Uuid, found: Option<(Control, usize)>) -> Self {
+        let adopted = found.is_some();
         let (current, copy) = found.unwrap_or_else(|| (Control::initial(), 1));
-        ControlState { current, copy, uuid }
+        ControlState { current, copy, uuid, adopted }
     }
 
     pub(crate) fn current(&self) -> &Control {
@@ -39,6 +42,21 @@ impl ControlState {
         self.current = next;
         self.copy = copy;
         Ok(())
+    }
+
+    /// Writes the block that recovery adopted again, in its place. It may be one whose flush failed in an
+    /// earlier process: visible, and lost at power loss. The next update goes over the other copy, which is then
+    /// the only durable one.
+    pub(crate) fn make_durable_again(&self, medium: &dyn Medium) -> Result<()> {
+        // A region without a valid block has nothing to adopt.
+        match self.adopted {
+            true => medium.write_durable(
+                CONTROL_OFFSETS[self.copy],
+                &self.current.encode(&self.uuid)?,
+                Barrier::Adopt,
+            ),
+            false => Ok(()),
+        }
     }
 
     /// Leases generations beyond `next`; returns the ceiling below which generations may now be used.

@@ -34,6 +34,7 @@ pub struct Region {
     medium: Arc<dyn Medium>,
     pool: Arc<StagingPool>,
     slots: SlotTable,
+    /// Per slot the committed record that a crash may leave on the medium, whether or not it is still listed.
     records: Mutex<Vec<Option<SlotRecord>>>,
     control: Mutex<ControlState>,
     lease: Mutex<Lease>,
@@ -80,6 +81,7 @@ impl Region {
         let mut lease = Lease { next: table.next_generation, ceiling: table.next_generation };
         if !options.read_only {
             make_durable_again(&*medium, &table).map_err(|e| e.at_path(path))?;
+            control.make_durable_again(&*medium).map_err(|e| e.at_path(path))?;
             let run_id = options.run_id;
             lease.ceiling = control.lease(&*medium, lease.next).map_err(|e| e.at_path(path))?;
             if table.control_damaged {
@@ -252,10 +254,13 @@ impl Region {
     /// Durably marks the slot `writing(g)`: from here on its old content is gone.
     pub(crate) fn mark_writing(&self, record: &SlotRecord) -> Result<()> {
         debug_assert_eq!(record.state, RecordState::Writing);
-        self.records.lock()[record.slot as usize] = None;
         let _short = self.short_barriers.lock();
         let offset = self.layout().record_offset(record.slot);
-        self.believe("mark slot", self.medium.write_durable(offset, &record.encode(), Barrier::WritingMark))
+        let written = self.medium.write_durable(offset, &record.encode(), Barrier::WritingMark);
+        self.believe("mark slot", written)?;
+        // Not before: until then the old record may come back after a crash.
+        self.records.lock()[record.slot as usize] = None;
+        Ok(())
     }
 
     /// Makes the payloads (with their tables) of the given slots durable: `(slot offset, bytes used)` each.
@@ -495,13 +500,16 @@ impl Region {
     }
 
     /// Protects a checkpoint from being overwritten while it is read. False where it is gone.
+    ///
+    /// Reading what is kept anyway is never refused: quarantined or held slots may have left fewer than N to save
+    /// into, and the newest checkpoint must be restorable all the same.
     pub(crate) fn add_reader(&self, record: &SlotRecord) -> Result<bool> {
-        let claimable = self.claimable_count();
+        let takes_room =
+            self.slots.is_reclaimable(record.slot, self.options.keep as usize, self.hold_floor());
         if !self.slots.add_reader(record.slot, record.generation) {
             return Ok(false);
         }
-        // A checkpoint that is kept or pinned anyway can always be read: also while quarantines leave no room.
-        if self.claimable_count() < claimable && !self.has_room() {
+        if takes_room && !self.has_room() {
             self.drop_reader(record.slot, record.generation);
             return Err(self.no_room("open checkpoint"));
         }
@@ -539,9 +547,12 @@ impl Region {
     }
 
     /// Durably discards every checkpoint that `doomed` names. Checkpoints being read are refused.
+    ///
+    /// So does it with those that were reclaimed and whose slots no save has marked since: their records are
+    /// still valid, and recovery would return them. Returns how many listed checkpoints were discarded.
     pub(crate) fn discard(&self, op: &'static str, doomed: impl Fn(&SlotRecord) -> bool) -> Result<u32> {
-        let targets: Vec<SlotRecord> = self.committed().into_iter().filter(|record| doomed(record)).collect();
-        if let Some(read) = targets.iter().find(|r| self.slots.view(r.slot).readers > 0) {
+        let listed: Vec<SlotRecord> = self.committed().into_iter().filter(|record| doomed(record)).collect();
+        if let Some(read) = listed.iter().find(|r| self.slots.view(r.slot).readers > 0) {
             return Err(Error::new(
                 ErrorKind::InvalidState,
                 op,
@@ -550,10 +561,15 @@ impl Region {
             .at_path(&self.path)
             .advise("close it first"));
         }
-        if targets.is_empty() {
+        let on_medium = || -> Vec<SlotRecord> {
+            self.records.lock().iter().flatten().filter(|record| doomed(record)).cloned().collect()
+        };
+        if on_medium().is_empty() {
             return Ok(0);
         }
-        self.change_control(|control, medium| {
+        let targets = self.change_control(|control, medium| {
+            // Looked up under the control lock: a newer checkpoint in the same slot cannot be pinned meanwhile.
+            let targets = on_medium();
             control.update(medium, |c| {
                 for record in &targets {
                     set_flags(c, record.slot, record.generation, MARK_DISCARDED);
@@ -562,15 +578,17 @@ impl Region {
                 if c.global.as_ref().is_some_and(|mark| newest_doomed(mark.generation)) {
                     c.global = None;
                 }
-            })
+            })?;
+            Ok(targets)
         })?;
         for record in &targets {
-            // The discard is durable: whatever the slot's state became meanwhile, the checkpoint is gone.
+            // The discard is durable: whatever the slot's state became meanwhile, the checkpoint is gone. One
+            // that was reclaimed before has no state to change.
             let _ = self.slots.unpin(record.slot, record.generation);
             let _ = self.slots.discard(record.slot, record.generation);
         }
         self.slot_freed.notify_all();
-        Ok(targets.len() as u32)
+        Ok(listed.len() as u32)
     }
 
     /// Quarantined slots with the generation whose flush failed.

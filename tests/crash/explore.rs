@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pccheck::engine::Select;
 use pccheck::medium::sim::{
-    for_each_crash_image, for_each_kill, EnumerateOptions, Note, SimMedium, SimModel, SimSchedule, Trace,
+    for_each_crash_image, for_each_kill, EnumerateOptions, SimMedium, SimModel, SimSchedule, Trace,
 };
 use pccheck::medium::{Barrier, Medium};
 use pccheck::save::Faults;
@@ -40,15 +40,20 @@ pub struct Effort {
 impl Effort {
     pub fn usual() -> Effort {
         let scale = scale();
-        Effort { images_per_point: 600 * scale, samples_per_point: 40 * scale, live_on_every: 500 }
+        Effort { images_per_point: 4096 * scale, samples_per_point: 300 * scale, live_on_every: 300 }
     }
 
-    /// For the crashes of second lives, of which there are many.
+    /// For the crashes of second lives where there are many.
     pub fn small() -> Effort {
         Effort { images_per_point: 12, samples_per_point: 4 * scale(), live_on_every: u64::MAX }
     }
 
-    fn options(&self, seed: u64) -> EnumerateOptions {
+    /// For the crashes of second lives where there are few.
+    pub fn thorough() -> Effort {
+        Effort { images_per_point: 600, samples_per_point: 40 * scale(), live_on_every: u64::MAX }
+    }
+
+    pub fn options(&self, seed: u64) -> EnumerateOptions {
         EnumerateOptions {
             exhaustive_budget: 1 << 20,
             images_per_point: self.images_per_point,
@@ -111,7 +116,7 @@ pub fn lose_power(setup: &Setup, trace: &Trace, effort: &Effort) -> Result<Count
         counts.images += 1;
         if counts.images % effort.live_on_every == 0 {
             counts.second_lives += 1;
-            counts.second_images += live_on(setup, image.to_medium(), image.notes(), &seen, &[])?;
+            counts.second_images += live_on(setup, image.to_medium(), &seen, &Effort::small(), &[])?;
         }
         Ok(())
     })
@@ -123,15 +128,15 @@ pub fn lose_power(setup: &Setup, trace: &Trace, effort: &Effort) -> Result<Count
 }
 
 /// The process is killed everywhere, then a new one opens the region and saves, then power is lost. One kill of
-/// `every` is followed up; `removed` barriers are missing in the new life.
+/// `every` is followed up with `effort`; `removed` barriers are missing in the new life.
 pub fn kill_then_lose_power(
     setup: &Setup,
     trace: &Trace,
-    every: u64,
+    (every, effort): (u64, Effort),
     removed: &[Barrier],
 ) -> Result<Counts, String> {
     let mut counts = Counts::default();
-    let options = Effort::small().options(seed());
+    let options = effort.options(seed());
     let summary = for_each_kill(trace, &options, |point, next| {
         if !Promises::of(&point.notes).watched {
             return Ok(());
@@ -142,7 +147,7 @@ pub fn kill_then_lose_power(
         counts.images += 1;
         if (counts.images + seed()) % every == 0 {
             counts.second_lives += 1;
-            counts.second_images += live_on(setup, next, &point.notes, &seen, removed)?;
+            counts.second_images += live_on(setup, next, &seen, &effort, removed)?;
         }
         Ok(())
     })
@@ -155,13 +160,12 @@ pub fn kill_then_lose_power(
 fn live_on(
     setup: &Setup,
     medium: SimMedium,
-    notes: &[Note],
     seen: &Seen,
+    effort: &Effort,
     removed: &[Barrier],
 ) -> Result<u64, String> {
     let sim = Arc::new(medium);
     removed.iter().for_each(|&barrier| sim.remove(barrier));
-    let issued = Promises::of(notes).issued;
     let life = Life::open(&sim, setup, Faults::default()).map_err(|e| format!("opening fails: {e}"))?;
     let listed = life.store.checkpoints().map_err(|e| e.to_string())?;
     let shown: Vec<u64> = listed.iter().map(|info| info.record.generation).collect();
@@ -181,13 +185,13 @@ fn live_on(
             continue;
         }
         let generation = life.save().generation;
-        if generation <= issued {
-            return Err(format!("generation {generation} was used before: {issued} was issued"));
+        if generation <= seen.issued {
+            return Err(format!("generation {generation} was used before: {} was issued", seen.issued));
         }
         restore(&life, setup, generation)?;
     }
     drop(life);
-    lose_power(setup, &sim.trace(), &Effort::small())
+    lose_power(setup, &sim.trace(), effort)
         .map(|counts| counts.images)
         .map_err(|e| format!("in the life after the crash: {e}"))
 }

@@ -6,7 +6,7 @@ use pccheck::medium::sim::{AttemptKind, HoldId};
 use pccheck::medium::Barrier;
 
 use crate::explore::Script;
-use crate::world::{durable, Life, Setup, WAIT};
+use crate::world::{durable, ended, Life, Setup, WAIT};
 
 /// A named history and the region it wants.
 pub struct History {
@@ -132,6 +132,8 @@ fn begin_with_chunk_held(life: &Life, chunk: u64) -> (std::sync::Arc<pccheck::sa
         .sim
         .hold(move |attempt| attempt.kind == AttemptKind::StartCopy && held.contains(&attempt.offset));
     life.sim.release(mark);
+    // Else the slot might change hands first, and the gate catch another save's chunk.
+    wait_held(life, hold);
     (save, hold)
 }
 
@@ -145,17 +147,17 @@ fn cancelled(life: &Life) {
         wait_held(life, hold);
         second.cancel();
         life.sim.release(hold);
-        assert!(second.wait_durable(WAIT).is_err());
+        assert!(ended(&second).is_err());
         durable(&first);
         // with a chunk under way,
         let (third, hold) = begin_with_chunk_held(life, 1);
         third.cancel();
         life.save();
         life.sim.release(hold);
-        assert!(third.wait_durable(WAIT).is_err());
+        assert!(ended(&third).is_err());
         // and too late.
         let fourth = life.begin();
-        let _ = fourth.wait_durable(WAIT);
+        let _ = ended(&fourth);
         fourth.cancel();
         life.rounds(1);
     }
@@ -182,10 +184,10 @@ fn failed(life: &Life) {
     ];
     for (kind, barrier) in faults {
         fail_once(life, kind, barrier);
-        let saves = [life.begin(), life.begin()];
-        let ended: Vec<_> = saves.iter().map(|save| save.wait_durable(WAIT)).collect();
+        let saves = [life.begin_within(WAIT), life.begin_within(WAIT)];
+        let outcomes = saves.map(|save| save.and_then(|save| ended(&save)));
         life.sim.stop_failing();
-        assert!(ended.iter().any(Result::is_err), "the failure of {kind:?} {barrier:?} reached nobody");
+        assert!(outcomes.iter().any(Result::is_err), "the failure of {kind:?} {barrier:?} reached nobody");
         life.store.drain(WAIT).expect("drain");
         life.rounds(1);
         life.store.repair(None).expect("repair");
@@ -254,8 +256,8 @@ fn commit_held_back(life: &Life) {
     let held = life.begin();
     wait_held(life, hold);
     fail_once(life, AttemptKind::WriteDurable, Some(Barrier::WritingMark));
-    let failing = life.begin();
-    assert!(failing.wait_durable(WAIT).is_err());
+    let failing = life.begin_within(WAIT).and_then(|save| ended(&save));
+    assert!(failing.is_err());
     life.sim.stop_failing();
     let marks = || life.sim.barrier_counts()[&Barrier::WritingMark];
     let before = marks();
@@ -267,10 +269,8 @@ fn commit_held_back(life: &Life) {
         }
     }
     life.sim.release(hold);
-    let _ = held.wait_durable(WAIT);
-    if let Ok(third) = third {
-        let _ = third.wait_durable(WAIT);
-    }
+    let _ = ended(&held);
+    let _ = third.and_then(|save| ended(&save));
 }
 
 fn fail_for_ever(life: &Life, barriers: &'static [Barrier]) {
@@ -281,7 +281,7 @@ fn commit_fails(life: &Life) {
     life.rounds(3);
     life.watch_from_here();
     fail_for_ever(life, &[Barrier::Commit, Barrier::Control]);
-    assert!(life.begin().wait_durable(WAIT).is_err());
+    assert!(life.begin_within(WAIT).and_then(|save| ended(&save)).is_err());
 }
 
 fn control_fails(life: &Life) {

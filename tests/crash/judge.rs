@@ -97,6 +97,8 @@ impl Promises {
 /// What a crash left.
 pub struct Seen {
     pub table: DecisionTable,
+    /// Highest generation that was issued.
+    pub issued: u64,
     /// Recovery had to pass over something newer than what it returns, or over a damaged record.
     pub fell_back: bool,
 }
@@ -141,7 +143,7 @@ pub fn judge(
         matches!(decision.verdict, Verdict::Rejected(_))
             || decision.record.as_ref().is_some_and(|record| record.generation > newest)
     });
-    Ok(Some(Seen { table, fell_back }))
+    Ok(Some(Seen { table, issued: promises.issued, fell_back }))
 }
 
 /// Every byte of a committed slot is what was saved: recovery must not even need its hashes.

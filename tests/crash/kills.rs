@@ -5,17 +5,17 @@ use std::collections::BTreeMap;
 use pccheck::medium::sim::{Note, SimMedium, SimModel, SimSchedule, Trace};
 use pccheck::medium::Barrier;
 
-use crate::explore::{kill_then_lose_power, record, report, scale, Counts, MODELS};
+use crate::explore::{kill_then_lose_power, record, report, scale, Counts, Effort, MODELS};
 use crate::histories::{History, FAILING, FORCED, USES, WRAPPING};
 use crate::power::reordered;
 use crate::world::{format_on, label, Setup};
 
-fn kill_all(test: &str, histories: &[History], schedule: SimSchedule, every: u64) {
+fn kill_all(test: &str, histories: &[History], schedule: SimSchedule, follow: (u64, Effort)) {
     let mut counts = BTreeMap::new();
     for History { name, setup, script } in histories {
         for model in MODELS {
             let trace = record(setup, model, schedule, *script);
-            let found = kill_then_lose_power(setup, &trace, every, &[])
+            let found = kill_then_lose_power(setup, &trace, follow, &[])
                 .unwrap_or_else(|finding| panic!("{name}, {model:?}, {schedule:?}: {finding}"));
             counts.insert(format!("{name}, {model:?}"), found);
         }
@@ -25,19 +25,24 @@ fn kill_all(test: &str, histories: &[History], schedule: SimSchedule, every: u64
 
 #[test]
 fn killed_reopened_saved_then_power_lost() {
-    kill_all("kills", &WRAPPING, SimSchedule::Inline, 40 / scale().min(40));
-    kill_all("kills of reordered saves", &WRAPPING[2..4], reordered(5), 40 / scale().min(40));
+    kill_all("kills", &WRAPPING, SimSchedule::Inline, (12 / scale().min(12), Effort::small()));
+    kill_all(
+        "kills of reordered saves",
+        &WRAPPING[2..4],
+        reordered(5),
+        (12 / scale().min(12), Effort::small()),
+    );
 }
 
 #[test]
 fn kills_amid_pins_marks_discards_failures_and_streams() {
-    kill_all("kills amid uses", &USES, SimSchedule::Inline, 40 / scale().min(40));
-    kill_all("kills amid forced orders", &FORCED, SimSchedule::Inline, 20 / scale().min(20));
+    kill_all("kills amid uses", &USES, SimSchedule::Inline, (12 / scale().min(12), Effort::small()));
+    kill_all("kills amid forced orders", &FORCED, SimSchedule::Inline, (6 / scale().min(6), Effort::small()));
 }
 
 #[test]
 fn killed_after_flushes_that_failed() {
-    kill_all("kills after failed flushes", &FAILING, SimSchedule::Inline, 1);
+    kill_all("kills after failed flushes", &FAILING, SimSchedule::Inline, (1, Effort::thorough()));
 }
 
 /// Formatting, killed everywhere; every kill is followed up.
@@ -46,7 +51,7 @@ pub fn kill_the_formatter(model: SimModel, removed: &[Barrier]) -> Result<Counts
     let sim = SimMedium::new(setup.layout().region_bytes(), model);
     sim.note(Note::Other { label: label::WATCH, value: 0 });
     format_on(&sim, &setup);
-    kill_then_lose_power(&setup, &sim.trace(), 1, removed)
+    kill_then_lose_power(&setup, &sim.trace(), (1, Effort::thorough()), removed)
 }
 
 #[test]
@@ -64,5 +69,5 @@ pub fn kill_on_failing_medium(
     removed: &[Barrier],
 ) -> Result<Counts, String> {
     let trace: Trace = record(&history.setup, model, SimSchedule::Inline, history.script);
-    kill_then_lose_power(&history.setup, &trace, 1, removed)
+    kill_then_lose_power(&history.setup, &trace, (1, Effort::thorough()), removed)
 }

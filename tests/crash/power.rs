@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pccheck::medium::sim::{for_each_crash_image, EnumerateOptions, Note, SimMedium, SimSchedule};
+use pccheck::medium::sim::{for_each_crash_image, EnumerateOptions, Note, SimMedium, SimModel, SimSchedule};
 use pccheck::medium::Barrier;
 use pccheck::recovery::read_region;
 use pccheck::save::Faults;
 
 use crate::explore::{lose_power, record, report, seed, Effort, MODELS};
 use crate::histories::{History, FORCED, USES, WRAPPING};
-use crate::judge::Promises;
+use crate::judge::{judge, Promises};
 use crate::world::{final_image, format_on, formatted, Life, Setup};
 
 /// Generations that the engine leases at once; the test fails where that is not so.
@@ -135,4 +135,35 @@ fn a_force_format_never_mixes_old_and_new() {
         })
         .unwrap_or_else(|finding| panic!("{model:?}: {finding}"));
     }
+}
+
+/// The one thing that the protocol asks of a disk beyond the fault model: see "Preconditions" in the argument.
+#[test]
+fn only_adoption_needs_sectors_that_survive_being_rewritten_unchanged() {
+    let setup = Setup::tight(1, 1);
+    let sim = formatted(&setup, SimModel::Ssd { torn: true });
+    let life = Life::open(&sim, &setup, Faults::default()).expect("open");
+    life.rounds(3);
+    drop(life);
+    let sim = Arc::new(final_image(&sim).to_medium());
+    let life = Life::open(&sim, &setup, Faults::default()).expect("open again");
+    life.rounds(5);
+    drop(life);
+    let options = EnumerateOptions { tear_unchanged: true, ..Effort::usual().options(seed()) };
+    let (mut at_adoption, mut elsewhere) = (0, 0);
+    for_each_crash_image(&sim.trace(), &options, |point, image| {
+        let seen = judge(&setup, image.notes(), |offset, dst| {
+            image.read(offset, dst);
+            Ok(())
+        });
+        match (seen, point.before.contains("(Adopt")) {
+            (Err(_), true) => at_adoption += 1,
+            (Err(finding), false) => return Err(finding),
+            (Ok(_), _) => elsewhere += 1,
+        }
+        Ok(())
+    })
+    .unwrap_or_else(|finding| panic!("{finding}"));
+    assert!(elsewhere > 1000, "{elsewhere} images were sound");
+    assert!(at_adoption > 0, "the precondition is not needed any more: say so in the argument");
 }

@@ -10,7 +10,7 @@ use pccheck::engine::{Store, Tensor};
 use pccheck::error::ErrorKind;
 use pccheck::format::{encode_table, plan, plan_raw, Dtype, Layout, TensorSpec};
 use pccheck::medium::sim::{for_each_crash_image, EnumerateOptions, Image, Note, SimMedium, SimModel};
-use pccheck::save::{Durable, Faults, RawSave, Save};
+use pccheck::save::{Durable, Faults, Save};
 use pccheck::store::{format_medium, FormatOptions, OpenOptions};
 use pccheck::Error;
 
@@ -191,44 +191,39 @@ impl Life {
         let content = Content::of(&self.setup, generation);
         self.sim.note(Note::Issued { generation, fingerprint: content.data.len() as u64 });
         let shape = [content.data.len() as u64];
-        let save = if self.setup.is_raw(generation) {
-            let mut raw = self.begin_raw(&content, wait)?;
-            self.write_raw(&raw, &content)?;
-            raw.commit()?
+        let begun = if self.setup.is_raw(generation) {
+            self.stream(&content, wait)
         } else {
             let tensor = Tensor { name: "w", dtype: Dtype::U8, shape: &shape, data: &content.data };
-            self.store.save(content.step, &[tensor], &[], wait)?
+            self.store.save(content.step, &[tensor], &[], wait)
         };
+        // Only where there was no slot was no generation used up.
+        let used = !begun.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSlot);
+        self.next.store(generation + u64::from(used), Ordering::Relaxed);
+        let save = begun?;
         assert_eq!(save.generation(), generation, "generations are handed out one by one");
-        self.next.store(generation + 1, Ordering::Relaxed);
         Ok(self.watch(save))
     }
 
-    fn begin_raw(&self, content: &Content, wait: Option<Duration>) -> Result<RawSave, Error> {
-        self.store.begin_raw(content.step, content.data.len() as u64, &[], wait)
-    }
-
     /// Odd pieces, back to front, so that chunks are spilled and read back in a small pool.
-    fn write_raw(&self, raw: &RawSave, content: &Content) -> Result<(), Error> {
+    fn stream(&self, content: &Content, wait: Option<Duration>) -> Result<Save, Error> {
+        let mut raw = self.store.begin_raw(content.step, content.data.len() as u64, &[], wait)?;
         let starts: Vec<usize> = (0..content.data.len()).step_by(1500).collect();
         for &at in starts.iter().rev() {
             raw.write_at(at as u64, &content.data[at..(at + 1500).min(content.data.len())])?;
         }
-        Ok(())
+        raw.commit()
     }
 
     fn watch(&self, save: Save) -> Arc<Save> {
         let save = Arc::new(save);
-        let (weak, sim, generation) = (Arc::downgrade(&save), self.sim.clone(), save.generation());
-        save.on_end(Box::new(move || {
-            let Some(save) = weak.upgrade() else { return };
-            match save.wait_durable(Some(Duration::ZERO)) {
-                Ok(_) => sim.note(Note::Acknowledged { generation }),
-                Err(e) if e.kind() == ErrorKind::Cancelled => {
-                    sim.note(Note::Other { label: label::CANCELLED, value: generation });
-                }
-                Err(_) => {}
+        let (ended, sim, generation) = (save.clone(), self.sim.clone(), save.generation());
+        save.on_end(Box::new(move || match ended.wait_durable(Some(Duration::ZERO)) {
+            Ok(_) => sim.note(Note::Acknowledged { generation }),
+            Err(e) if e.kind() == ErrorKind::Cancelled => {
+                sim.note(Note::Other { label: label::CANCELLED, value: generation });
             }
+            Err(_) => {}
         }));
         save
     }
@@ -307,6 +302,16 @@ impl Life {
     }
 }
 
-pub fn durable(save: &Save) -> Durable {
-    save.wait_durable(WAIT).unwrap_or_else(|e| panic!("generation {}: {e}", save.generation()))
+/// Waits until the save has ended and that is noted.
+pub fn ended(save: &Arc<Save>) -> Result<Durable, Error> {
+    let outcome = save.wait_durable(WAIT);
+    // The callback that notes it owns the other reference.
+    while Arc::strong_count(save) > 1 && !outcome.as_ref().is_err_and(|e| e.kind() == ErrorKind::TimedOut) {
+        std::thread::yield_now();
+    }
+    outcome
+}
+
+pub fn durable(save: &Arc<Save>) -> Durable {
+    ended(save).unwrap_or_else(|e| panic!("generation {}: {e}", save.generation()))
 }
