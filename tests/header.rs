@@ -289,3 +289,71 @@ fn structs_have_no_padding_and_are_the_same_on_both_sides() {
     text += "int main(void) { return 0; }\n";
     compile("header_layout", &text);
 }
+
+// ---- programs -----------------------------------------------------------------------------------------------
+
+/// Builds a program against the shared library and runs it in `dir`; its standard output.
+fn build_and_run(variable: &str, default: &str, flags: &[&str], source: &Path, dir: &Path) -> String {
+    let library = std::env::current_exe().expect("this test's path").with_file_name("libpccheck.so");
+    for name in ["libpccheck.so", "libpccheck.so.1"] {
+        let link = dir.join(name);
+        if !link.exists() {
+            std::os::unix::fs::symlink(&library, link).expect("a link to the library");
+        }
+    }
+    let program = dir.join("program");
+    let output = compiler(variable, default)
+        .args(["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O1"])
+        .args(flags)
+        .arg("-I")
+        .arg(root().join("include"))
+        .arg(source)
+        .args(["-L", dir.to_str().expect("UTF-8"), "-lpccheck", "-pthread", "-o"])
+        .arg(&program)
+        .arg(format!("-Wl,-rpath,{}", dir.display()))
+        .output()
+        .unwrap_or_else(|e| panic!("cannot run the compiler {default}: {e}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(&program).current_dir(dir).output().expect("run the program");
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{:?}\n{stdout}{stderr}", output.status);
+    assert!(stderr.is_empty(), "the library wrote to standard error: {stderr}");
+    stdout.into_owned()
+}
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
+}
+
+#[test]
+fn the_example_in_the_header_runs_and_resumes() {
+    let header = committed();
+    let (_, rest) = header.split_once(" * EXAMPLE").expect("an example");
+    let (example, _) = rest.split_once(" * CONVENTIONS").expect("its end");
+    let lines: Vec<&str> = example.lines().skip(1).map(|line| line.trim_start_matches(" *")).collect();
+    assert!((20..=45).contains(&lines.len()), "{} lines", lines.len());
+    let text = format!(
+        "#include <pccheck.h>\n#include <stdio.h>\n#include <stdlib.h>\n\
+         static void die(void) {{ char text[512]; pcc_last_error(text, sizeof text); puts(text); exit(1); }}\n\
+         static int trained = 0;\nstatic void train(float *weights) {{ weights[0] += 1; trained++; }}\n\
+         int main(void) {{\n{}\nprintf(\"%d %g\\n\", trained, (double)weights[0]);\nreturn 0;\n}}\n",
+        lines.join("\n")
+    );
+    let dir = scratch();
+    let source = dir.path().join("example.c");
+    std::fs::write(&source, text).expect("write the source");
+    assert_eq!(build_and_run("CC", "cc", &["-std=c11"], &source, dir.path()), "100 100\n");
+    let again = build_and_run("CC", "cc", &["-std=c11"], &source, dir.path());
+    assert_eq!(again, "0 100\n", "the second run starts from what the first one saved");
+}
+
+#[test]
+fn one_program_works_as_c_and_as_cpp() {
+    let source = root().join("tests/c/abi.c");
+    for (variable, default, flags) in
+        [("CC", "cc", ["-std=c11", "-xc"]), ("CXX", "c++", ["-std=c++11", "-xc++"])]
+    {
+        let dir = scratch();
+        assert_eq!(build_and_run(variable, default, &flags, &source, dir.path()), "ok\n", "as {default}");
+    }
+}
