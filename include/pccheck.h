@@ -39,8 +39,8 @@
  *       train(weights);
  *       pcc_save *save;
  *       if (pcc_save_begin(store, step, &t, 1, NULL, 0, NULL, &save)) die();
- *       if (pcc_save_wait_copied(save, -1)) die();    (then weights may change)
- *       pcc_save_free(save);                          (it goes on to durable by itself)
+ *       if (pcc_save_wait_copied(save, -1)) die();    // from here on weights may change
+ *       pcc_save_free(save);                          // it goes on to durable by itself
  *   }
  *   if (pcc_drain(store, -1)) die();
  *   pcc_close(store);
@@ -1094,7 +1094,7 @@ pcc_status pcc_save_event_fd(const struct pcc_save *save,
 // Durability: the end is not success: ask `pcc_save_wait_durable` with 0.
 // Threads: any number at once. The callback holds up other saves while it runs: keep it short.
 // Ownership: function and `user` must stay valid until it was called or `pcc_save_free` has returned, which waits for
-// a call that is running on another thread, and after which none begins.
+// a call that is running on another thread, and after which none begins: a save that is freed early tells nobody.
 // Errors: PCC_FORKED, PCC_BAD_POINTER.
 pcc_status pcc_save_on_end(const struct pcc_save *save,
                            pcc_end_callback callback,

@@ -499,7 +499,7 @@ macro_rules! versioned {
         const _: () = assert!(size_of::<$type>() == $bytes && align_of::<$type>() == 8 && $bytes % 8 == 0);
 
         // SAFETY: `repr(C)` and made of integers, pointers and byte arrays; the size is asserted above, and the test
-        // `structs_have_no_padding` adds up the fields; the first is `struct_bytes`.
+        // of the header adds up the fields; the first is `struct_bytes`.
         unsafe impl Versioned for $type {
             const NAME: &'static str = stringify!($type);
 

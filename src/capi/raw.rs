@@ -109,10 +109,6 @@ pub unsafe extern "C" fn pcc_raw_commit(raw: *mut pcc_raw, save: *mut *mut pcc_s
     let body = |caller: &Caller| {
         let out = caller.out_handle("save", save)?;
         let inner = caller.handle_mut(raw)?;
-        if inner.raw.progress().is_none() {
-            let error = Error::new(ErrorKind::InvalidState, caller.op(), "the raw save was committed before");
-            return Err(error.into());
-        }
         let save = inner.raw.commit()?;
         *out = guard::new_handle(SaveInner::new(save, inner.store.clone()));
         Ok(())

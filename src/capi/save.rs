@@ -123,14 +123,20 @@ impl Ending {
         }
     }
 
-    fn set_callback(&self, callback: Option<Callback>) {
-        self.state.lock().callback = callback;
+    /// `ended`: the save has; this may be known before `ended` is called.
+    fn set_callback(&self, callback: Option<Callback>, ended: bool) {
+        {
+            let mut state = self.state.lock();
+            state.callback = callback;
+            state.ended |= ended;
+        }
         self.call();
     }
 
-    /// The event descriptor, made when it is first asked for.
-    fn event(&self, op: &'static str) -> Outcome<i32> {
+    /// The event descriptor, made when it is first asked for. `ended` as in `set_callback`.
+    fn event(&self, op: &'static str, ended: bool) -> Outcome<i32> {
         let mut state = self.state.lock();
+        state.ended |= ended;
         let ended = state.ended;
         if let Some(event) = &state.event {
             return Ok(event.as_raw_fd());
@@ -152,7 +158,7 @@ impl Ending {
 
 fn signal(event: &OwnedFd) {
     let one = 1u64;
-    // SAFETY: eight bytes of a local. It cannot fail: the counter starts at 0 and this is done once.
+    // SAFETY: eight bytes of a local. It cannot fail: the counter starts at 0, and this is done twice at most.
     let _ = unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), size_of::<u64>()) };
 }
 
@@ -341,7 +347,7 @@ pub unsafe extern "C" fn pcc_save_error(save: *const pcc_save, buf: *mut c_char,
 pub unsafe extern "C" fn pcc_save_event_fd(save: *const pcc_save, fd: *mut i32) -> pcc_status {
     let body = |caller: &Caller, inner: &SaveInner| {
         let out = caller.out("fd", fd, -1)?;
-        *out = inner.ending.event(caller.op())?;
+        *out = inner.ending.event(caller.op(), inner.save.progress().ended)?;
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -354,7 +360,7 @@ pub unsafe extern "C" fn pcc_save_event_fd(save: *const pcc_save, fd: *mut i32) 
 /// Durability: the end is not success: ask `pcc_save_wait_durable` with 0.
 /// Threads: any number at once. The callback holds up other saves while it runs: keep it short.
 /// Ownership: function and `user` must stay valid until it was called or `pcc_save_free` has returned, which waits for
-/// a call that is running on another thread, and after which none begins.
+/// a call that is running on another thread, and after which none begins: a save that is freed early tells nobody.
 /// Errors: PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_save_on_end(
@@ -367,14 +373,14 @@ pub unsafe extern "C" fn pcc_save_on_end(
     // The callback may free the save: by then nothing here may borrow from it.
     let mut ending = None;
     let find = |_: &Caller, inner: &SaveInner| {
-        ending = Some(inner.ending.clone());
+        ending = Some((inner.ending.clone(), inner.save.progress().ended));
         Ok(())
     };
     // SAFETY: the header binds the caller.
     let status = unsafe { guard::on(OP, save, find) };
-    let Some(ending) = ending else { return status };
+    let Some((ending, ended)) = ending else { return status };
     let set = |_: &Caller| {
-        ending.set_callback(callback);
+        ending.set_callback(callback, ended);
         Ok(())
     };
     // SAFETY: as above.

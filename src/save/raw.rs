@@ -87,7 +87,7 @@ impl RawSave {
     }
 
     fn save(&self) -> Result<&Save> {
-        self.save.as_ref().ok_or_else(|| cancelled("the raw save was already committed"))
+        self.save.as_ref().ok_or_else(already_committed)
     }
 
     /// The save's generation.
@@ -266,7 +266,7 @@ impl RawSave {
             .advise("write every byte before commit, or cancel"));
         }
         core.let_commit()?;
-        self.save.take().ok_or_else(|| cancelled("the raw save was already committed"))
+        self.save.take().ok_or_else(already_committed)
     }
 
     fn first_gap(&self, core: &SaveCore) -> Option<u64> {
@@ -299,6 +299,10 @@ impl Drop for RawSave {
     fn drop(&mut self) {
         self.cancel();
     }
+}
+
+fn already_committed() -> Error {
+    Error::new(ErrorKind::InvalidState, "raw save", "the raw save was already committed")
 }
 
 fn overlap(core: &SaveCore, chunk: u64, within: usize) -> Error {
