@@ -36,7 +36,7 @@ impl Sparse {
     }
 
     fn read(&self, offset: u64, dst: &mut [u8]) -> Result<()> {
-        if offset % BLOCK_BYTES != 0 {
+        if !offset.is_multiple_of(BLOCK_BYTES) {
             return Err(Error::new(ErrorKind::InvalidArgument, "read", "unaligned"));
         }
         dst.fill(0);

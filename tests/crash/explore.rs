@@ -145,7 +145,7 @@ pub fn kill_then_lose_power(
         let Some(seen) = seen else { return Ok(()) };
         counts.fell_back += u64::from(seen.fell_back);
         counts.images += 1;
-        if (counts.images + seed()) % every == 0 {
+        if (counts.images + seed()).is_multiple_of(every) {
             counts.second_lives += 1;
             counts.second_images += live_on(setup, next, &seen, &effort, removed)?;
         }

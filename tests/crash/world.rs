@@ -72,7 +72,7 @@ impl Setup {
     }
 
     fn is_raw(&self, generation: u64) -> bool {
-        self.raw && generation % 3 == 0
+        self.raw && generation.is_multiple_of(3)
     }
 
     fn options(&self) -> OpenOptions {
