@@ -260,11 +260,10 @@ fn everything_that_reads_works_beside_a_live_writer_and_nothing_that_writes() {
             assert!(code == 0 || code == 5, "{code}: {stderr}");
         }
         assert!(newest > 3, "the writer came no further than {newest}");
-        for line in ["import r.pcc r.pcc", "pin r.pcc 1", "unpin r.pcc 1", "grow r.pcc --slots 5"] {
-            if !line.starts_with("import") {
-                let error = bench.bad(line, 5);
-                assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
-            }
+        fs::write(bench.path("in.st"), foreign_file()).expect("write");
+        for line in ["import r.pcc in.st", "pin r.pcc 1", "unpin r.pcc 1", "grow r.pcc --slots 5"] {
+            let error = bench.bad(line, 5);
+            assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         }
         stop.store(true, Ordering::Relaxed);
     });
@@ -392,8 +391,10 @@ fn foreign_of(bytes: usize) -> Vec<u8> {
 #[test]
 fn pins_last_and_growing_loses_nothing() {
     let bench = Bench::new();
-    bench.region_with(0..3);
+    let path = bench.region_with(0..3);
+    drop(Store::open(&path, &OpenOptions { run_id: 77, ..small() }).expect("open"));
     bench.good("pin r.pcc 1");
+    assert_eq!(bench.json("inspect r.pcc --json")["control"]["run_id"], 77, "a pin changed the run");
     let pinned = |bench: &Bench| -> Vec<u64> {
         let value = bench.json("inspect r.pcc --json");
         let list = value["checkpoints"].as_array().expect("list").clone();

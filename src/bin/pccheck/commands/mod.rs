@@ -117,6 +117,8 @@ pub fn careful_writer(path: &Path, lock_wait: Duration) -> Result<OpenOptions> {
     let table = table.recovered();
     let taken = |slot: &&SlotDecision| slot.pinned || slot.verdict == Verdict::Quarantined;
     let unusable = table.slots.iter().filter(taken).count() as u32;
+    // The region goes on being that of its group run.
+    options.run_id = table.control.as_ref().map_or(0, |control| control.run_id);
     // One slot to write; all others keep what they hold.
     options.keep = table.superblock.layout.slot_count.saturating_sub(1 + unusable).max(1);
     Ok(options)

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use pccheck::engine::Store;
-use pccheck::{Error, ErrorKind, Result};
+use pccheck::store::OpenOptions;
+use pccheck::Result;
 use serde_json::json;
 
 use super::careful_writer;
@@ -36,9 +37,11 @@ pub struct Args {
 /// Runs either command.
 pub fn run(args: &Args, pin: bool) -> Result<()> {
     let options = careful_writer(&args.path, Duration::from_secs(args.wait))?;
+    // Holding keeps every checkpoint within reach, and leaves to the pin the slots that `keep` would claim.
+    let options = OpenOptions { hold: true, keep: 1, ..options };
     let store = Store::open(&args.path, &options)?;
     match pin {
-        true => store.pin(args.generation).map_err(|error| explain(&store, args.generation, error))?,
+        true => store.pin(args.generation)?,
         false => store.unpin(args.generation)?,
     }
     if args.json {
@@ -48,19 +51,4 @@ pub fn run(args: &Args, pin: bool) -> Result<()> {
     }
     let done = if pin { "pinned" } else { "unpinned" };
     output::print(&format!("{done} generation {}\n", args.generation))
-}
-
-/// A writer must have a slot to write to: in a full region the oldest checkpoint is given up for it.
-fn explain(store: &Store, generation: u64, error: Error) -> Error {
-    let listed = store.recovered().checkpoints().any(|record| record.generation == generation);
-    if error.kind() != ErrorKind::NotFound || !listed {
-        return error;
-    }
-    Error::new(
-        ErrorKind::NoSlot,
-        "pin",
-        format!("generation {generation} is in the only slot that is left to save into"),
-    )
-    .at_path(store.region().path())
-    .advise("grow the region by a slot, then pin")
 }
