@@ -251,7 +251,7 @@ fn one_failure(model: SimModel, in_flight: u32, kind: AttemptKind, nth: u64, alw
     let next = begin(&bed.store, 50).and_then(|save| save.wait_durable(WAIT));
     next.unwrap_or_else(|error| panic!("{context}: the next save failed: {error}"));
     assert_survives_power_loss(&bed.sim, bed.store.stats().newest_generation);
-    if nth % 2 == 0 {
+    if nth.is_multiple_of(2) {
         assert_eq!(bed.store.repair(WAIT).expect("repair"), quarantined, "{context}");
         bed.assert_as_good_as_new(100);
     } else {
