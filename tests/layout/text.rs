@@ -34,7 +34,9 @@ impl Text {
             let after = self.code[at + word.len()..].chars().next();
             let starts = word.starts_with(of_name);
             let ends = word.ends_with(of_name);
-            !(starts && before.is_some_and(of_name)) && !(ends && after.is_some_and(of_name))
+            let longer_left = starts && before.is_some_and(of_name);
+            let longer_right = ends && after.is_some_and(of_name);
+            !longer_left && !longer_right
         })
     }
 }
