@@ -64,6 +64,19 @@ pub(super) struct Caller {
     op: &'static str,
 }
 
+/// A checked place for a result, or none. Not a reference: a program may pass one place twice.
+pub(super) struct Out<T>(*mut T);
+
+impl<T: Copy> Out<T> {
+    /// Stores the result where the caller wants it.
+    pub fn set(&self, value: T) {
+        if !self.0.is_null() {
+            // SAFETY: aligned, as `Caller::out` checked, and by the promise writable until the call returns.
+            unsafe { self.0.write(value) };
+        }
+    }
+}
+
 thread_local! {
     /// How many guarded calls this thread is in: its panics are results, not messages.
     static INSIDE: Cell<u32> = const { Cell::new(0) };
@@ -259,14 +272,18 @@ impl Caller {
     }
 
     /// What stands behind a handle, during this call.
-    pub fn handle<'a, H: Opaque>(&'a self, handle: *const H) -> Outcome<&'a H::Inner> {
+    pub fn handle<H: Opaque>(&self, handle: *const H) -> Outcome<&H::Inner> {
         let header = self.header(handle)?;
         header.stamp.check(self.op)?;
         Ok(&header.inner)
     }
 
     /// As [`Caller::handle`], for calls that no other call on the same handle may overlap.
-    pub fn handle_mut<'a, H: Opaque>(&'a self, handle: *mut H) -> Outcome<&'a mut H::Inner> {
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "it comes from the pointer; the promise is that no call overlaps"
+    )]
+    pub fn handle_mut<H: Opaque>(&self, handle: *mut H) -> Outcome<&mut H::Inner> {
         self.handle(handle.cast_const())?;
         let handle: *mut Handle<H::Inner> = handle.cast();
         // SAFETY: live and of this kind, as just checked; the promise is that no other call uses it meanwhile.
@@ -285,30 +302,24 @@ impl Caller {
     }
 
     /// Where a new handle goes; NULL is stored there at once, so that failure leaves it so.
-    pub fn out_handle<'a, H>(&'a self, what: &str, out: *mut *mut H) -> Outcome<&'a mut *mut H> {
+    pub fn out_handle<H>(&self, what: &str, out: *mut *mut H) -> Outcome<Out<*mut H>> {
         self.out(what, out, core::ptr::null_mut())
     }
 
     /// Where a result goes; `initial` is stored there at once.
-    pub fn out<'a, T: Copy>(&'a self, what: &str, out: *mut T, initial: T) -> Outcome<&'a mut T> {
+    pub fn out<T: Copy>(&self, what: &str, out: *mut T, initial: T) -> Outcome<Out<T>> {
         self.check(what, out)?;
-        // SAFETY: not NULL, aligned, and by the promise writable; it is initialised by this.
-        unsafe { out.write(initial) };
-        // SAFETY: as above, and nobody else uses it during this call.
-        Ok(unsafe { &mut *out })
+        let out = Out(out);
+        out.set(initial);
+        Ok(out)
     }
 
     /// As [`Caller::out`], where NULL means that the caller does not want it.
-    pub fn out_optional<'a, T: Copy>(
-        &'a self,
-        what: &str,
-        out: *mut T,
-        initial: T,
-    ) -> Outcome<Option<&'a mut T>> {
-        if out.is_null() {
-            return Ok(None);
+    pub fn out_optional<T: Copy>(&self, what: &str, out: *mut T, initial: T) -> Outcome<Out<T>> {
+        match out.is_null() {
+            true => Ok(Out(out)),
+            false => self.out(what, out, initial),
         }
-        self.out(what, out, initial).map(Some)
     }
 
     // ---- text and bytes -------------------------------------------------------------------------------
@@ -326,7 +337,7 @@ impl Caller {
     }
 
     /// A NUL-terminated path, in the file system's bytes.
-    pub fn path<'a>(&'a self, path: *const c_char) -> Outcome<&'a Path> {
+    pub fn path(&self, path: *const c_char) -> Outcome<&Path> {
         let path = self.c_str("path", path)?;
         if path.is_empty() {
             return Err(self.invalid("path is empty".into()));
@@ -361,6 +372,7 @@ impl Caller {
     }
 
     /// Memory to write to; NULL is fine for 0 bytes. Slices that live at once must not overlap: see [`disjoint`].
+    #[expect(clippy::mut_from_ref, reason = "it comes from the pointer; callers check what may overlap")]
     pub fn bytes_mut<'a>(
         &'a self,
         what: &str,
@@ -421,7 +433,7 @@ impl Caller {
         // SAFETY: not NULL, aligned; every version begins with `struct_bytes`.
         let struct_bytes = unsafe { *array.cast::<u64>() };
         self.check_struct_bytes(what, struct_bytes)?;
-        let total = count.checked_mul(struct_bytes).unwrap_or(u64::MAX);
+        let total = count.saturating_mul(struct_bytes);
         self.check_span(what, array as usize, total)?;
         (0..count as usize)
             .map(|index| {
@@ -475,7 +487,7 @@ impl Caller {
         }
         self.check(T::NAME, array)?;
         self.check_struct_bytes(T::NAME, struct_bytes)?;
-        let total = capacity.checked_mul(struct_bytes).unwrap_or(u64::MAX);
+        let total = capacity.saturating_mul(struct_bytes);
         self.check_span(T::NAME, array as usize, total)?;
         for (index, value) in values.take(capacity as usize).enumerate() {
             // SAFETY: within the array, whose span was checked.
