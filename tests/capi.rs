@@ -305,7 +305,7 @@ fn a_restore_into_another_model_is_refused_and_writes_nothing() {
     let mut other = State::new(1).zeroed();
     other.shapes[2] = [321, 200];
     let tensors = other.tensors();
-    let mut checkpoint = std::ptr::dangling_mut::<pcc_checkpoint>();
+    let mut checkpoint: *mut pcc_checkpoint = std::ptr::dangling_mut();
     let status = c!(pcc_restore(store, null(), tensors.as_ptr(), 5, &mut checkpoint));
     fails(status, PCC_INVALID_ARGUMENT, &["läyer.2", "[321, 200]", "[200, 321]"]);
     assert!(checkpoint.is_null());
@@ -335,7 +335,7 @@ fn raw_saves_take_bytes_from_many_threads_and_report_gaps() {
             });
         }
     });
-    let mut save = std::ptr::dangling_mut::<pcc_save>();
+    let mut save = std::ptr::dangling_mut();
     fails(c!(pcc_raw_commit(raw, &mut save)), PCC_INVALID_STATE, &["270030"]);
     assert!(save.is_null());
     let one = data.as_ptr().cast::<c_void>();
@@ -516,7 +516,7 @@ fn bad_tensors_are_refused_by_name_and_leave_the_store_usable() {
     let refuse = |change: &dyn Fn(&mut Vec<pcc_tensor>), status: pcc_status, parts: &[&str]| {
         let mut tensors = good.clone();
         change(&mut tensors);
-        let mut save = std::ptr::dangling_mut::<pcc_save>();
+        let mut save = std::ptr::dangling_mut();
         let count = tensors.len() as u64;
         let result = c!(pcc_save_begin(store, 1, tensors.as_ptr(), count, null(), 0, null(), &mut save));
         fails(result, status, parts);
@@ -524,7 +524,7 @@ fn bad_tensors_are_refused_by_name_and_leave_the_store_usable() {
     };
     refuse(&|t| t[1].name = null(), PCC_BAD_POINTER, &["tensors[1].name is NULL"]);
     refuse(&|t| t[1].name = c"".as_ptr(), PCC_INVALID_ARGUMENT, &[]);
-    refuse(&|t| t[1].name = b"a\xff\0".as_ptr().cast(), PCC_INVALID_ARGUMENT, &["not UTF-8 at byte 1"]);
+    refuse(&|t| t[1].name = c"a\xff".as_ptr(), PCC_INVALID_ARGUMENT, &["not UTF-8 at byte 1"]);
     refuse(&|t| t[1].name = t[0].name, PCC_INVALID_ARGUMENT, &["läyer.0"]);
     refuse(&|t| t[1].name = c"__metadata__".as_ptr(), PCC_INVALID_ARGUMENT, &[]);
     refuse(&|t| t[1].name = c"__pccheck_x".as_ptr(), PCC_INVALID_ARGUMENT, &[]);
@@ -616,13 +616,13 @@ fn larger_elements_of_a_newer_program_are_taken_while_their_tail_is_zero() {
 #[test]
 fn bad_options_and_paths_are_refused() {
     let region = region(4, 1 << 20);
-    let mut store = std::ptr::dangling_mut::<pcc_store>();
+    let mut store = std::ptr::dangling_mut();
     let mut refuse = |change: &dyn Fn(&mut pcc_open_options), status, parts: &[&str]| {
         let mut options = open_options();
         change(&mut options);
         fails(c!(pcc_open(region.path.as_ptr(), &options, &mut store)), status, parts);
         assert!(store.is_null());
-        store = std::ptr::dangling_mut::<pcc_store>();
+        store = std::ptr::dangling_mut();
     };
     refuse(&|o| o.struct_bytes = 0, PCC_INVALID_ARGUMENT, &["struct_bytes is 0"]);
     refuse(&|o| o.struct_bytes = 4, PCC_INVALID_ARGUMENT, &["struct_bytes is 4"]);

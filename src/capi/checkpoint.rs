@@ -111,7 +111,7 @@ pub unsafe extern "C" fn pcc_checkpoint_open(
         let out = caller.out_handle("checkpoint", checkpoint)?;
         let (select, verify) = caller.select(options)?;
         let opened = inner.store.open_checkpoint(select, verify)?;
-        *out = guard::new_handle(CheckpointInner::new(opened, &inner.store));
+        out.set(guard::new_handle(CheckpointInner::new(opened, &inner.store)));
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -155,9 +155,7 @@ pub unsafe extern "C" fn pcc_restore(
             read_places(caller, checkpoint, &places)
         });
         let opened = result.map_err(|error| refused.take().unwrap_or(error.into()))?;
-        if let Some(out) = out {
-            *out = guard::new_handle(CheckpointInner::new(opened, &inner.store));
-        }
+        out.set(guard::new_handle(CheckpointInner::new(opened, &inner.store)));
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -256,13 +254,10 @@ pub unsafe extern "C" fn pcc_checkpoint_metadata_get(
             let count = inner.metadata.len();
             inner.not_found(caller.op(), format!("no metadata has index {index}, there are {count} entries"))
         })?;
-        (*key, *value) = (key_text.as_ptr(), value_text.as_ptr());
-        if let Some(bytes) = key_bytes {
-            *bytes = key_text.len();
-        }
-        if let Some(bytes) = value_bytes {
-            *bytes = value_text.len();
-        }
+        key.set(key_text.as_ptr());
+        value.set(value_text.as_ptr());
+        key_bytes.set(key_text.len());
+        value_bytes.set(value_text.len());
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -290,10 +285,8 @@ pub unsafe extern "C" fn pcc_checkpoint_metadata_find(
         let index =
             found.map_err(|_| inner.not_found(caller.op(), format!("no metadata has the key {key:?}")))?;
         let text = &inner.metadata[index].1;
-        *value = text.as_ptr();
-        if let Some(bytes) = value_bytes {
-            *bytes = text.len();
-        }
+        value.set(text.as_ptr());
+        value_bytes.set(text.len());
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -359,7 +352,7 @@ pub unsafe extern "C" fn pcc_checkpoint_tensor_find(
 ) -> pcc_status {
     let body = |caller: &Caller, inner: &CheckpointInner| {
         let out = caller.out("index", index, u64::MAX)?;
-        *out = inner.tensor_named(caller.op(), caller.text("name", name)?)?;
+        out.set(inner.tensor_named(caller.op(), caller.text("name", name)?)?);
         Ok(())
     };
     // SAFETY: the header binds the caller.

@@ -5,10 +5,6 @@
 //! everything that depends on the promise is a method of it. What *can* be checked is checked all the same: NULL,
 //! alignment, lengths, UTF-8, struct sizes, and that a handle is of the expected kind and of this process.
 #![expect(unsafe_code, reason = "the one place where pointers from C are turned into references")]
-#![expect(
-    clippy::mut_from_ref,
-    reason = "`self` only stands for the promise that the pointers are the call's alone"
-)]
 
 use core::cell::{Cell, RefCell};
 use core::ffi::{c_char, CStr};
@@ -66,6 +62,19 @@ pub(super) unsafe trait Versioned: Copy {
 /// Stands for the promise of the header that binds the C program during one call.
 pub(super) struct Caller {
     op: &'static str,
+}
+
+/// A checked place for a result, or none. Not a reference: a program may pass one place twice.
+pub(super) struct Out<T>(*mut T);
+
+impl<T: Copy> Out<T> {
+    /// Stores the result where the caller wants it.
+    pub fn set(&self, value: T) {
+        if !self.0.is_null() {
+            // SAFETY: aligned, as `Caller::out` checked, and by the promise writable until the call returns.
+            unsafe { self.0.write(value) };
+        }
+    }
 }
 
 thread_local! {
@@ -270,6 +279,10 @@ impl Caller {
     }
 
     /// As [`Caller::handle`], for calls that no other call on the same handle may overlap.
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "it comes from the pointer; the promise is that no call overlaps"
+    )]
     pub fn handle_mut<H: Opaque>(&self, handle: *mut H) -> Outcome<&mut H::Inner> {
         self.handle(handle.cast_const())?;
         let handle: *mut Handle<H::Inner> = handle.cast();
@@ -289,30 +302,24 @@ impl Caller {
     }
 
     /// Where a new handle goes; NULL is stored there at once, so that failure leaves it so.
-    pub fn out_handle<'a, H>(&'a self, what: &str, out: *mut *mut H) -> Outcome<&'a mut *mut H> {
+    pub fn out_handle<H>(&self, what: &str, out: *mut *mut H) -> Outcome<Out<*mut H>> {
         self.out(what, out, core::ptr::null_mut())
     }
 
     /// Where a result goes; `initial` is stored there at once.
-    pub fn out<'a, T: Copy>(&'a self, what: &str, out: *mut T, initial: T) -> Outcome<&'a mut T> {
+    pub fn out<T: Copy>(&self, what: &str, out: *mut T, initial: T) -> Outcome<Out<T>> {
         self.check(what, out)?;
-        // SAFETY: not NULL, aligned, and by the promise writable; it is initialised by this.
-        unsafe { out.write(initial) };
-        // SAFETY: as above, and nobody else uses it during this call.
-        Ok(unsafe { &mut *out })
+        let out = Out(out);
+        out.set(initial);
+        Ok(out)
     }
 
     /// As [`Caller::out`], where NULL means that the caller does not want it.
-    pub fn out_optional<'a, T: Copy>(
-        &'a self,
-        what: &str,
-        out: *mut T,
-        initial: T,
-    ) -> Outcome<Option<&'a mut T>> {
-        if out.is_null() {
-            return Ok(None);
+    pub fn out_optional<T: Copy>(&self, what: &str, out: *mut T, initial: T) -> Outcome<Out<T>> {
+        match out.is_null() {
+            true => Ok(Out(out)),
+            false => self.out(what, out, initial),
         }
-        self.out(what, out, initial).map(Some)
     }
 
     // ---- text and bytes -------------------------------------------------------------------------------
@@ -365,6 +372,7 @@ impl Caller {
     }
 
     /// Memory to write to; NULL is fine for 0 bytes. Slices that live at once must not overlap: see [`disjoint`].
+    #[expect(clippy::mut_from_ref, reason = "it comes from the pointer; callers check what may overlap")]
     pub fn bytes_mut<'a>(
         &'a self,
         what: &str,
@@ -499,7 +507,7 @@ impl Caller {
 
     fn check_struct_bytes(&self, what: &str, struct_bytes: u64) -> Outcome<()> {
         let known = (STRUCT_ALIGN_BYTES..=MAX_STRUCT_BYTES).contains(&struct_bytes);
-        if known && struct_bytes.is_multiple_of(STRUCT_ALIGN_BYTES) {
+        if known && struct_bytes % STRUCT_ALIGN_BYTES == 0 {
             return Ok(());
         }
         Err(self.invalid(format!(

@@ -677,7 +677,7 @@ pub unsafe extern "C" fn pcc_dtype_from_name(name: *const c_char, dtype: *mut u3
         let found = Dtype::from_name(name).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, caller.op(), format!("no dtype is called {name:?}"))
         })?;
-        *dtype = found.code();
+        dtype.set(found.code());
         Ok(())
     };
     // SAFETY: the header binds the caller.

@@ -65,7 +65,7 @@ pub unsafe extern "C" fn pcc_raw_begin(
         let metadata = caller.metadata(metadata, metadata_count)?;
         let raw = inner.store.begin_raw(step, data_bytes, &metadata, wait)?;
         let generation = raw.generation();
-        *out = guard::new_handle(RawInner { raw, generation, step, store: Arc::downgrade(&inner.store) });
+        out.set(guard::new_handle(RawInner { raw, generation, step, store: Arc::downgrade(&inner.store) }));
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -110,7 +110,7 @@ pub unsafe extern "C" fn pcc_raw_commit(raw: *mut pcc_raw, save: *mut *mut pcc_s
         let out = caller.out_handle("save", save)?;
         let inner = caller.handle_mut(raw)?;
         let save = inner.raw.commit()?;
-        *out = guard::new_handle(SaveInner::new(save, inner.store.clone()));
+        out.set(guard::new_handle(SaveInner::new(save, inner.store.clone())));
         Ok(())
     };
     // SAFETY: the header binds the caller.

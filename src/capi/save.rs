@@ -193,7 +193,7 @@ pub unsafe extern "C" fn pcc_save_begin(
         let metadata = caller.metadata(metadata, metadata_count)?;
         // SAFETY: the header asks the caller to keep the memory valid and unchanged until the save is copied.
         let save = unsafe { inner.store.begin_save(step, &host, &metadata, wait) }?;
-        *out = guard::new_handle(SaveInner::new(save, Arc::downgrade(&inner.store)));
+        out.set(guard::new_handle(SaveInner::new(save, Arc::downgrade(&inner.store))));
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -219,7 +219,7 @@ pub unsafe extern "C" fn pcc_payload_bytes(
         let out = caller.out("payload_bytes", payload_bytes, 0)?;
         let tensors = caller.tensors(tensors, tensor_count)?;
         let host: Vec<HostTensor<'_>> = tensors.iter().map(TensorArg::host).collect();
-        *out = Store::payload_bytes(&host, &caller.metadata(metadata, metadata_count)?)?;
+        out.set(Store::payload_bytes(&host, &caller.metadata(metadata, metadata_count)?)?);
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -347,7 +347,7 @@ pub unsafe extern "C" fn pcc_save_error(save: *const pcc_save, buf: *mut c_char,
 pub unsafe extern "C" fn pcc_save_event_fd(save: *const pcc_save, fd: *mut i32) -> pcc_status {
     let body = |caller: &Caller, inner: &SaveInner| {
         let out = caller.out("fd", fd, -1)?;
-        *out = inner.ending.event(caller.op(), inner.save.progress().ended)?;
+        out.set(inner.ending.event(caller.op(), inner.save.progress().ended)?);
         Ok(())
     };
     // SAFETY: the header binds the caller.

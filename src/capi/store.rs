@@ -115,11 +115,11 @@ pub unsafe extern "C" fn pcc_open(
         let info = store.medium_info();
         let recovered = store.recovered();
         let notes: Vec<&str> = info.notes.iter().chain(&recovered.notes).map(String::as_str).collect();
-        *out = guard::new_handle(StoreInner {
+        out.set(guard::new_handle(StoreInner {
             path_text: CText::new(info.path),
             notes_text: CText::new(&notes.join("\n")),
             store,
-        });
+        }));
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -172,7 +172,7 @@ pub unsafe extern "C" fn pcc_list(
         let count = caller.out("count", count, 0)?;
         let found = inner.store.checkpoints()?;
         caller.fill_array(infos, info_bytes, capacity, found.iter().map(listed))?;
-        *count = found.len() as u64;
+        count.set(found.len() as u64);
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -223,9 +223,7 @@ pub unsafe extern "C" fn pcc_mark_global(
     let body = |caller: &Caller, inner: &StoreInner| {
         let out = caller.out_optional("generation", generation, 0)?;
         let generation = inner.store.mark_global(run_id, step)?;
-        if let Some(out) = out {
-            *out = generation;
-        }
+        out.set(generation);
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -250,9 +248,7 @@ pub unsafe extern "C" fn pcc_abandon(
     let body = |caller: &Caller, inner: &StoreInner| {
         let out = caller.out_optional("discarded", discarded, 0)?;
         let discarded = inner.store.abandon(run_id, step)?;
-        if let Some(out) = out {
-            *out = discarded;
-        }
+        out.set(discarded);
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -276,9 +272,7 @@ pub unsafe extern "C" fn pcc_discard_newer(
     let body = |caller: &Caller, inner: &StoreInner| {
         let out = caller.out_optional("discarded", discarded, 0)?;
         let discarded = inner.store.discard_newer(generation)?;
-        if let Some(out) = out {
-            *out = discarded;
-        }
+        out.set(discarded);
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -371,9 +365,7 @@ pub unsafe extern "C" fn pcc_repair(
     let body = |caller: &Caller, inner: &StoreInner| {
         let out = caller.out_optional("repaired", repaired, 0)?;
         let repaired = inner.store.repair(wait_of(timeout_ms))?;
-        if let Some(out) = out {
-            *out = repaired;
-        }
+        out.set(repaired);
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -510,4 +502,39 @@ pub(super) fn info_of(record: &SlotRecord) -> pcc_checkpoint_info {
 
 fn listed(info: &CheckpointInfo) -> pcc_checkpoint_info {
     pcc_checkpoint_info { pinned: info.pinned.into(), readers: info.readers, ..info_of(&info.record) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::raw::pcc_raw_begin;
+    use super::super::status::{PCC_INTERNAL, PCC_OK};
+    use super::super::text::pcc_last_error_status;
+    use super::*;
+    use core::ptr::{null, null_mut};
+    use std::ffi::CString;
+
+    /// A defect that shows in one call must not let a later call commit what it left behind.
+    #[test]
+    fn a_panic_in_a_call_on_a_store_poisons_it_for_saves_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = CString::new(dir.path().join("region").to_str().unwrap()).unwrap();
+        let mut options = <pcc_open_options as guard::Versioned>::initial();
+        options.required_durability = super::super::options::PCC_DURABILITY_PROCESS;
+        let (mut store, mut raw, mut count) = (null_mut(), null_mut(), 9);
+        // SAFETY: all arguments are what the header asks for, here and below.
+        assert_eq!(unsafe { pcc_format(path.as_ptr(), 3, 1 << 20, null()) }, PCC_OK);
+        // SAFETY: as above.
+        assert_eq!(unsafe { pcc_open(path.as_ptr(), &options, &mut store) }, PCC_OK);
+        // SAFETY: as above.
+        let status = unsafe { guard::on("pcc_test", store, |_, _: &StoreInner| panic!("a defect")) };
+        assert_eq!((status, pcc_last_error_status()), (PCC_INTERNAL, PCC_INTERNAL));
+        // SAFETY: as above.
+        let status = unsafe { pcc_raw_begin(store, 1, 10, null(), 0, null(), &mut raw) };
+        assert_eq!((status, raw), (PCC_INTERNAL, null_mut()));
+        // SAFETY: as above.
+        assert_eq!(unsafe { pcc_list(store, null_mut(), 0, 0, &mut count) }, PCC_OK);
+        assert_eq!(count, 0);
+        // SAFETY: as above.
+        unsafe { pcc_close(store) };
+    }
 }
