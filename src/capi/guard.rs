@@ -507,7 +507,7 @@ impl Caller {
 
     fn check_struct_bytes(&self, what: &str, struct_bytes: u64) -> Outcome<()> {
         let known = (STRUCT_ALIGN_BYTES..=MAX_STRUCT_BYTES).contains(&struct_bytes);
-        if known && struct_bytes % STRUCT_ALIGN_BYTES == 0 {
+        if known && struct_bytes.is_multiple_of(STRUCT_ALIGN_BYTES) {
             return Ok(());
         }
         Err(self.invalid(format!(
