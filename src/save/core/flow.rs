@@ -1,215 +1,21 @@
-//! One save: its state, who may change it, and how it ends.
-//!
-//! All mutable state stands under one lock that is taken a few times per chunk and never held over I/O,
-//! copying or hashing. A save ends exactly once:
-//!
-//! - `Durable` when its commit record is durable;
-//! - `Failed` (also by cancellation) when a failure was recorded *and* no copier reads its source, no operation
-//!   on its slot is in flight, its writing mark is not being written and the committer does not hold it. Only
-//!   then is the slot given back, so that no late write can hit a slot that another save has claimed.
+//! How a save moves on: chunks are copied, parked, written, marked, committed; and how it ends.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::{encode_table, RecordState, SlotRecord};
+use super::{cancelled, Durable, Mark, Parked, SaveCore};
+use crate::error::{Error, Result};
+use crate::format::encode_table;
 use crate::medium::{Barrier, Io, IoOp, IoSink};
-use crate::save::raw::RawChunks;
 use crate::save::saver::Shared;
 use crate::source::Source;
 use crate::staging::StagingBuffer;
-use crate::store::Claimed;
-use crate::sync::{Arc, Condvar, Mutex, Weak};
+use crate::sync::Arc;
 
 /// Token of chunk-table writes; chunk writes carry their index, which is smaller.
 const TABLE_TOKEN: u64 = u64::MAX;
 
-/// What a save is about, fixed at its begin.
-#[derive(Debug, Clone)]
-pub(crate) struct SaveSpec {
-    pub step: u64,
-    pub payload_bytes: u64,
-    pub header_bytes: u64,
-    pub tensor_count: u32,
-    pub flags: u32,
-}
-
-/// How far a save is, in bytes of its payload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes of the payload.
-    pub total_bytes: u64,
-    /// Bytes that have left the caller's memory.
-    pub copied_bytes: u64,
-    /// Bytes handed to the medium and completed (not yet durable).
-    pub written_bytes: u64,
-    /// Every byte has left the caller's memory.
-    pub copied: bool,
-    /// The save has ended, durably or not.
-    pub ended: bool,
-}
-
-/// What is known of a durable save.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Durable {
-    /// The save's generation.
-    pub generation: u64,
-    /// Slot that it was written to.
-    pub slot: u32,
-    /// The newer generation that had made it superfluous by the time it was durable, if any.
-    pub superseded_by: Option<u64>,
-    /// From begin to copied.
-    pub copied_after: Duration,
-    /// From begin to durable.
-    pub durable_after: Duration,
-}
-
-/// Where the bytes of a save come from: pulled by copiers, or pushed by the caller.
-#[derive(Clone)]
-pub(crate) enum Origin {
-    Source(Arc<dyn Source>),
-    Raw(Arc<RawChunks>),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Mark {
-    Pending,
-    Durable,
-    /// Will never be durable: the marker has given up or was told not to try.
-    Abandoned,
-}
-
-struct Parked {
-    offset: u64,
-    len: usize,
-    buffer: StagingBuffer,
-    token: u64,
-}
-
-pub(crate) struct SaveState {
-    source: Option<Arc<dyn Source>>,
-    next_chunk: u64,
-    /// Copiers (and raw writers) at work on this save.
-    copying: u32,
-    chunks_copied: u64,
-    copied_bytes: u64,
-    written_bytes: u64,
-    /// Operations submitted or parked that have not ended.
-    in_flight: u32,
-    table_queued: bool,
-    last_chunk_written: bool,
-    /// A raw save that was not committed yet: may fail, may not commit.
-    held_open: bool,
-    mark: Mark,
-    parked: Vec<Parked>,
-    hashes: Vec<u128>,
-    committing: bool,
-    copied_at: Option<Instant>,
-    failure: Option<Error>,
-    outcome: Option<Result<Durable>>,
-}
-
-/// A save, shared by its handle, the copiers, the medium's completions, the marker and the committer.
-pub(crate) struct SaveCore {
-    pub claim: Claimed,
-    pub spec: SaveSpec,
-    pub chunk_bytes: u64,
-    pub chunk_count: u64,
-    pub table_offset: u64,
-    pub begun: Instant,
-    /// `Region::flush_failures` when the save began.
-    pub flush_failures: u64,
-    pub(super) state: Mutex<SaveState>,
-    changed: Condvar,
-    on_end: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-    /// Half-filled chunks of a raw save; their buffers go back when it fails.
-    raw: Option<Arc<RawChunks>>,
-    shared: Weak<Shared>,
-    this: Weak<SaveCore>,
-}
-
 impl SaveCore {
-    pub fn new(shared: &Arc<Shared>, claim: Claimed, spec: SaveSpec, origin: Origin) -> Arc<SaveCore> {
-        let (source, raw) = match origin {
-            Origin::Source(source) => (Some(source), None),
-            Origin::Raw(chunks) => (None, Some(chunks)),
-        };
-        let chunk_bytes = shared.region.options().chunk_bytes;
-        let chunk_count = spec.payload_bytes.div_ceil(chunk_bytes);
-        let table_offset = spec.payload_bytes.next_multiple_of(crate::format::BLOCK_BYTES);
-        Arc::new_cyclic(|this| SaveCore {
-            claim,
-            spec,
-            chunk_bytes,
-            chunk_count,
-            table_offset,
-            begun: Instant::now(),
-            flush_failures: shared.region.flush_failures(),
-            state: Mutex::new(SaveState {
-                source,
-                next_chunk: 0,
-                copying: 0,
-                chunks_copied: 0,
-                copied_bytes: 0,
-                written_bytes: 0,
-                in_flight: 0,
-                table_queued: false,
-                last_chunk_written: false,
-                held_open: raw.is_some(),
-                mark: Mark::Pending,
-                parked: Vec::new(),
-                hashes: vec![0; chunk_count as usize],
-                committing: false,
-                copied_at: None,
-                failure: None,
-                outcome: None,
-            }),
-            changed: Condvar::new(),
-            on_end: Mutex::new(None),
-            raw,
-            shared: Arc::downgrade(shared),
-            this: this.clone(),
-        })
-    }
-
-    /// The save's record in either state; the table hash is known once all chunks are copied.
-    pub fn record(
-        &self,
-        state: RecordState,
-        run_id: u64,
-        table_hash: u128,
-        uuid: crate::format::Uuid,
-    ) -> SlotRecord {
-        SlotRecord {
-            uuid,
-            slot: self.claim.slot,
-            generation: self.claim.generation,
-            state,
-            step: self.spec.step,
-            run_id,
-            payload_bytes: self.spec.payload_bytes,
-            header_bytes: self.spec.header_bytes,
-            tensor_count: self.spec.tensor_count,
-            chunk_bytes: self.chunk_bytes,
-            chunk_count: self.chunk_count,
-            table_offset: self.table_offset,
-            table_hash,
-            unix_ns: crate::store::unix_ns(),
-            flags: self.spec.flags,
-        }
-    }
-
-    /// Bytes of the slot that the save uses: payload and table.
-    pub fn used_bytes(&self) -> u64 {
-        self.table_offset + (self.chunk_count * 16).next_multiple_of(crate::format::BLOCK_BYTES)
-    }
-
-    pub fn chunk_len(&self, chunk: u64) -> usize {
-        (self.spec.payload_bytes - chunk * self.chunk_bytes).min(self.chunk_bytes) as usize
-    }
-
-    // ---- copying ----------------------------------------------------------------------------------------
-
     /// Hands the next uncopied chunk to a copier; `None` when there is none left or the save has failed.
     pub fn take_chunk(&self) -> Option<(u64, Arc<dyn Source>)> {
         let mut state = self.state.lock();
@@ -491,68 +297,6 @@ impl SaveCore {
             callback();
         }
     }
-
-    // ---- waiting -----------------------------------------------------------------------------------------
-
-    /// Waits until every byte has left the caller's memory. After an error, too, the memory is the caller's again,
-    /// but for `TimedOut`.
-    pub fn wait_copied(&self, deadline: Option<Instant>) -> Result<()> {
-        let mut state = self.state.lock();
-        loop {
-            if state.copied_at.is_some() {
-                return Ok(());
-            }
-            if let (Some(error), 0) = (&state.failure, state.copying) {
-                return Err(error.clone());
-            }
-            let (guard, timed_out) = self.changed.wait_until(state, deadline);
-            state = guard;
-            if timed_out && state.copied_at.is_none() {
-                return Err(timed_out_error("wait for copied"));
-            }
-        }
-    }
-
-    /// Waits until the save has ended.
-    pub fn wait_durable(&self, deadline: Option<Instant>) -> Result<Durable> {
-        let mut state = self.state.lock();
-        loop {
-            if let Some(outcome) = &state.outcome {
-                return outcome.clone();
-            }
-            let (guard, timed_out) = self.changed.wait_until(state, deadline);
-            state = guard;
-            if timed_out && state.outcome.is_none() {
-                return Err(timed_out_error("wait for durable"));
-            }
-        }
-    }
-
-    pub fn progress(&self) -> Progress {
-        let state = self.state.lock();
-        Progress {
-            total_bytes: self.spec.payload_bytes,
-            copied_bytes: state.copied_bytes,
-            written_bytes: state.written_bytes.min(self.spec.payload_bytes),
-            copied: state.copied_at.is_some(),
-            ended: state.outcome.is_some(),
-        }
-    }
-
-    /// From begin to copied (as far as it has come), and from begin to now.
-    pub fn ages(&self) -> (Duration, Duration) {
-        let now = Instant::now();
-        let copied_at = self.state.lock().copied_at.unwrap_or(now);
-        (copied_at - self.begun, now - self.begun)
-    }
-
-    pub fn ended(&self) -> bool {
-        self.state.lock().outcome.is_some()
-    }
-
-    fn shared(&self) -> Result<Arc<Shared>> {
-        self.shared.upgrade().ok_or_else(|| cancelled("the store was closed"))
-    }
 }
 
 impl IoSink for SaveCore {
@@ -590,13 +334,4 @@ impl SaveCore {
         }
         self.settle();
     }
-}
-
-pub(crate) fn cancelled(why: &str) -> Error {
-    Error::new(ErrorKind::Cancelled, "save", why)
-}
-
-fn timed_out_error(op: &'static str) -> Error {
-    Error::new(ErrorKind::TimedOut, op, "the time given ran out; the save goes on")
-        .advise("wait again, or cancel")
 }

@@ -1,0 +1,226 @@
+//! What keeps a checkpoint and what gives it up: pins, readers, the global mark, discards.
+
+use super::Region;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{GlobalMark, SlotRecord, MARK_DISCARDED, MARK_PINNED};
+use crate::medium::Medium;
+use crate::slots::SlotState;
+use crate::store::control::{flags_of, global_generation, set_flags, ControlState};
+
+impl Region {
+    pub(super) fn change_control<T>(
+        &self,
+        change: impl FnOnce(&mut ControlState, &dyn Medium) -> Result<T>,
+    ) -> Result<T> {
+        let mut control = self.control.lock();
+        let _short = self.short_barriers.lock();
+        let mut value = None;
+        let result = change(&mut control, &*self.medium).map(|done| value = Some(done));
+        self.believe("write control block", result)?;
+        value.ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "write control block", "no result").at_path(&self.path)
+        })
+    }
+
+    /// Durably sets or clears one flag of `(slot, generation)` in the control block.
+    pub(super) fn mark_slot(&self, slot: u32, generation: u64, flag: u32, on: bool) -> Result<()> {
+        self.change_control(|control, medium| {
+            control.update(medium, |c| {
+                let old = flags_of(c, slot, generation);
+                set_flags(c, slot, generation, if on { old | flag } else { old & !flag });
+            })
+        })
+    }
+
+    /// The committed record of `generation`, with its slot.
+    pub(crate) fn record_of(&self, generation: u64) -> Option<SlotRecord> {
+        self.committed().into_iter().find(|record| record.generation == generation)
+    }
+
+    /// Committed records, newest first.
+    pub(crate) fn committed(&self) -> Vec<SlotRecord> {
+        let records = self.records.lock();
+        let mut found: Vec<SlotRecord> = self
+            .slots
+            .views()
+            .iter()
+            .enumerate()
+            .filter(|(_, view)| view.state == SlotState::Committed)
+            .filter_map(|(slot, view)| {
+                records[slot].as_ref().filter(|record| record.generation == view.generation).cloned()
+            })
+            .collect();
+        found.sort_by_key(|record| std::cmp::Reverse(record.generation));
+        found
+    }
+
+    /// The step last marked as durable on every rank.
+    pub fn global_mark(&self) -> Option<GlobalMark> {
+        self.control.lock().current().global
+    }
+
+    /// Slots that saves may use: free, being written, or reclaimable.
+    pub(crate) fn claimable_count(&self) -> usize {
+        self.slots.claimable_count(self.options.keep as usize, self.hold_floor())
+    }
+
+    /// True where saves will have N slots to claim however long what is protected now stays so: a pin outlives
+    /// its checkpoint's time among the newest K.
+    fn has_lasting_room(&self) -> bool {
+        let protected = self
+            .slots
+            .views()
+            .iter()
+            .filter(|view| view.pinned || view.readers > 0 || view.state == SlotState::Quarantined)
+            .count() as u32;
+        protected + self.options.keep + self.options.max_in_flight <= self.layout().slot_count
+    }
+
+    /// True where saves have N slots to claim now. Enough for a reader, which goes away again.
+    fn has_room(&self) -> bool {
+        self.claimable_count() >= self.options.max_in_flight as usize
+    }
+
+    fn no_room(&self, op: &'static str) -> Error {
+        Error::new(
+            ErrorKind::NoSlot,
+            op,
+            format!(
+                "it would leave fewer than max_in_flight = {} slots to save into",
+                self.options.max_in_flight
+            ),
+        )
+        .at_path(&self.path)
+        .advise("unpin or close another checkpoint, or grow the region by a slot")
+    }
+
+    fn not_found(&self, op: &'static str, generation: u64) -> Error {
+        Error::new(ErrorKind::NotFound, op, format!("no checkpoint has generation {generation}"))
+            .at_path(&self.path)
+    }
+
+    /// Durably keeps a checkpoint whatever the retention rule says.
+    pub fn pin(&self, generation: u64) -> Result<()> {
+        const OP: &str = "pin";
+        self.check_usable(OP, true)?;
+        let record = self.record_of(generation).ok_or_else(|| self.not_found(OP, generation))?;
+        let view = self.slots.view(record.slot);
+        if view.pinned {
+            return Ok(());
+        }
+        if !self.slots.pin(record.slot, generation) {
+            return Err(self.not_found(OP, generation));
+        }
+        if !self.has_lasting_room() {
+            let _ = self.slots.unpin(record.slot, generation);
+            return Err(self.no_room(OP));
+        }
+        self.mark_slot(record.slot, generation, MARK_PINNED, true).inspect_err(|_| {
+            let _ = self.slots.unpin(record.slot, generation);
+        })
+    }
+
+    /// Durably lifts a pin; the retention rule applies again.
+    pub fn unpin(&self, generation: u64) -> Result<()> {
+        const OP: &str = "unpin";
+        self.check_usable(OP, true)?;
+        let record = self.record_of(generation).ok_or_else(|| self.not_found(OP, generation))?;
+        self.mark_slot(record.slot, generation, MARK_PINNED, false)?;
+        // False where it was not pinned: unpinning twice is no error.
+        let _ = self.slots.unpin(record.slot, generation);
+        self.reclaim();
+        Ok(())
+    }
+
+    /// Protects a checkpoint from being overwritten while it is read. False where it is gone.
+    ///
+    /// Reading what is kept anyway is never refused: quarantined or held slots may have left fewer than N to save
+    /// into, and the newest checkpoint must be restorable all the same.
+    pub(crate) fn add_reader(&self, record: &SlotRecord) -> Result<bool> {
+        let takes_room =
+            self.slots.is_reclaimable(record.slot, self.options.keep as usize, self.hold_floor());
+        if !self.slots.add_reader(record.slot, record.generation) {
+            return Ok(false);
+        }
+        if takes_room && !self.has_room() {
+            self.drop_reader(record.slot, record.generation);
+            return Err(self.no_room("open checkpoint"));
+        }
+        Ok(true)
+    }
+
+    pub(crate) fn drop_reader(&self, slot: u32, generation: u64) {
+        self.slots.drop_reader(slot, generation);
+        self.reclaim();
+    }
+
+    /// Durably marks `(run_id, step)` as durable on every rank; older held checkpoints are reclaimed.
+    pub fn mark_global(&self, run_id: u64, step: u64) -> Result<u64> {
+        const OP: &str = "mark_global";
+        self.check_usable(OP, true)?;
+        let record = self
+            .committed()
+            .into_iter()
+            .find(|record| record.run_id == run_id && record.step == step)
+            .ok_or_else(|| {
+                Error::new(ErrorKind::NotFound, OP, format!("no checkpoint of run {run_id}, step {step}"))
+                    .at_path(&self.path)
+            })?;
+        let generation = record.generation;
+        self.change_control(|control, medium| {
+            if global_generation(control.current()) >= generation {
+                return Ok(());
+            }
+            control.update(medium, |c| {
+                c.global = Some(GlobalMark { run_id, step, generation });
+            })
+        })?;
+        self.reclaim();
+        Ok(generation)
+    }
+
+    /// Durably discards every checkpoint that `doomed` names. Checkpoints being read are refused.
+    ///
+    /// So does it with those that were reclaimed and whose slots no save has marked since: their records are
+    /// still valid, and recovery would return them. Returns how many listed checkpoints were discarded.
+    pub(crate) fn discard(&self, op: &'static str, doomed: impl Fn(&SlotRecord) -> bool) -> Result<u32> {
+        let listed: Vec<SlotRecord> = self.committed().into_iter().filter(|record| doomed(record)).collect();
+        if let Some(read) = listed.iter().find(|r| self.slots.view(r.slot).readers > 0) {
+            return Err(Error::new(
+                ErrorKind::InvalidState,
+                op,
+                format!("checkpoint of generation {} is being read", read.generation),
+            )
+            .at_path(&self.path)
+            .advise("close it first"));
+        }
+        let on_medium = || -> Vec<SlotRecord> {
+            self.records.lock().iter().flatten().filter(|record| doomed(record)).cloned().collect()
+        };
+        if on_medium().is_empty() {
+            return Ok(0);
+        }
+        let targets = self.change_control(|control, medium| {
+            // Looked up under the control lock: a newer checkpoint in the same slot cannot be pinned meanwhile.
+            let targets = on_medium();
+            control.update(medium, |c| {
+                for record in &targets {
+                    set_flags(c, record.slot, record.generation, MARK_DISCARDED);
+                }
+                let newest_doomed = |g: u64| targets.iter().any(|r| r.generation == g);
+                if c.global.as_ref().is_some_and(|mark| newest_doomed(mark.generation)) {
+                    c.global = None;
+                }
+            })?;
+            Ok(targets)
+        })?;
+        for record in &targets {
+            // The discard is durable: whatever the slot's state became meanwhile, the checkpoint is gone. One
+            // that was reclaimed before has no state to change.
+            let _ = self.slots.unpin(record.slot, record.generation);
+            let _ = self.slots.discard(record.slot, record.generation);
+        }
+        self.slot_freed.notify_all();
+        Ok(listed.len() as u32)
+    }
+}
