@@ -18,7 +18,7 @@ use crate::sync::{thread, Arc, Condvar, Mutex};
 const WINDOW: usize = 4;
 
 /// Piece in which a chunk is hashed and then copied out of the cache.
-const PIECE_BYTES: usize = 128 << 10;
+const PIECE_BYTES: usize = 2 << 10;
 
 /// One chunk to read and where its bytes go.
 struct Job<'a> {

@@ -6,8 +6,12 @@ use crate::format::ChunkHasher;
 use crate::persist::Persister;
 use crate::source::Source;
 
-/// Piece in which large tensors are hashed (which brings them into the cache) and then copied from there.
-const PIECE_BYTES: usize = 128 << 10;
+/// Piece in which large tensors are hashed (which brings them into the first-level cache) and then copied from there:
+/// small enough that hashing costs next to nothing beside the copy (1 to 4 KiB are alike, 128 KiB costs a fifth).
+const PIECE_BYTES: usize = 2 << 10;
+
+/// Gathered bytes are hashed at the latest when there are this many, while they are in the cache.
+const GATHERED_MAX_BYTES: usize = 128 << 10;
 
 /// Tensors smaller than this within a chunk are gathered by ordinary copies and hashed together.
 const GATHER_BYTES: usize = 16 << 10;
@@ -86,7 +90,7 @@ impl Source for HostSource {
             if src.len() < GATHER_BYTES {
                 dst[done..done + src.len()].copy_from_slice(src);
                 done += src.len();
-                if done - gathered_from >= PIECE_BYTES {
+                if done - gathered_from >= GATHERED_MAX_BYTES {
                     hasher.update(&dst[gathered_from..done]);
                     gathered_from = done;
                 }
