@@ -78,10 +78,8 @@ fn install_respects_destdir_and_libdir_and_can_leave_out_the_tool() {
 
     // The CMake package finds its prefix by itself, so it works where it was staged.
     let built = scratch();
-    build_with_cmake(built.path(), &to, "OFF");
-    let cache = fs::read_to_string(built.path().join("CMakeCache.txt")).expect("CMakeCache.txt");
-    let package = format!("pccheck_DIR:PATH={}\n", to.join("lib/machine/cmake/pccheck").display());
-    assert!(cache.contains(&package), "expected {package}in {cache}");
+    let package = to.join("lib/machine/cmake/pccheck");
+    build_with_cmake(built.path(), &format!("-Dpccheck_DIR={}", package.display()), &package, "OFF");
     assert!(built.path().join("train").exists());
 }
 
@@ -108,12 +106,21 @@ fn build_with_make(out: &Path, link: &str) {
     shell(&format!("unset LD_LIBRARY_PATH; {make}"), out).ok();
 }
 
-fn build_with_cmake(out: &Path, prefix: &Path, link_static: &str) {
+/// As the examples' CMakeLists.txt says, with the package in `package`; `find` is the argument that names it.
+fn build_with_cmake(out: &Path, find: &str, package: &Path, link_static: &str) {
     let mut configure = command("cmake", out);
     configure.arg("-S").arg(root().join("c_examples")).arg("-B").arg(out);
-    configure.arg(format!("-DPCCHECK_STATIC={link_static}"));
-    run(configure.env("CMAKE_PREFIX_PATH", prefix)).ok();
+    run(configure.arg(find).arg(format!("-DPCCHECK_STATIC={link_static}"))).ok();
+    // CMake looks in many places: it must not be another one that it found.
+    let cache = fs::read_to_string(out.join("CMakeCache.txt")).expect("CMakeCache.txt");
+    let found = cache.lines().find(|line| line.starts_with("pccheck_DIR:")).expect("the package");
+    assert!(found.ends_with(&format!("={}", package.display())), "{found}, expected {package:?}");
     run(command("cmake", out).arg("--build").arg(out)).ok();
+}
+
+fn build_with_cmake_at_prefix(out: &Path, link_static: &str) {
+    let find = format!("-DCMAKE_PREFIX_PATH={}", prefix().display());
+    build_with_cmake(out, &find, &prefix().join("lib/cmake/pccheck"), link_static);
 }
 
 /// Checks what the programs were linked with, then runs them all.
@@ -145,14 +152,14 @@ fn examples_built_by_make_with_the_archive() {
 #[test]
 fn examples_built_by_cmake_with_the_shared_library() {
     let programs = scratch();
-    build_with_cmake(programs.path(), prefix(), "OFF");
+    build_with_cmake_at_prefix(programs.path(), "OFF");
     linked_and_working(programs.path(), true);
 }
 
 #[test]
 fn examples_built_by_cmake_with_the_archive() {
     let programs = scratch();
-    build_with_cmake(programs.path(), prefix(), "ON");
+    build_with_cmake_at_prefix(programs.path(), "ON");
     linked_and_working(programs.path(), false);
 }
 

@@ -90,7 +90,7 @@ pub fn command(program: impl AsRef<OsStr>, directory: &Path) -> Command {
         .current_dir(directory)
         .env("PATH", format!("{}:{path}", prefix().join("bin").display()))
         .env("PKG_CONFIG_PATH", prefix().join("lib/pkgconfig"))
-        .env("CMAKE_PREFIX_PATH", prefix())
+        .env_remove("CMAKE_PREFIX_PATH")
         .env("LD_LIBRARY_PATH", prefix().join("lib"));
     command
 }
