@@ -1197,8 +1197,9 @@ pcc_status pcc_checkpoint_open(const struct pcc_store *store,
 // Threads: any number at once.
 // Ownership: on failure the tensors hold unspecified bytes, unless it is PCC_NOT_FOUND or PCC_INVALID_ARGUMENT: then
 // nothing was written. `checkpoint` receives a handle to be given to `pcc_checkpoint_close`, or NULL on failure.
-// Errors: as `pcc_checkpoint_open`; PCC_NOT_FOUND also for a tensor that it lacks; PCC_INVALID_ARGUMENT also for a
-// tensor that differs in dtype, shape or size, and for memory that overlaps (but for tied tensors).
+// Errors: as `pcc_checkpoint_open`, so that PCC_NOT_FOUND says that there is no such checkpoint; PCC_INVALID_ARGUMENT
+// also for a tensor that it lacks or that differs in dtype, shape or size, and for memory that overlaps (but for tied
+// tensors).
 pcc_status pcc_restore(const struct pcc_store *store,
                        const struct pcc_select_options *options,
                        const struct pcc_tensor *tensors,

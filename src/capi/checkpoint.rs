@@ -127,8 +127,9 @@ pub unsafe extern "C" fn pcc_checkpoint_open(
 /// Threads: any number at once.
 /// Ownership: on failure the tensors hold unspecified bytes, unless it is PCC_NOT_FOUND or PCC_INVALID_ARGUMENT: then
 /// nothing was written. `checkpoint` receives a handle to be given to `pcc_checkpoint_close`, or NULL on failure.
-/// Errors: as `pcc_checkpoint_open`; PCC_NOT_FOUND also for a tensor that it lacks; PCC_INVALID_ARGUMENT also for a
-/// tensor that differs in dtype, shape or size, and for memory that overlaps (but for tied tensors).
+/// Errors: as `pcc_checkpoint_open`, so that PCC_NOT_FOUND says that there is no such checkpoint; PCC_INVALID_ARGUMENT
+/// also for a tensor that it lacks or that differs in dtype, shape or size, and for memory that overlaps (but for tied
+/// tensors).
 #[no_mangle]
 pub unsafe extern "C" fn pcc_restore(
     store: *const pcc_store,
@@ -470,7 +471,8 @@ fn place_of(caller: &Caller, inner: &CheckpointInner, number: usize, read: &pcc_
 fn placed(caller: &Caller, checkpoint: &Checkpoint, tensors: &[TensorArg<'_>]) -> Outcome<Vec<Place>> {
     let mut places = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        let stored = checkpoint.tensor(tensor.name)?;
+        // Not PCC_NOT_FOUND, by which programs know that there is no checkpoint yet: they would start from nothing.
+        let stored = checkpoint.tensor(tensor.name).map_err(|error| caller.invalid(error.to_string()))?;
         let same =
             stored.dtype == tensor.dtype && stored.shape == tensor.shape && stored.bytes == tensor.bytes;
         if !same {
