@@ -9,8 +9,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use pccheck::capi::checkpoint::*;
+use pccheck::capi::codes::*;
+use pccheck::capi::dtype::*;
+use pccheck::capi::health::*;
+use pccheck::capi::infos::*;
 use pccheck::capi::options::*;
 use pccheck::capi::raw::*;
+use pccheck::capi::read::*;
 use pccheck::capi::save::*;
 use pccheck::capi::status::*;
 use pccheck::capi::store::*;

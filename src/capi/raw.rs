@@ -5,7 +5,8 @@
 use core::ffi::c_void;
 
 use super::guard::{self, Caller, Opaque};
-use super::options::{pcc_pair, pcc_progress, pcc_save_options};
+use super::infos::pcc_progress;
+use super::options::{pcc_pair, pcc_save_options};
 use super::save::{pcc_save, progress_of, SaveInner};
 use super::status::pcc_status;
 use super::store::{pcc_store, StoreInner};

@@ -6,8 +6,10 @@ use core::ffi::{c_char, c_void};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use super::codes::wait_of;
 use super::guard::{self, Caller, Opaque, Outcome, Versioned};
-use super::options::{pcc_durable, pcc_pair, pcc_progress, pcc_save_options, pcc_tensor, wait_of};
+use super::infos::{pcc_durable, pcc_progress};
+use super::options::{pcc_pair, pcc_save_options, pcc_tensor};
 use super::status::pcc_status;
 use super::store::{pcc_store, StoreInner};
 use crate::engine::{HostTensor, Store};
