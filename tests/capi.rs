@@ -2,12 +2,15 @@
 //! lost by it; saves, raw saves, restores, waits, callbacks, threads and forks do what the header says. A regression
 //! here crashes trainers, or silently restores the wrong state.
 
+mod common;
+
 use std::ffi::{c_char, c_void, CStr, CString};
 use std::path::Path;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use common::scratch;
 use pccheck::capi::checkpoint::*;
 use pccheck::capi::codes::*;
 use pccheck::capi::dtype::*;
@@ -82,7 +85,7 @@ struct Region {
 }
 
 fn region(slots: u32, payload_bytes: u64) -> Region {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let dir = scratch();
     let path = CString::new(dir.path().join("region").to_str().expect("UTF-8")).expect("a path");
     ok(c!(pcc_format(path.as_ptr(), slots, payload_bytes, null())));
     Region { _dir: dir, path }

@@ -1,11 +1,14 @@
 //! The committed header is what the sources say, C and C++ compilers take it, and both sides agree on every struct.
 //! A regression here is a program that is compiled against one ABI and runs against another.
 
+mod common;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::scratch;
 use pccheck::capi::infos::*;
 use pccheck::capi::options::*;
 
@@ -329,10 +332,6 @@ fn build_and_run(variable: &str, default: &str, flags: &[&str], source: &Path, d
     assert!(output.status.success(), "{:?}\n{stdout}{stderr}", output.status);
     assert!(stderr.is_empty(), "the library wrote to standard error: {stderr}");
     stdout.into_owned()
-}
-
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
 }
 
 #[test]

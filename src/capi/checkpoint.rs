@@ -43,10 +43,8 @@ impl Opaque for pcc_checkpoint {
     const TAG: u64 = u64::from_le_bytes(*b"pcc_chkp");
     const NAME: &'static str = "pcc_checkpoint";
 
-    fn poison(inner: &CheckpointInner) {
-        if let Some(store) = inner.store.upgrade() {
-            store.poison();
-        }
+    fn store(inner: &CheckpointInner) -> Option<Arc<Store>> {
+        inner.store.upgrade()
     }
 }
 

@@ -99,14 +99,9 @@ pub unsafe extern "C" fn pcc_repair(
     timeout_ms: i64,
     repaired: *mut u32,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let out = caller.out_optional("repaired", repaired, 0)?;
-        let repaired = inner.store.repair(wait_of(timeout_ms))?;
-        out.set(repaired);
-        Ok(())
-    };
+    let body = |inner: &StoreInner| inner.store.repair(wait_of(timeout_ms));
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_repair", store, body) }
+    unsafe { guard::optional_result_on("pcc_repair", store, "repaired", repaired, body) }
 }
 
 /// Counters since open, and gauges of this moment. Set `stats->struct_bytes` before.

@@ -34,10 +34,8 @@ impl Opaque for pcc_raw {
     const TAG: u64 = u64::from_le_bytes(*b"pcc__raw");
     const NAME: &'static str = "pcc_raw";
 
-    fn poison(inner: &RawInner) {
-        if let Some(store) = inner.store.upgrade() {
-            store.poison();
-        }
+    fn store(inner: &RawInner) -> Option<Arc<Store>> {
+        inner.store.upgrade()
     }
 }
 

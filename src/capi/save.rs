@@ -56,10 +56,8 @@ impl Opaque for pcc_save {
     const TAG: u64 = u64::from_le_bytes(*b"pcc_save");
     const NAME: &'static str = "pcc_save";
 
-    fn poison(inner: &SaveInner) {
-        if let Some(store) = inner.store.upgrade() {
-            store.poison();
-        }
+    fn store(inner: &SaveInner) -> Option<Arc<Store>> {
+        inner.store.upgrade()
     }
 }
 

@@ -32,8 +32,8 @@ impl Opaque for pcc_store {
     const TAG: u64 = u64::from_le_bytes(*b"pccstore");
     const NAME: &'static str = "pcc_store";
 
-    fn poison(inner: &StoreInner) {
-        inner.store.poison();
+    fn store(inner: &StoreInner) -> Option<Arc<Store>> {
+        Some(inner.store.clone())
     }
 }
 
@@ -68,7 +68,8 @@ pub unsafe extern "C" fn pcc_format(
 /// Durability: the new region and its checkpoints are durable on return.
 /// Threads: any.
 /// Ownership: nothing is kept.
-/// Errors: PCC_IN_USE, PCC_NO_SPACE, PCC_UNSUPPORTED, PCC_INVALID_ARGUMENT, PCC_NOT_A_REGION, PCC_IO, PCC_BAD_POINTER.
+/// Errors: PCC_IN_USE, PCC_NO_SPACE, PCC_UNSUPPORTED, PCC_INVALID_ARGUMENT, PCC_NOT_A_REGION, PCC_CORRUPT, PCC_IO,
+/// PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_grow(
     path: *const c_char,
@@ -95,8 +96,9 @@ const LONGEST_WAIT_MS: i64 = (100 * 365 - 1) * 24 * 3600 * 1000;
 /// Durability: every checkpoint that recovery found is durable on return (not made so by a read-only store).
 /// Threads: any.
 /// Ownership: `store` receives a handle to be given to `pcc_close`, or NULL on failure. `options` may be NULL.
-/// Errors: PCC_NOT_FOUND, PCC_NOT_A_REGION, PCC_IN_USE (names the holder), PCC_DURABILITY, PCC_UNSUPPORTED_VERSION,
-/// PCC_UNSUPPORTED_FEATURE, PCC_UNSUPPORTED, PCC_OUT_OF_MEMORY, PCC_INVALID_ARGUMENT, PCC_IO, PCC_BAD_POINTER.
+/// Errors: PCC_NOT_FOUND, PCC_NOT_A_REGION, PCC_CORRUPT where both superblocks are damaged, PCC_IN_USE (names the
+/// holder), PCC_DURABILITY, PCC_UNSUPPORTED_VERSION, PCC_UNSUPPORTED_FEATURE, PCC_UNSUPPORTED, PCC_OUT_OF_MEMORY,
+/// PCC_INVALID_ARGUMENT, PCC_IO, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_open(
     path: *const c_char,
@@ -216,14 +218,9 @@ pub unsafe extern "C" fn pcc_mark_global(
     step: u64,
     generation: *mut u64,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let out = caller.out_optional("generation", generation, 0)?;
-        let generation = inner.store.mark_global(run_id, step)?;
-        out.set(generation);
-        Ok(())
-    };
+    let body = |inner: &StoreInner| inner.store.mark_global(run_id, step);
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_mark_global", store, body) }
+    unsafe { guard::optional_result_on("pcc_mark_global", store, "generation", generation, body) }
 }
 
 /// Gives up `step` of run `run_id`, which some rank skipped, lost or failed: cancels its saves in flight and discards
@@ -241,14 +238,9 @@ pub unsafe extern "C" fn pcc_abandon(
     step: u64,
     discarded: *mut u32,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let out = caller.out_optional("discarded", discarded, 0)?;
-        let discarded = inner.store.abandon(run_id, step)?;
-        out.set(discarded);
-        Ok(())
-    };
+    let body = |inner: &StoreInner| inner.store.abandon(run_id, step);
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_abandon", store, body) }
+    unsafe { guard::optional_result_on("pcc_abandon", store, "discarded", discarded, body) }
 }
 
 /// Discards every checkpoint newer than `generation` (0: all of them): what a group does after a restart, before any
@@ -265,14 +257,9 @@ pub unsafe extern "C" fn pcc_discard_newer(
     generation: u64,
     discarded: *mut u32,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let out = caller.out_optional("discarded", discarded, 0)?;
-        let discarded = inner.store.discard_newer(generation)?;
-        out.set(discarded);
-        Ok(())
-    };
+    let body = |inner: &StoreInner| inner.store.discard_newer(generation);
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_discard_newer", store, body) }
+    unsafe { guard::optional_result_on("pcc_discard_newer", store, "discarded", discarded, body) }
 }
 
 /// A checkpoint's record as C sees it.

@@ -24,9 +24,10 @@ pub(super) use versioned::{versioned, Versioned};
 
 use super::status::{pcc_status, PCC_BAD_POINTER, PCC_OK};
 use super::text::{remember, Fault};
+use crate::engine::Store;
 use crate::error::{Error, ErrorKind};
 use crate::medium::fork::ForkStamp;
-use crate::sync::OnceLock;
+use crate::sync::{Arc, OnceLock};
 
 pub(super) type Outcome<T> = Result<T, Fault>;
 
@@ -39,8 +40,8 @@ pub(super) trait Opaque {
     /// Tells the kinds of handles apart.
     const TAG: u64;
     const NAME: &'static str;
-    /// A call on this handle panicked.
-    fn poison(inner: &Self::Inner);
+    /// The store that a panic in a call on this handle makes doubtful, unless it is closed.
+    fn store(inner: &Self::Inner) -> Option<Arc<Store>>;
 }
 
 /// What a pointer to an opaque type really points to.
@@ -87,7 +88,9 @@ pub(super) unsafe fn on<H: Opaque>(
     let result = caller.handle(handle).and_then(|inner| {
         let result = contain(op, || body(&caller, inner));
         if result.as_ref().is_err_and(|fault| fault.error.kind() == ErrorKind::Internal) {
-            H::poison(inner);
+            if let Some(store) = H::store(inner) {
+                store.poison();
+            }
         }
         result
     });
@@ -112,6 +115,27 @@ pub(super) unsafe fn value_on<H: Opaque, T>(
     // SAFETY: the caller's promise is the same.
     let _ = unsafe { on(op, handle, |caller, inner| body(caller, inner).map(|found| value = found)) };
     value
+}
+
+/// [`on`] for calls with one result, which goes to `out` where that is not NULL; 0 is stored there at once.
+///
+/// # Safety
+///
+/// As [`on`].
+pub(super) unsafe fn optional_result_on<H: Opaque, T: Copy + Default>(
+    op: &'static str,
+    handle: *const H,
+    what: &str,
+    out: *mut T,
+    body: impl FnOnce(&H::Inner) -> crate::Result<T>,
+) -> pcc_status {
+    let body = |caller: &Caller, inner: &H::Inner| {
+        let out = caller.out_optional(what, out, T::default())?;
+        out.set(body(inner)?);
+        Ok(())
+    };
+    // SAFETY: the caller's promise is the same.
+    unsafe { on(op, handle, body) }
 }
 
 /// Frees a handle. NULL is nothing; in a forked child the engine's object is left alone, since its threads and
