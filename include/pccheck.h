@@ -106,7 +106,8 @@
 // The path already holds a region (or other data) and force was not given.
 #define PCC_ALREADY_EXISTS -4
 
-// The file is not a region, or both its superblocks are damaged.
+// The file is not a region: neither of its superblocks bears the magic number. Where one does, but both are
+// damaged, it is PCC_CORRUPT.
 #define PCC_NOT_A_REGION -5
 
 // The region was written by a newer, incompatible version of the format.
@@ -830,7 +831,8 @@ pcc_status pcc_format(const char *path,
 // Durability: the new region and its checkpoints are durable on return.
 // Threads: any.
 // Ownership: nothing is kept.
-// Errors: PCC_IN_USE, PCC_NO_SPACE, PCC_UNSUPPORTED, PCC_INVALID_ARGUMENT, PCC_NOT_A_REGION, PCC_IO, PCC_BAD_POINTER.
+// Errors: PCC_IN_USE, PCC_NO_SPACE, PCC_UNSUPPORTED, PCC_INVALID_ARGUMENT, PCC_NOT_A_REGION, PCC_CORRUPT, PCC_IO,
+// PCC_BAD_POINTER.
 pcc_status pcc_grow(const char *path,
                     uint32_t slot_count,
                     uint64_t payload_bytes,
@@ -842,8 +844,9 @@ pcc_status pcc_grow(const char *path,
 // Durability: every checkpoint that recovery found is durable on return (not made so by a read-only store).
 // Threads: any.
 // Ownership: `store` receives a handle to be given to `pcc_close`, or NULL on failure. `options` may be NULL.
-// Errors: PCC_NOT_FOUND, PCC_NOT_A_REGION, PCC_IN_USE (names the holder), PCC_DURABILITY, PCC_UNSUPPORTED_VERSION,
-// PCC_UNSUPPORTED_FEATURE, PCC_UNSUPPORTED, PCC_OUT_OF_MEMORY, PCC_INVALID_ARGUMENT, PCC_IO, PCC_BAD_POINTER.
+// Errors: PCC_NOT_FOUND, PCC_NOT_A_REGION, PCC_CORRUPT where both superblocks are damaged, PCC_IN_USE (names the
+// holder), PCC_DURABILITY, PCC_UNSUPPORTED_VERSION, PCC_UNSUPPORTED_FEATURE, PCC_UNSUPPORTED, PCC_OUT_OF_MEMORY,
+// PCC_INVALID_ARGUMENT, PCC_IO, PCC_BAD_POINTER.
 pcc_status pcc_open(const char *path,
                     const struct pcc_open_options *options,
                     struct pcc_store **store);

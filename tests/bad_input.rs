@@ -4,6 +4,7 @@
 
 #[path = "bad_input/bed.rs"]
 mod bed;
+mod common;
 #[path = "bad_input/flips.rs"]
 mod flips;
 #[path = "bad_input/paths.rs"]

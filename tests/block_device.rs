@@ -1,16 +1,16 @@
 //! A region on a real block device: it cannot be created, sized, grown or renamed like a file, and its exclusive
 //! claim is another mechanism than a file's lock. Run by scripts/test, which makes a loop device.
 
+mod common;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pccheck::engine::{format_region, grow_region, Select, Store, Tensor};
-use pccheck::format::Dtype;
+use common::{save_one, WAIT};
+use pccheck::engine::{format_region, grow_region, Select, Store};
 use pccheck::medium::{Durability, IoBackend, MediumKind, Requested};
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::ErrorKind;
-
-const WAIT: Option<Duration> = Some(Duration::from_secs(60));
 
 fn device() -> PathBuf {
     PathBuf::from(
@@ -30,12 +30,6 @@ fn options(backend: IoBackend) -> OpenOptions {
     }
 }
 
-fn save(store: &Store, step: u64, data: &[u8]) {
-    let tensors = [Tensor { name: "w", dtype: Dtype::U8, shape: &[data.len() as u64], data }];
-    let save = store.save(step, &tensors, &[], WAIT).expect("save");
-    save.wait_durable(WAIT).expect("durable");
-}
-
 /// One test, since there is one device.
 #[test]
 fn a_device_holds_a_region_like_a_file() {
@@ -52,7 +46,7 @@ fn a_device_holds_a_region_like_a_file() {
         let store = Store::open(&path, &options(backend)).expect("open");
         assert_eq!(store.medium_info().kind, MediumKind::Direct);
         for step in 0..4 {
-            save(&store, step, &data);
+            save_one(&store, step, &data, &[]).expect("save").wait_durable(WAIT).expect("durable");
         }
         let again = OpenOptions { lock_wait: Some(Duration::ZERO), ..options(backend) };
         assert_eq!(Store::open(&path, &again).err().expect("claimed").kind(), ErrorKind::InUse);

@@ -2,20 +2,20 @@
 //! damage goes unnoticed, that a file is overwritten unasked, or that a script gets the wrong exit code.
 #![cfg(feature = "cli")]
 
+mod common;
+
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
+use common::{scratch, WAIT};
 use pccheck::engine::{Store, Tensor};
 use pccheck::format::Dtype;
 use pccheck::store::OpenOptions;
 use safetensors::SafeTensors;
 use serde_json::Value;
-
-const WAIT: Option<Duration> = Some(Duration::from_secs(60));
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -23,7 +23,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Bench {
-        Bench { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory") }
+        Bench { dir: scratch() }
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -1,23 +1,19 @@
 //! Many saves, readers and pins at once: whatever the interleaving, saves stay whole and nothing being read is
 //! overwritten. A regression here means torn checkpoints or a store that hangs.
 
-use std::path::PathBuf;
+mod common;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use pccheck::engine::{format_region, Select, Store, Tensor};
-use pccheck::format::Dtype;
+use common::{disk, region_in, save_one, Region, WAIT};
+use pccheck::engine::{Select, Store};
 use pccheck::medium::Durability;
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::ErrorKind;
 
-const WAIT: Option<Duration> = Some(Duration::from_secs(60));
-
-fn region(slots: u32, payload_bytes: u64) -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory");
-    let path = dir.path().join("region");
-    format_region(&path, &FormatOptions::new(slots, payload_bytes)).expect("format");
-    (dir, path)
+fn region(slots: u32, payload_bytes: u64) -> Region {
+    region_in(disk(), &FormatOptions::new(slots, payload_bytes))
 }
 
 fn options(max_in_flight: u32) -> OpenOptions {
@@ -45,8 +41,8 @@ fn check_newest(store: &Store, len: usize) -> u64 {
 #[test]
 fn sixty_four_saves_are_in_flight_at_once_and_all_become_durable() {
     const N: u32 = 64;
-    let (_dir, path) = region(N + 1, 1 << 20);
-    let store = Store::open(&path, &options(N)).expect("open");
+    let region = region(N + 1, 1 << 20);
+    let store = Store::open(&region.path, &options(N)).expect("open");
     let data: Vec<Vec<u8>> = (0..u64::from(N)).map(|step| state(step, 700_000)).collect();
     for round in 0..2 {
         // Raw saves stay open until they are committed: all N are in flight together.
@@ -80,14 +76,11 @@ fn sixty_four_saves_are_in_flight_at_once_and_all_become_durable() {
 #[test]
 fn readers_beside_savers_see_whole_checkpoints_only() {
     const LEN: usize = 1_000_001;
-    let (_dir, path) = region(5, 2 << 20);
-    let store = Store::open(&path, &options(3)).expect("open");
-    let other = Store::open(&path, &OpenOptions { read_only: true, ..options(3) }).expect("open beside");
-    let save = |step: u64| {
-        let data = state(step, LEN);
-        let tensors = [Tensor { name: "w", dtype: Dtype::U8, shape: &[LEN as u64], data: &data }];
-        store.save(step, &tensors, &[], WAIT).expect("save")
-    };
+    let region = region(5, 2 << 20);
+    let store = Store::open(&region.path, &options(3)).expect("open");
+    let other =
+        Store::open(&region.path, &OpenOptions { read_only: true, ..options(3) }).expect("open beside");
+    let save = |step: u64| save_one(&store, step, &state(step, LEN), &[]).expect("save");
     save(0).wait_durable(WAIT).expect("durable");
     let done = AtomicBool::new(false);
     let (mut own, mut beside, mut overtaken) = (0, 0, 0);
@@ -134,12 +127,10 @@ fn readers_beside_savers_see_whole_checkpoints_only() {
 #[test]
 fn a_checkpoint_that_is_read_stays_while_others_come_and_go() {
     const LEN: usize = 500_000;
-    let (_dir, path) = region(4, 1 << 20);
-    let store = Store::open(&path, &options(2)).expect("open");
+    let region = region(4, 1 << 20);
+    let store = Store::open(&region.path, &options(2)).expect("open");
     let save = |step: u64| {
-        let data = state(step, LEN);
-        let tensors = [Tensor { name: "w", dtype: Dtype::U8, shape: &[LEN as u64], data: &data }];
-        store.save(step, &tensors, &[], WAIT).expect("save").wait_durable(WAIT).expect("durable");
+        save_one(&store, step, &state(step, LEN), &[]).expect("save").wait_durable(WAIT).expect("durable");
     };
     save(1);
     let held = store.open_checkpoint(Select::Newest, false).expect("open").checkpoint;

@@ -1,32 +1,17 @@
 //! The engine end to end on real files: what was saved is what comes back, whatever the shape, medium and number
 //! of saves in flight. A regression here means lost or wrong training state.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::path::Path;
 use std::time::Duration;
 
-use pccheck::engine::{format_region, grow_region, Select, Store, Tensor};
-use pccheck::format::Dtype;
+use common::{disk, region_in, save_bytes, Region, WAIT};
+use pccheck::engine::{grow_region, Select, Store};
 use pccheck::medium::{Durability, IoBackend, MediumKind, Requested};
+use pccheck::save::Save;
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::ErrorKind;
-
-const WAIT: Option<Duration> = Some(Duration::from_secs(60));
-
-struct Scratch {
-    _dir: tempfile::TempDir,
-    path: PathBuf,
-}
-
-fn scratch(root: &Path, slots: u32, payload_bytes: u64) -> Scratch {
-    let dir = tempfile::tempdir_in(root).expect("a temporary directory");
-    let path = dir.path().join("region");
-    format_region(&path, &FormatOptions::new(slots, payload_bytes)).expect("format");
-    Scratch { _dir: dir, path }
-}
-
-fn disk() -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
-}
 
 fn small() -> OpenOptions {
     OpenOptions {
@@ -60,14 +45,12 @@ fn odd_state(seed: u64) -> Vec<(String, Vec<u8>)> {
         .collect()
 }
 
-fn save_state(store: &Store, step: u64, state: &[(String, Vec<u8>)]) -> pccheck::save::Save {
-    let shapes: Vec<[u64; 1]> = state.iter().map(|(_, data)| [data.len() as u64]).collect();
-    let tensors: Vec<Tensor<'_>> = state
-        .iter()
-        .zip(&shapes)
-        .map(|((name, data), shape)| Tensor { name, dtype: Dtype::U8, shape, data })
-        .collect();
-    store.save(step, &tensors, &[("epoch", "3")], WAIT).expect("save")
+fn region(slots: u32, payload_bytes: u64) -> Region {
+    region_in(disk(), &FormatOptions::new(slots, payload_bytes))
+}
+
+fn save_state(store: &Store, step: u64, state: &[(String, Vec<u8>)]) -> Save {
+    save_bytes(store, step, state, &[("epoch", "3")]).expect("save")
 }
 
 fn check_state(store: &Store, select: Select, state: &[(String, Vec<u8>)]) {
@@ -86,8 +69,8 @@ fn check_state(store: &Store, select: Select, state: &[(String, Vec<u8>)]) {
     }
 }
 
-fn media() -> Vec<(PathBuf, Requested, IoBackend)> {
-    let shm = PathBuf::from("/dev/shm");
+fn media() -> Vec<(&'static Path, Requested, IoBackend)> {
+    let shm = Path::new("/dev/shm");
     vec![
         (disk(), Requested::Direct, IoBackend::Auto),
         (disk(), Requested::Direct, IoBackend::Threads),
@@ -99,7 +82,7 @@ fn media() -> Vec<(PathBuf, Requested, IoBackend)> {
 #[test]
 fn odd_states_survive_reopening_on_every_medium() {
     for (root, medium, backend) in media() {
-        let region = scratch(&root, 4, 2 << 20);
+        let region = region_in(root, &FormatOptions::new(4, 2 << 20));
         let options = OpenOptions { medium, backend, max_in_flight: 3, ..small() };
         let states: Vec<_> = (0..7u64).map(odd_state).collect();
         {
@@ -124,7 +107,7 @@ fn odd_states_survive_reopening_on_every_medium() {
 
 #[test]
 fn a_read_only_store_sees_what_the_live_writer_commits() {
-    let region = scratch(&disk(), 4, 2 << 20);
+    let region = region(4, 2 << 20);
     let writer = Store::open(&region.path, &small()).expect("open");
     let reader = Store::open(&region.path, &OpenOptions { read_only: true, ..small() }).expect("open beside");
     let state = odd_state(1);
@@ -138,7 +121,7 @@ fn a_read_only_store_sees_what_the_live_writer_commits() {
 
 #[test]
 fn raw_streams_take_any_order_of_writes_in_a_small_pool() {
-    let region = scratch(&disk(), 3, 2 << 20);
+    let region = region(3, 2 << 20);
     let options = OpenOptions { staging_bytes: 4 * (64 << 10), max_in_flight: 2, ..small() };
     let store = Store::open(&region.path, &options).expect("open");
     let data = pattern(5, 1_500_001);
@@ -165,7 +148,7 @@ fn raw_streams_take_any_order_of_writes_in_a_small_pool() {
 
 #[test]
 fn a_raw_save_with_a_gap_cannot_commit_and_frees_its_slot() {
-    let region = scratch(&disk(), 3, 2 << 20);
+    let region = region(3, 2 << 20);
     let store = Store::open(&region.path, &OpenOptions { max_in_flight: 1, ..small() }).expect("open");
     let mut raw = store.begin_raw(1, 100, &[], WAIT).expect("begin raw");
     raw.write_at(0, &[1; 40]).expect("write");
@@ -180,7 +163,7 @@ fn a_raw_save_with_a_gap_cannot_commit_and_frees_its_slot() {
 #[test]
 fn damage_in_the_newest_payload_falls_back_and_says_so() {
     use std::os::unix::fs::FileExt;
-    let region = scratch(&disk(), 4, 2 << 20);
+    let region = region(4, 2 << 20);
     let states = [odd_state(1), odd_state(2)];
     let (slot, offset) = {
         let store = Store::open(&region.path, &OpenOptions { keep: 2, ..small() }).expect("open");
@@ -212,7 +195,7 @@ fn check_state_of(checkpoint: &pccheck::load::Checkpoint, state: &[(String, Vec<
 
 #[test]
 fn pins_holds_and_discards_decide_what_stays() {
-    let region = scratch(&disk(), 6, 2 << 20);
+    let region = region(6, 2 << 20);
     let options = OpenOptions { hold: true, run_id: 77, max_in_flight: 1, ..small() };
     let store = Store::open(&region.path, &options).expect("open");
     for step in 0..4 {
@@ -241,7 +224,7 @@ fn pins_holds_and_discards_decide_what_stays() {
 
 #[test]
 fn growing_keeps_checkpoints_and_pins() {
-    let region = scratch(&disk(), 3, 1 << 20);
+    let region = region(3, 1 << 20);
     {
         let store = Store::open(&region.path, &OpenOptions { max_in_flight: 1, ..small() }).expect("open");
         save_state(&store, 1, &odd_state(1)).wait_durable(WAIT).expect("durable");
@@ -261,7 +244,7 @@ fn growing_keeps_checkpoints_and_pins() {
 
 #[test]
 fn cancelled_saves_free_slots_and_a_full_house_times_out() {
-    let region = scratch(&disk(), 2, 64 << 20);
+    let region = region(2, 64 << 20);
     let store = Store::open(&region.path, &OpenOptions { max_in_flight: 1, ..small() }).expect("open");
     let raw = store.begin_raw(1, 1 << 20, &[], WAIT).expect("begin");
     let error = store.begin_raw(2, 1, &[], Some(Duration::from_millis(30))).err().expect("no slot");
@@ -284,7 +267,7 @@ fn cancelled_saves_free_slots_and_a_full_house_times_out() {
 
 #[test]
 fn auto_on_tmpfs_needs_leave_to_be_volatile() {
-    let region = scratch(Path::new("/dev/shm"), 3, 1 << 20);
+    let region = region_in(Path::new("/dev/shm"), &FormatOptions::new(3, 1 << 20));
     let error =
         Store::open(&region.path, &OpenOptions::default()).err().expect("tmpfs does not survive power loss");
     assert_eq!(error.kind(), ErrorKind::Durability);

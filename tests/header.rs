@@ -1,22 +1,31 @@
 //! The committed header is what the sources say, C and C++ compilers take it, and both sides agree on every struct.
 //! A regression here is a program that is compiled against one ABI and runs against another.
 
+mod common;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::scratch;
+use pccheck::capi::infos::*;
 use pccheck::capi::options::*;
 
 /// Sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 13] = [
     "src/capi/status.rs",
     "src/capi/text.rs",
+    "src/capi/codes.rs",
     "src/capi/options.rs",
+    "src/capi/infos.rs",
+    "src/capi/dtype.rs",
     "src/capi/store.rs",
+    "src/capi/health.rs",
     "src/capi/save.rs",
     "src/capi/raw.rs",
     "src/capi/checkpoint.rs",
+    "src/capi/read.rs",
     "src/capi/tune.rs",
 ];
 
@@ -58,8 +67,12 @@ fn the_committed_header_is_what_the_sources_say() {
 
 #[test]
 fn every_source_with_exported_functions_is_in_the_header() {
-    for entry in std::fs::read_dir(root().join("src/capi")).expect("src/capi") {
-        let path = entry.expect("entry").path();
+    let mut paths = vec![root().join("src/capi")];
+    while let Some(path) = paths.pop() {
+        if path.is_dir() {
+            paths.extend(std::fs::read_dir(path).expect("list").map(|entry| entry.expect("entry").path()));
+            continue;
+        }
         let text = std::fs::read_to_string(&path).expect("source");
         let listed = SOURCES.iter().any(|source| root().join(source) == path);
         assert!(listed || !text.contains("no_mangle"), "{} is not among SOURCES", path.display());
@@ -319,10 +332,6 @@ fn build_and_run(variable: &str, default: &str, flags: &[&str], source: &Path, d
     assert!(output.status.success(), "{:?}\n{stdout}{stderr}", output.status);
     assert!(stderr.is_empty(), "the library wrote to standard error: {stderr}");
     stdout.into_owned()
-}
-
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
 }
 
 #[test]

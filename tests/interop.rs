@@ -4,6 +4,8 @@
 //! Python is the program that PCC_PYTHON names; otherwise `python3`, if that has the packages; otherwise a virtual
 //! environment made here.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::env;
 use std::fs::{self, File};
@@ -11,9 +13,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
-use std::time::Duration;
 
-use pccheck::engine::{format_region, Select, Store, Tensor};
+use common::{disk, region_in, Region, WAIT};
+use pccheck::engine::{Select, Store, Tensor};
 use pccheck::format::{parse_header, Dtype, Payload};
 use pccheck::load::{Checkpoint, Part};
 use pccheck::medium::{Durability, Requested};
@@ -22,7 +24,6 @@ use serde::Deserialize;
 
 const ENV_PYTHON: &str = "PCC_PYTHON";
 const PACKAGES: [&str; 2] = ["safetensors==0.8.*", "numpy"];
-const WAIT: Option<Duration> = Some(Duration::from_secs(60));
 /// Dtypes of the engine that Python's package shows as numpy arrays.
 const NUMPY_DTYPES: usize = 13;
 /// Dtypes that Python's package can write.
@@ -66,7 +67,7 @@ fn python() -> &'static Path {
         if has_packages(Path::new("python3")) {
             return "python3".into();
         }
-        let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join("venv");
+        let venv = disk().join("venv");
         let python = venv.join("bin/python");
         if !has_packages(&python) {
             run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv));
@@ -83,18 +84,12 @@ fn ask_python(what: &str, file: &Path) -> Found {
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-struct Bed {
-    dir: tempfile::TempDir,
-    region: PathBuf,
-}
+struct Bed(Region);
 
 impl Bed {
     fn new() -> Bed {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory");
-        let region = dir.path().join("region");
         let format = FormatOptions { medium: Requested::Mmap, ..FormatOptions::new(3, 4 << 20) };
-        format_region(&region, &format).expect("format");
-        Bed { dir, region }
+        Bed(region_in(disk(), &format))
     }
 
     fn open(&self) -> Store {
@@ -104,11 +99,11 @@ impl Bed {
             staging_bytes: 64 << 10,
             ..OpenOptions::default()
         };
-        Store::open(&self.region, &options).expect("open")
+        Store::open(&self.0.path, &options).expect("open")
     }
 
     fn file(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.0.dir.path().join(name)
     }
 
     /// Exports by the library: the payload is the file.
@@ -122,7 +117,7 @@ impl Bed {
 
     #[cfg(feature = "cli")]
     fn tool(&self, args: &[&str]) {
-        run(Command::new(env!("CARGO_BIN_EXE_pccheck")).current_dir(self.dir.path()).args(args));
+        run(Command::new(env!("CARGO_BIN_EXE_pccheck")).current_dir(self.0.dir.path()).args(args));
     }
 }
 

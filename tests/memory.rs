@@ -1,14 +1,15 @@
 //! Prevents: an engine that needs memory by the size of the state. A process whose staging pool holds an eighth of its
 //! state saves, restores and streams; beyond state and pool it may use 64 MiB at its peak, whatever it does.
 
+mod common;
+
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
-use pccheck::engine::{format_region, Select, Store, Tensor};
-use pccheck::format::Dtype;
+use common::{save_bytes, scratch, WAIT};
+use pccheck::engine::{format_region, Select, Store};
 use pccheck::medium::{IoBackend, Requested};
 use pccheck::save::{RawSave, Save};
 use pccheck::store::{FormatOptions, OpenOptions};
@@ -27,7 +28,6 @@ const STREAM_BYTES: u64 = 128 * MIB;
 const ENV_TASK: &str = "PCC_MEMORY_TASK";
 const ENV_REGION: &str = "PCC_MEMORY_REGION";
 const ENV_POOL: &str = "PCC_MEMORY_POOL";
-const WAIT: Option<Duration> = Some(Duration::from_secs(300));
 
 fn options(pool_bytes: u64, backend: IoBackend, max_in_flight: u32) -> OpenOptions {
     OpenOptions {
@@ -66,40 +66,27 @@ fn fill(data: &mut [u8], seed: u64) {
     });
 }
 
-fn save(store: &Store, step: u64, state: &[Vec<u8>]) -> Save {
-    let names: Vec<String> = (0..state.len()).map(|index| format!("layer.{index}")).collect();
-    let shapes: Vec<[u64; 1]> = state.iter().map(|data| [data.len() as u64]).collect();
-    let tensors: Vec<Tensor<'_>> = (0..state.len())
-        .map(|index| Tensor {
-            name: &names[index],
-            dtype: Dtype::U8,
-            shape: &shapes[index],
-            data: &state[index],
-        })
-        .collect();
-    store.save(step, &tensors, &[], WAIT).expect("save")
-}
-
 /// Saves the state again and again, two at a time, then verifies and reads it back tensor by tensor.
 fn save_and_restore(region: &Path, pool_bytes: u64, backend: IoBackend) -> u64 {
-    let mut state: Vec<Vec<u8>> = (0..TENSORS).map(|_| vec![0; (STATE_BYTES / TENSORS) as usize]).collect();
+    let mut state: Vec<(String, Vec<u8>)> = (0..TENSORS)
+        .map(|index| (format!("layer.{index}"), vec![0; (STATE_BYTES / TENSORS) as usize]))
+        .collect();
     let mut copy = vec![0xFF; (STATE_BYTES / TENSORS) as usize];
-    state.iter_mut().zip(0..).for_each(|(data, seed)| fill(data, seed));
+    state.iter_mut().zip(0..).for_each(|((_, data), seed)| fill(data, seed));
     peak_of(|| {
         let store = Store::open(region, &options(pool_bytes, backend, 2)).expect("open");
         let saves: Vec<Save> = (0..SAVES)
             .map(|step| {
-                state[0][..8].copy_from_slice(&step.to_le_bytes());
-                save(&store, step, &state)
+                state[0].1[..8].copy_from_slice(&step.to_le_bytes());
+                save_bytes(&store, step, &state, &[]).expect("save")
             })
             .collect();
         for save in &saves {
             save.wait_durable(WAIT).expect("durable");
         }
         let opened = store.open_checkpoint(Select::Newest, true).expect("open checkpoint");
-        for (index, data) in state.iter().enumerate() {
-            let name = format!("layer.{index}");
-            opened.checkpoint.read_tensors(&mut [(&name, &mut copy)]).expect("read");
+        for (name, data) in &state {
+            opened.checkpoint.read_tensors(&mut [(name, &mut copy)]).expect("read");
             assert!(copy == *data, "{name} came back changed");
         }
     })
@@ -185,10 +172,6 @@ fn region(dir: &tempfile::TempDir, slots: u32, state_bytes: u64) -> PathBuf {
     let format = FormatOptions { medium: Requested::Direct, ..FormatOptions::new(slots, payload_bytes) };
     format_region(&path, &format).expect("format");
     path
-}
-
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory")
 }
 
 /// One test, so that no two large files and processes are there at once.

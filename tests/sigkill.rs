@@ -4,6 +4,7 @@
 
 #[path = "sigkill/child.rs"]
 mod child;
+mod common;
 #[path = "sigkill/content.rs"]
 mod content;
 
@@ -16,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use child::{Orders, Way};
+use common::scratch;
 use content::Random;
 use pccheck::engine::{format_region, Select, Store};
 use pccheck::store::{FormatOptions, OpenOptions};
@@ -277,10 +279,6 @@ fn seed() -> u64 {
     given.unwrap_or_else(|| {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64)
     })
-}
-
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory")
 }
 
 fn kill_often(dir: &Path, way: Way, kills: usize, seed: u64) -> Totals {

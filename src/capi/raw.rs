@@ -5,7 +5,8 @@
 use core::ffi::c_void;
 
 use super::guard::{self, Caller, Opaque};
-use super::options::{pcc_pair, pcc_progress, pcc_save_options};
+use super::infos::pcc_progress;
+use super::options::{pcc_pair, pcc_save_options};
 use super::save::{pcc_save, progress_of, SaveInner};
 use super::status::pcc_status;
 use super::store::{pcc_store, StoreInner};
@@ -33,10 +34,8 @@ impl Opaque for pcc_raw {
     const TAG: u64 = u64::from_le_bytes(*b"pcc__raw");
     const NAME: &'static str = "pcc_raw";
 
-    fn poison(inner: &RawInner) {
-        if let Some(store) = inner.store.upgrade() {
-            store.poison();
-        }
+    fn store(inner: &RawInner) -> Option<Arc<Store>> {
+        inner.store.upgrade()
     }
 }
 

@@ -6,8 +6,10 @@ use core::ffi::{c_char, c_void};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use super::codes::wait_of;
 use super::guard::{self, Caller, Opaque, Outcome, Versioned};
-use super::options::{pcc_durable, pcc_pair, pcc_progress, pcc_save_options, pcc_tensor, wait_of};
+use super::infos::{pcc_durable, pcc_progress};
+use super::options::{pcc_pair, pcc_save_options, pcc_tensor};
 use super::status::pcc_status;
 use super::store::{pcc_store, StoreInner};
 use crate::engine::{HostTensor, Store};
@@ -54,10 +56,8 @@ impl Opaque for pcc_save {
     const TAG: u64 = u64::from_le_bytes(*b"pcc_save");
     const NAME: &'static str = "pcc_save";
 
-    fn poison(inner: &SaveInner) {
-        if let Some(store) = inner.store.upgrade() {
-            store.poison();
-        }
+    fn store(inner: &SaveInner) -> Option<Arc<Store>> {
+        inner.store.upgrade()
     }
 }
 

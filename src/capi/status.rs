@@ -19,7 +19,8 @@ pub const PCC_INVALID_STATE: i32 = -2;
 pub const PCC_NOT_FOUND: i32 = -3;
 /// The path already holds a region (or other data) and force was not given.
 pub const PCC_ALREADY_EXISTS: i32 = -4;
-/// The file is not a region, or both its superblocks are damaged.
+/// The file is not a region: neither of its superblocks bears the magic number. Where one does, but both are
+/// damaged, it is PCC_CORRUPT.
 pub const PCC_NOT_A_REGION: i32 = -5;
 /// The region was written by a newer, incompatible version of the format.
 pub const PCC_UNSUPPORTED_VERSION: i32 = -6;
@@ -82,7 +83,7 @@ const TABLE: [Entry; 25] = [
     ),
     entry(PCC_NOT_FOUND, c"PCC_NOT_FOUND", c"no such checkpoint, tensor, metadata entry or file"),
     entry(PCC_ALREADY_EXISTS, c"PCC_ALREADY_EXISTS", c"the path already holds data and force was not given"),
-    entry(PCC_NOT_A_REGION, c"PCC_NOT_A_REGION", c"not a region, or both its superblocks are damaged"),
+    entry(PCC_NOT_A_REGION, c"PCC_NOT_A_REGION", c"not a region: neither superblock bears the magic number"),
     entry(
         PCC_UNSUPPORTED_VERSION,
         c"PCC_UNSUPPORTED_VERSION",

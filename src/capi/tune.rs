@@ -5,7 +5,8 @@
 use std::time::Duration;
 
 use super::guard::{self, Caller};
-use super::options::{pcc_tune_options, pcc_tuning};
+use super::infos::pcc_tuning;
+use super::options::pcc_tune_options;
 use super::save::ns;
 use super::status::pcc_status;
 use super::store::{pcc_store, StoreInner};

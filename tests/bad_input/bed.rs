@@ -5,13 +5,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pccheck::engine::{format_region, Select, Store, Tensor};
-use pccheck::format::{Dtype, Layout};
+pub use super::common::WAIT;
+use super::common::{disk, region_in, save_one, Region};
+use pccheck::engine::{Select, Store};
+use pccheck::format::Layout;
 use pccheck::medium::{Durability, Requested};
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::{Error, ErrorKind, Result};
 
-pub const WAIT: Option<Duration> = Some(Duration::from_secs(30));
 pub const SLOTS: u32 = 3;
 pub const PAYLOAD_BYTES: u64 = 1 << 20;
 /// Steps of the two checkpoints; generation = step.
@@ -50,22 +51,17 @@ pub fn state(step: u64) -> Vec<u8> {
 }
 
 pub fn save(store: &Store, step: u64) -> Result<()> {
-    let data = state(step);
-    let shape = [data.len() as u64];
-    let tensor = Tensor { name: "w", dtype: Dtype::U8, shape: &shape, data: &data };
-    store.save(step, &[tensor], &[("step", &step.to_string())], WAIT)?.wait_durable(WAIT).map(drop)
+    save_one(store, step, &state(step), &[("step", &step.to_string())])?.wait_durable(WAIT).map(drop)
 }
 
 impl Bed {
     pub fn new() -> Bed {
-        Bed::in_dir(Path::new(env!("CARGO_TARGET_TMPDIR")))
+        Bed::in_dir(disk())
     }
 
     pub fn in_dir(root: &Path) -> Bed {
-        let dir = tempfile::tempdir_in(root).expect("a temporary directory");
-        let path = dir.path().join("region");
         let format = FormatOptions { medium: Requested::Mmap, ..FormatOptions::new(SLOTS, PAYLOAD_BYTES) };
-        format_region(&path, &format).expect("format");
+        let Region { dir, path } = region_in(root, &format);
         let store = Store::open(&path, &options()).expect("open");
         for step in [OLDER, NEWEST] {
             save(&store, step).expect("save");

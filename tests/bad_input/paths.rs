@@ -16,6 +16,7 @@ use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::ErrorKind;
 
 use super::bed::{self, options, reading, refused, refused_at, Bed, PAYLOAD_BYTES, SLOTS};
+use super::common::{disk, scratch_in};
 
 const ENV_HOLD: &str = "PCC_BAD_INPUT_HOLD";
 /// Larger than any file system that this will ever run on.
@@ -241,8 +242,8 @@ fn formatting_refuses_foreign_data_and_takes_what_is_empty() {
 #[test]
 fn no_space_is_found_before_anything_is_written() {
     let bed = Bed::new();
-    for root in [Path::new(env!("CARGO_TARGET_TMPDIR")), Path::new("/dev/shm")] {
-        let dir = tempfile::tempdir_in(root).expect("a temporary directory");
+    for root in [disk(), Path::new("/dev/shm")] {
+        let dir = scratch_in(root);
         let path = dir.path().join("huge");
         let huge = FormatOptions { payload_bytes: ABSURD_BYTES, ..format() };
         refused_at(format_region(&path, &huge), &path, ErrorKind::NoSpace, &["needed", "available"]);

@@ -14,12 +14,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use pccheck::engine::{Store, Tensor};
-use pccheck::format::Dtype;
+use pccheck::engine::Store;
 use pccheck::medium::{IoBackend, Requested};
 use pccheck::save::Save;
 use pccheck::store::OpenOptions;
 
+use super::common::{save_bytes, WAIT};
 use super::content;
 
 /// Set in the child: the region's path.
@@ -29,8 +29,6 @@ const ENV_IN_FLIGHT: &str = "PCC_SIGKILL_IN_FLIGHT";
 const ENV_KEEP: &str = "PCC_SIGKILL_KEEP";
 const ENV_STEP: &str = "PCC_SIGKILL_STEP";
 const ENV_LIE: &str = "PCC_SIGKILL_LIE";
-
-const WAIT: Option<Duration> = Some(Duration::from_secs(60));
 
 /// Which medium, by which way to the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,7 +154,7 @@ fn save_one(store: &Store, reports: &Arc<Reports>, step: u64, lie: bool) -> pcch
     reports.say(&format!("begin {step}"));
     let save = Arc::new(match content::is_raw(step) {
         true => save_raw(store, step, &tensors[0].1)?,
-        false => save_tensors(store, step, &tensors)?,
+        false => save_bytes(store, step, &tensors, &[("step", &step.to_string())])?,
     });
     let generation = save.generation();
     reports.say(&format!("issued {generation} {step}"));
@@ -171,16 +169,6 @@ fn save_one(store: &Store, reports: &Arc<Reports>, step: u64, lie: bool) -> pcch
         Err(error) => reports.say(&format!("error {error}")),
     }));
     Ok(())
-}
-
-fn save_tensors(store: &Store, step: u64, tensors: &[(String, Vec<u8>)]) -> pccheck::Result<Save> {
-    let shapes: Vec<[u64; 1]> = tensors.iter().map(|(_, data)| [data.len() as u64]).collect();
-    let tensors: Vec<Tensor<'_>> = tensors
-        .iter()
-        .zip(&shapes)
-        .map(|((name, data), shape)| Tensor { name, dtype: Dtype::U8, shape, data })
-        .collect();
-    store.save(step, &tensors, &[("step", &step.to_string())], WAIT)
 }
 
 /// The second half first, so that chunks are half-filled when the kill comes.

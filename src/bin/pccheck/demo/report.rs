@@ -18,6 +18,10 @@ const ROWS_MAX: usize = 30;
 
 /// Figures of the killed run.
 struct Figures {
+    /// Bytes of one save.
+    payload_bytes: u64,
+    /// Of the whole demonstration.
+    took: Duration,
     kills: usize,
     start_kills: usize,
     /// Per kill during training, iterations that had to be run again.
@@ -30,7 +34,7 @@ struct Figures {
 }
 
 impl Figures {
-    fn of(lived: &Lived) -> Figures {
+    fn of(lived: &Lived, payload_bytes: u64, took: Duration) -> Figures {
         let lives = &lived.lives;
         let killed = || lives.iter().filter(|life| life.done.is_none());
         let sorted = |of: fn(&Life) -> &Vec<Duration>| {
@@ -40,6 +44,8 @@ impl Figures {
         };
         let durable_after = sorted(|life| &life.durable_after);
         Figures {
+            payload_bytes,
+            took,
             kills: killed().count(),
             start_kills: killed().filter(|life| life.start.is_none()).count(),
             lost: (0..lives.len()).filter_map(|index| lost_after(lives, index)).collect(),
@@ -67,11 +73,11 @@ fn percentile(sorted: &[Duration], percent: usize) -> Duration {
 
 /// Prints the result, draws the picture, and fails where the states differ.
 pub fn publish(args: &Args, lived: &Lived, payload_bytes: u64, took: Duration) -> Result<()> {
-    let figures = Figures::of(lived);
-    let picture = draw(args, lived, &figures, payload_bytes)?;
+    let figures = Figures::of(lived, payload_bytes, took);
+    let picture = draw(args, lived, &figures)?;
     match args.json {
-        true => print_json(args, lived, &figures, payload_bytes, took, &picture)?,
-        false => print_tables(args, lived, &figures, payload_bytes, took, &picture)?,
+        true => print_json(args, lived, &figures, &picture)?,
+        false => print_tables(args, lived, &figures, &picture)?,
     }
     match lived.identical {
         true => Ok(()),
@@ -93,7 +99,7 @@ fn curve(lived: &Lived, title: String, subtitle: String) -> Curve {
     Curve { title, subtitle, uninterrupted: floats(&lived.reference.losses), lives: lives.collect() }
 }
 
-fn draw(args: &Args, lived: &Lived, figures: &Figures, payload_bytes: u64) -> Result<PathBuf> {
+fn draw(args: &Args, lived: &Lived, figures: &Figures) -> Result<PathBuf> {
     let title = match lived.identical {
         true => format!("Killed {} times, and bit for bit the same result", figures.kills),
         false => format!("Killed {} times, and the result differs", figures.kills),
@@ -101,7 +107,7 @@ fn draw(args: &Args, lived: &Lived, figures: &Figures, payload_bytes: u64) -> Re
     let subtitle = format!(
         "{} iterations on handwritten digits, {} of state saved every {}, {} saves in flight",
         args.iterations,
-        units::size(payload_bytes),
+        units::size(figures.payload_bytes),
         if args.every == 1 { "iteration".to_string() } else { format!("{} iterations", args.every) },
         args.in_flight
     );
@@ -136,14 +142,7 @@ fn lives_table(lives: &[Life]) -> String {
     rows.render()
 }
 
-fn print_tables(
-    args: &Args,
-    lived: &Lived,
-    figures: &Figures,
-    payload_bytes: u64,
-    took: Duration,
-    picture: &Path,
-) -> Result<()> {
+fn print_tables(args: &Args, lived: &Lived, figures: &Figures, picture: &Path) -> Result<()> {
     let mut text = String::new();
     if lived.lives.len() <= ROWS_MAX {
         text += &lives_table(&lived.lives);
@@ -168,7 +167,7 @@ fn print_tables(
             "steps lost per kill",
             format!("{lost_mean:.1} on average, {} at most", figures.lost.iter().max().unwrap_or(&0)),
         ),
-        ("state", format!("{} per save", units::size(payload_bytes))),
+        ("state", format!("{} per save", units::size(figures.payload_bytes))),
         ("saves made durable", figures.saves.to_string()),
         ("stall per save", format!("median {}, 99 % below {}", stall(50), stall(99))),
         ("time to durable", format!("median {}, 99 % below {}", durable(50), durable(99))),
@@ -176,7 +175,7 @@ fn print_tables(
             "durable",
             format!(
                 "{} sustained while training",
-                units::rate(payload_bytes * figures.saves as u64, figures.trained)
+                units::rate(figures.payload_bytes * figures.saves as u64, figures.trained)
             ),
         ),
         (
@@ -187,7 +186,7 @@ fn print_tables(
                 per_iteration(reference.trained, reference.losses.len())
             ),
         ),
-        ("time", units::time(took)),
+        ("time", units::time(figures.took)),
         ("test accuracy", format!("{:.1} %", accuracy * 100.0)),
         ("uninterrupted run", digest(Some(reference))),
         ("killed run", digest(lived.lives.last())),
@@ -200,14 +199,7 @@ fn print_tables(
     output::print(&text)
 }
 
-fn print_json(
-    args: &Args,
-    lived: &Lived,
-    figures: &Figures,
-    payload_bytes: u64,
-    took: Duration,
-    picture: &Path,
-) -> Result<()> {
+fn print_json(args: &Args, lived: &Lived, figures: &Figures, picture: &Path) -> Result<()> {
     let us = |time: Duration| time.as_micros() as u64;
     let lives: Vec<_> = lived
         .lives
@@ -235,7 +227,7 @@ fn print_json(
         "kills": figures.kills,
         "kills_while_recovering": figures.start_kills,
         "steps_lost_per_kill": figures.lost,
-        "payload_bytes": payload_bytes,
+        "payload_bytes": figures.payload_bytes,
         "saves_durable": figures.saves,
         "stall_us": { "median": us(percentile(&figures.stalls, 50)), "p99": us(percentile(&figures.stalls, 99)) },
         "durable_us": {
@@ -243,12 +235,12 @@ fn print_json(
             "p99": us(percentile(&figures.durable_after, 99)),
         },
         "durable_gb_per_s":
-            units::gb_per_s(payload_bytes * figures.saves as u64, figures.trained.as_secs_f64()),
+            units::gb_per_s(figures.payload_bytes * figures.saves as u64, figures.trained.as_secs_f64()),
         "iteration_us": {
             "saving": us(figures.trained) / figures.iterations_run.max(1) as u64,
             "uninterrupted": us(lived.reference.trained) / args.iterations,
         },
-        "seconds": took.as_secs_f64(),
+        "seconds": figures.took.as_secs_f64(),
         "test_accuracy": lived.lives.last().and_then(|life| life.done).map(|done| done.1),
         "picture": picture,
         "lives": lives,
