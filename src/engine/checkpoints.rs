@@ -3,8 +3,10 @@
 use super::Store;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::SlotRecord;
-use crate::load::Checkpoint;
+use crate::load::{concerns_one, Checkpoint};
 use crate::recovery::Verdict;
+use crate::store::Region;
+use crate::sync::Arc;
 
 /// Which checkpoint to open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,12 +82,16 @@ impl Store {
         self.region().check_usable(OP, false)?;
         let mut rejected = Vec::new();
         for record in self.candidates(select)? {
-            let result = Checkpoint::open(self.region(), record.clone())
-                .and_then(|checkpoint| check(&checkpoint).map(|()| checkpoint));
+            let result = open_and_check(self.region(), &record, &mut check);
             match result {
                 Ok(checkpoint) => return Ok(Opened { checkpoint, rejected }),
-                Err(error) if passes_over(&error) => rejected.push((record, error)),
-                Err(error) => return Err(error),
+                Err(Refusal::Checkpoint(error)) => {
+                    if error.kind() == ErrorKind::Corrupt && !self.region().options().read_only {
+                        self.region().condemn(&record);
+                    }
+                    rejected.push((record, error));
+                }
+                Err(Refusal::Other(error)) => return Err(error),
             }
         }
         if let Some((_, error)) = rejected.into_iter().next() {
@@ -107,11 +113,36 @@ impl Store {
             Select::Generation(generation) => record.generation == generation,
             Select::Step(step) => record.step == step,
         };
-        Ok(self.checkpoints()?.into_iter().map(|info| info.record).filter(matches).collect())
+        let records: Vec<SlotRecord> = match self.region().options().read_only {
+            true => self.checkpoints()?.into_iter().map(|info| info.record).collect(),
+            // With those that were reclaimed and not overwritten yet: more to fall back on.
+            false => self.region().readable(),
+        };
+        Ok(records.into_iter().filter(matches).collect())
     }
 }
 
-/// Damage and being overtaken by the writer concern one checkpoint; anything else would meet the next one, too.
-fn passes_over(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Reclaimed | ErrorKind::Io)
+/// Why a candidate was not taken.
+enum Refusal {
+    /// The checkpoint cannot be read: the next one may serve.
+    Checkpoint(Error),
+    /// Something else: it would meet the next one, too.
+    Other(Error),
+}
+
+fn open_and_check(
+    region: &Arc<Region>,
+    record: &SlotRecord,
+    check: &mut impl FnMut(&Checkpoint) -> Result<()>,
+) -> std::result::Result<Checkpoint, Refusal> {
+    let checkpoint =
+        Checkpoint::open(region, record.clone()).map_err(|error| match concerns_one(&error) {
+            true => Refusal::Checkpoint(error),
+            false => Refusal::Other(error),
+        })?;
+    match check(&checkpoint) {
+        Ok(()) => Ok(checkpoint),
+        // The caller's own I/O may fail with the same kinds: only what the checkpoint's reads met counts.
+        Err(error) => Err(checkpoint.damage().map_or(Refusal::Other(error), Refusal::Checkpoint)),
+    }
 }

@@ -198,10 +198,12 @@ impl Store {
     pub fn repair(&self, timeout: Option<Duration>) -> Result<u32> {
         self.writer("repair")?;
         let quarantined = self.region.quarantined();
-        for claim in &quarantined {
-            self.region.repair(*claim, deadline_in(timeout))?;
+        let deadline = deadline_in(timeout);
+        let mut repaired = 0;
+        for claim in quarantined {
+            repaired += u32::from(self.region.repair(claim, deadline)?);
         }
-        Ok(quarantined.len() as u32)
+        Ok(repaired)
     }
 
     /// Refuses further saves: called where the C boundary caught a panic.

@@ -10,7 +10,7 @@ pub use plan::Part;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{decode_table, header_len, parse_header, Payload, SlotRecord, TensorInfo, BLOCK_BYTES};
 use crate::store::Region;
-use crate::sync::Arc;
+use crate::sync::{Arc, Mutex};
 
 /// An open, pinned checkpoint: record, chunk table and header are verified, payload chunks as they are read.
 ///
@@ -21,6 +21,8 @@ pub struct Checkpoint {
     payload: Payload,
     hashes: Vec<u128>,
     by_name: BTreeMap<String, usize>,
+    /// What reads of this checkpoint met, as opposed to what their caller did with them.
+    damage: Mutex<Option<Error>>,
 }
 
 /// A checkpoint's slot, protected while this lives where the store can protect it.
@@ -122,7 +124,7 @@ impl Checkpoint {
         };
         let (hashes, payload) = read().map_err(|e| place.explain(e))?;
         let by_name = payload.tensors.iter().enumerate().map(|(index, t)| (t.name.clone(), index)).collect();
-        Ok(Checkpoint { place, payload, hashes, by_name })
+        Ok(Checkpoint { place, payload, hashes, by_name, damage: Mutex::new(None) })
     }
 
     /// Generation, step, sizes, times.
@@ -157,8 +159,7 @@ impl Checkpoint {
     /// On error the destinations hold unspecified bytes.
     pub fn read(&self, parts: &mut [Part<'_>]) -> Result<()> {
         self.place.region.check_usable("read checkpoint", false)?;
-        let result = reader::read_parts(&self.place.region, &self.place.record, &self.hashes, parts);
-        result.and_then(|()| self.place.check_not_reclaimed()).map_err(|e| self.place.explain(e))
+        self.judge(reader::read_parts(&self.place.region, &self.place.record, &self.hashes, parts))
     }
 
     /// Reads whole tensors by name into buffers of exactly their size.
@@ -188,9 +189,30 @@ impl Checkpoint {
 
     /// Reads and verifies every chunk; nothing is kept.
     pub fn verify(&self) -> Result<()> {
-        let result = reader::verify_all(&self.place.region, &self.place.record, &self.hashes);
-        result.and_then(|()| self.place.check_not_reclaimed()).map_err(|e| self.place.explain(e))
+        self.judge(reader::verify_all(&self.place.region, &self.place.record, &self.hashes))
     }
+
+    /// What a read came to, remembered where it speaks against the checkpoint.
+    fn judge(&self, result: Result<()>) -> Result<()> {
+        let result =
+            result.and_then(|()| self.place.check_not_reclaimed()).map_err(|e| self.place.explain(e));
+        if let Err(error) = result.as_ref() {
+            if concerns_one(error) {
+                *self.damage.lock() = Some(error.clone());
+            }
+        }
+        result
+    }
+
+    /// The last error by which a read of this checkpoint showed that it is damaged, unreadable or overtaken.
+    pub(crate) fn damage(&self) -> Option<Error> {
+        self.damage.lock().clone()
+    }
+}
+
+/// Whether an error concerns one checkpoint, so that another may serve in its place.
+pub(crate) fn concerns_one(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Reclaimed | ErrorKind::Io)
 }
 
 fn reclaimed(region: &Region, record: &SlotRecord) -> Error {

@@ -30,7 +30,7 @@
 //! `unpin`, `add_reader` with `commit`). All changes of a word form one release sequence, so intermediate
 //! changes by third parties break no pair.
 
-use super::word::{SlotView, Word};
+use super::word::{SlotState, SlotView, Word};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::Mutex;
 
@@ -138,6 +138,31 @@ impl SlotTable {
             }
         }
         freed
+    }
+
+    /// Takes a reclaimed checkpoint back: FREE(g) to COMMITTED(g). False if it was claimed meanwhile. Whether its
+    /// record is still valid is the caller's to know.
+    #[must_use]
+    pub fn revive(&self, slot: u32, generation: u64) -> bool {
+        let _retained = self.retention.lock();
+        self.change(slot, |word| word.revive(generation))
+    }
+
+    /// Puts a checkpoint (committed, or reclaimed and not yet claimed) out of everybody's reach while it is being
+    /// discarded: no reader, claim or pin gets it. `None` if it is read or gone; otherwise whether it was committed, for
+    /// [`give_back`](SlotTable::give_back).
+    #[must_use]
+    pub fn withhold(&self, slot: u32, generation: u64) -> Option<bool> {
+        let _retained = self.retention.lock();
+        let was_committed = self.view(slot).state == SlotState::Committed;
+        // Both states lead to one; a reclaim between look and change is excluded by the lock, a claim by the change.
+        self.change(slot, |word| word.withhold(generation)).then_some(was_committed)
+    }
+
+    /// Undoes [`withhold`](SlotTable::withhold), when the discard could not be made durable.
+    pub fn give_back(&self, slot: u32, generation: u64, committed: bool) {
+        let was_withheld = self.change(slot, |word| word.give_back(generation, committed));
+        debug_assert!(was_withheld, "slot {slot} of generation {generation} was not withheld");
     }
 
     /// Pins a checkpoint: never reclaimed until unpinned. True if the slot is COMMITTED(g), pinned before or

@@ -192,6 +192,28 @@ impl Word {
         (self.is(COMMITTED, generation) && self.is_idle()).then(|| Word::new(FREE, generation))
     }
 
+    /// FREE(g) -> COMMITTED(g): a reclaimed checkpoint whose record is still valid is one again.
+    #[must_use]
+    pub(super) fn revive(self, generation: u64) -> Option<Word> {
+        (self.is(FREE, generation) && generation != 0).then(|| Word::new(COMMITTED, generation))
+    }
+
+    /// COMMITTED(g) without readers or FREE(g) -> QUARANTINED(g), with its pin: out of everybody's reach while it
+    /// is being discarded.
+    #[must_use]
+    pub(super) fn withhold(self, generation: u64) -> Option<Word> {
+        let unread = self.0 & READER_MASK == 0;
+        let held = self.is(COMMITTED, generation) || (self.is(FREE, generation) && generation != 0);
+        (unread && held).then_some(Word(self.0 & !STATE_MASK | QUARANTINED))
+    }
+
+    /// QUARANTINED(g) -> COMMITTED(g) or FREE(g), as it was before it was withheld.
+    #[must_use]
+    pub(super) fn give_back(self, generation: u64, committed: bool) -> Option<Word> {
+        let state = if committed { COMMITTED } else { FREE };
+        self.is(QUARANTINED, generation).then_some(Word(self.0 & !STATE_MASK | state))
+    }
+
     /// COMMITTED(g), idle -> FREE(0).
     #[must_use]
     pub(super) fn discard(self, generation: u64) -> Option<Word> {

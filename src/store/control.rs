@@ -61,7 +61,8 @@ impl ControlState {
 
     /// Leases generations beyond `next`; returns the ceiling below which generations may now be used.
     pub(crate) fn lease(&mut self, medium: &dyn Medium, next: u64) -> Result<u64> {
-        let ceiling = (next + LEASE_GENERATIONS).min(MAX_GENERATION);
+        // Never lower than what another thread may have leased meanwhile.
+        let ceiling = (next + LEASE_GENERATIONS).min(MAX_GENERATION).max(self.current.generation_ceiling);
         self.update(medium, |control| control.generation_ceiling = ceiling)?;
         Ok(ceiling)
     }

@@ -122,9 +122,13 @@ impl Content {
         let shape = [len as u64];
         let spec =
             TensorSpec { name: "w", dtype: Dtype::U8, shape: &shape, bytes: len as u64, alias_of: None };
+        // The header, too, differs from one generation to the next: a chunk that is rewritten with what it held
+        // would hide a missing mark.
+        let metadata = step_of(generation).to_string();
+        let metadata = [("step", metadata.as_str())];
         let planned = match setup.is_raw(generation) {
-            true => plan_raw(len as u64, &[]),
-            false => plan(&[spec], &[]),
+            true => plan_raw(len as u64, &metadata),
+            false => plan(&[spec], &metadata),
         };
         let planned = planned.expect("plan");
         let mut payload = planned.header.clone();
@@ -195,7 +199,7 @@ impl Life {
             self.stream(&content, wait)
         } else {
             let tensor = Tensor { name: "w", dtype: Dtype::U8, shape: &shape, data: &content.data };
-            self.store.save(content.step, &[tensor], &[], wait)
+            self.store.save(content.step, &[tensor], &[("step", &content.step.to_string())], wait)
         };
         // Only where there was no slot was no generation used up.
         let used = !begun.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSlot);
@@ -207,7 +211,12 @@ impl Life {
 
     /// Odd pieces, back to front, so that chunks are spilled and read back in a small pool.
     fn stream(&self, content: &Content, wait: Option<Duration>) -> Result<Save, Error> {
-        let mut raw = self.store.begin_raw(content.step, content.data.len() as u64, &[], wait)?;
+        let mut raw = self.store.begin_raw(
+            content.step,
+            content.data.len() as u64,
+            &[("step", &content.step.to_string())],
+            wait,
+        )?;
         let starts: Vec<usize> = (0..content.data.len()).step_by(1500).collect();
         for &at in starts.iter().rev() {
             raw.write_at(at as u64, &content.data[at..(at + 1500).min(content.data.len())])?;

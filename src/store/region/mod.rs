@@ -32,6 +32,8 @@ pub struct Region {
     control: Mutex<ControlState>,
     lease: Mutex<Lease>,
     short_barriers: Mutex<()>,
+    /// Held by whatever changes what is kept: pins, marks, discards, repairs. Taken before `control`.
+    maintenance: Mutex<()>,
     slot_freed: Event,
     poisoned: AtomicBool,
     flush_failures: AtomicU64,
@@ -105,6 +107,7 @@ impl Region {
             control: Mutex::new(control),
             lease: Mutex::new(lease),
             short_barriers: Mutex::new(()),
+            maintenance: Mutex::new(()),
             slot_freed: Event::new(),
             poisoned: AtomicBool::new(false),
             flush_failures: AtomicU64::new(0),

@@ -9,6 +9,12 @@ use crate::medium::Barrier;
 use crate::slots::SlotState;
 use crate::store::unix_ns;
 
+/// Zeros written at a time.
+const ZEROS_BYTES: u64 = 1 << 20;
+
+/// Bytes rewritten between two flushes.
+const FLUSH_BYTES: u64 = 64 << 20;
+
 impl Region {
     /// Quarantined slots with the generation whose flush failed.
     pub fn quarantined(&self) -> Vec<Claimed> {
@@ -21,12 +27,58 @@ impl Region {
             .collect()
     }
 
-    /// Rewrites a quarantined slot in full (zeros, then a `writing` mark), flushes it, and lifts the quarantine.
-    pub(crate) fn repair(&self, claim: Claimed, deadline: Option<Instant>) -> Result<()> {
+    /// Rewrites a quarantined slot in full (a `writing` mark, then zeros), flushes it, and lifts the quarantine.
+    /// False where there is nothing to repair any more: another repair was first, or the slot is still being read.
+    pub(crate) fn repair(&self, claim: Claimed, deadline: Option<Instant>) -> Result<bool> {
         const OP: &str = "repair";
+        // One at a time: a second repair must not write into a slot that the first has given to a save.
+        let _maintenance = self.maintenance.lock();
+        let view = self.slots.view(claim.slot);
+        let mine = view.state == SlotState::Quarantined && view.generation == claim.generation;
+        if !mine || view.readers > 0 {
+            return Ok(false);
+        }
         let layout = self.layout();
-        // Says only that the slot holds no checkpoint; the sizes are the smallest that a record may have.
-        let record = SlotRecord {
+        let offset = layout.record_offset(claim.slot);
+        self.short_barrier(OP, || {
+            self.medium.write_durable(offset, &self.empty_record(claim).encode(), Barrier::WritingMark)
+        })?;
+        self.records.lock()[claim.slot as usize] = None;
+        let zeros = vec![0u8; ZEROS_BYTES as usize];
+        let (start, end) =
+            (layout.slot_offset(claim.slot), layout.slot_offset(claim.slot) + layout.slot_bytes);
+        let (mut at, mut flushed) = (start, start);
+        while at < end {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                let message = "the slot was not rewritten in the time given and stays quarantined";
+                return Err(Error::new(ErrorKind::TimedOut, OP, message).at_path(&self.path).at_offset(at));
+            }
+            let step = (end - at).min(ZEROS_BYTES);
+            self.medium.copy(at, &zeros[..step as usize]).map_err(|e| e.at_path(&self.path))?;
+            at += step;
+            if at - flushed >= FLUSH_BYTES || at == end {
+                self.medium.fence(Barrier::Chunk).map_err(|e| e.at_path(&self.path))?;
+                // Short, so that the marks of saves need not wait for a whole slot to be flushed.
+                self.short_barrier(OP, || self.medium.persist(flushed, at - flushed, Barrier::Payload))?;
+                flushed = at;
+            }
+        }
+        self.mark_slot(claim.slot, claim.generation, MARK_QUARANTINED, false)?;
+        let _ = self.slots.unpin(claim.slot, claim.generation);
+        let lifted = self.slots.lift_quarantine(claim.slot, claim.generation);
+        self.slot_freed.notify_all();
+        Ok(lifted)
+    }
+
+    /// A barrier beside the committer's: its failure counts before any other can be believed.
+    fn short_barrier(&self, op: &'static str, barrier: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _short = self.short_barriers.lock();
+        self.believe(op, barrier())
+    }
+
+    /// Says only that the slot holds no checkpoint; the sizes are the smallest that a record may have.
+    fn empty_record(&self, claim: Claimed) -> SlotRecord {
+        SlotRecord {
             uuid: self.superblock.uuid,
             slot: claim.slot,
             generation: claim.generation,
@@ -42,39 +94,6 @@ impl Region {
             table_hash: 0,
             unix_ns: unix_ns(),
             flags: 0,
-        };
-        {
-            let _short = self.short_barriers.lock();
-            let offset = layout.record_offset(claim.slot);
-            self.believe(OP, self.medium.write_durable(offset, &record.encode(), Barrier::WritingMark))?;
         }
-        let zeros = vec![0u8; (1 << 20) as usize];
-        let (start, end) =
-            (layout.slot_offset(claim.slot), layout.slot_offset(claim.slot) + layout.slot_bytes);
-        let mut at = start;
-        while at < end {
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Err(Error::new(
-                    ErrorKind::TimedOut,
-                    OP,
-                    "the slot was not rewritten in the time given",
-                )
-                .at_path(&self.path)
-                .at_offset(at));
-            }
-            let step = (end - at).min(zeros.len() as u64);
-            self.medium.copy(at, &zeros[..step as usize]).map_err(|e| e.at_path(&self.path))?;
-            at += step;
-        }
-        self.medium.fence(Barrier::Chunk).map_err(|e| e.at_path(&self.path))?;
-        {
-            // It may take the error of another save's data: its failure must count like that of any short barrier.
-            let _short = self.short_barriers.lock();
-            self.believe(OP, self.medium.persist(start, end - start, Barrier::Payload))?;
-        }
-        self.mark_slot(claim.slot, claim.generation, MARK_QUARANTINED, false)?;
-        let _ = self.slots.lift_quarantine(claim.slot, claim.generation);
-        self.slot_freed.notify_all();
-        Ok(())
     }
 }

@@ -4,7 +4,7 @@ use super::Region;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{GlobalMark, SlotRecord, MARK_DISCARDED, MARK_PINNED};
 use crate::medium::Medium;
-use crate::slots::SlotState;
+use crate::slots::{SlotState, READERS_MAX};
 use crate::store::control::{flags_of, global_generation, set_flags, ControlState};
 
 impl Region {
@@ -103,9 +103,10 @@ impl Region {
     pub fn pin(&self, generation: u64) -> Result<()> {
         const OP: &str = "pin";
         self.check_usable(OP, true)?;
+        // A second pin of the same checkpoint must not be told of the first before that one is durable.
+        let _maintenance = self.maintenance.lock();
         let record = self.record_of(generation).ok_or_else(|| self.not_found(OP, generation))?;
-        let view = self.slots.view(record.slot);
-        if view.pinned {
+        if self.slots.view(record.slot).pinned {
             return Ok(());
         }
         if !self.slots.pin(record.slot, generation) {
@@ -124,6 +125,7 @@ impl Region {
     pub fn unpin(&self, generation: u64) -> Result<()> {
         const OP: &str = "unpin";
         self.check_usable(OP, true)?;
+        let _maintenance = self.maintenance.lock();
         let record = self.record_of(generation).ok_or_else(|| self.not_found(OP, generation))?;
         self.mark_slot(record.slot, generation, MARK_PINNED, false)?;
         // False where it was not pinned: unpinning twice is no error.
@@ -137,13 +139,24 @@ impl Region {
     /// Reading what is kept anyway is never refused: quarantined or held slots may have left fewer than N to save
     /// into, and the newest checkpoint must be restorable all the same.
     pub(crate) fn add_reader(&self, record: &SlotRecord) -> Result<bool> {
-        let takes_room =
-            self.slots.is_reclaimable(record.slot, self.options.keep as usize, self.hold_floor());
-        if !self.slots.add_reader(record.slot, record.generation) {
+        let (slot, generation) = (record.slot, record.generation);
+        self.revive(record);
+        let takes_room = self.slots.is_reclaimable(slot, self.options.keep as usize, self.hold_floor());
+        if !self.slots.add_reader(slot, generation) {
+            let view = self.slots.view(slot);
+            if view.generation == generation && view.readers == READERS_MAX {
+                return Err(Error::new(
+                    ErrorKind::InvalidState,
+                    "open checkpoint",
+                    format!("generation {generation} is open {READERS_MAX} times already"),
+                )
+                .at_path(&self.path)
+                .advise("close some"));
+            }
             return Ok(false);
         }
         if takes_room && !self.has_room() {
-            self.drop_reader(record.slot, record.generation);
+            self.drop_reader(slot, generation);
             return Err(self.no_room("open checkpoint"));
         }
         Ok(true)
@@ -154,10 +167,66 @@ impl Region {
         self.reclaim();
     }
 
+    /// Records of checkpoints that can be opened, newest first: the committed ones, and those that were reclaimed but
+    /// whose slots no save has claimed since.
+    pub(crate) fn readable(&self) -> Vec<SlotRecord> {
+        let mut found = self.committed();
+        found.extend(self.reclaimed());
+        found.sort_by_key(|record| std::cmp::Reverse(record.generation));
+        found
+    }
+
+    /// A FREE word of a record's generation says that no save has claimed the slot since it was reclaimed.
+    fn reclaimed(&self) -> Vec<SlotRecord> {
+        let records = self.records.lock();
+        let views = self.slots.views();
+        let still = |record: &&SlotRecord| {
+            let view = &views[record.slot as usize];
+            view.state == SlotState::Free && view.generation == record.generation
+        };
+        records.iter().flatten().filter(still).cloned().collect()
+    }
+
+    /// Takes a reclaimed checkpoint back, if it is one. Under the records lock: `discard` takes records away first.
+    fn revive(&self, record: &SlotRecord) {
+        let records = self.records.lock();
+        if records[record.slot as usize].as_ref() == Some(record) {
+            // False where it is committed, as it mostly is, or was claimed.
+            let _ = self.slots.revive(record.slot, record.generation);
+        }
+    }
+
+    /// Fills up the newest K from what was reclaimed, after one of them was lost.
+    fn revive_kept(&self) {
+        let mut kept = self.committed().len();
+        let mut reclaimed = self.reclaimed();
+        reclaimed.sort_by_key(|record| record.generation);
+        while kept < self.options.keep as usize {
+            let Some(record) = reclaimed.pop() else { return };
+            self.revive(&record);
+            kept += 1;
+        }
+    }
+
+    /// A checkpoint's payload was found damaged: it no longer counts among the newest K, so that it does not cost an
+    /// intact one its place. Not durable: whoever opens the region again finds out again. Pinned ones stay.
+    pub(crate) fn condemn(&self, record: &SlotRecord) {
+        let _maintenance = self.maintenance.lock();
+        let (slot, generation) = (record.slot, record.generation);
+        if let Some(was_committed) = self.slots.withhold(slot, generation) {
+            if !self.slots.lift_quarantine(slot, generation) {
+                self.slots.give_back(slot, generation, was_committed);
+            }
+        }
+        self.revive_kept();
+        self.slot_freed.notify_all();
+    }
+
     /// Durably marks `(run_id, step)` as durable on every rank; older held checkpoints are reclaimed.
     pub fn mark_global(&self, run_id: u64, step: u64) -> Result<u64> {
         const OP: &str = "mark_global";
         self.check_usable(OP, true)?;
+        let _maintenance = self.maintenance.lock();
         let record = self
             .committed()
             .into_iter()
@@ -184,43 +253,75 @@ impl Region {
     /// So does it with those that were reclaimed and whose slots no save has marked since: their records are
     /// still valid, and recovery would return them. Returns how many listed checkpoints were discarded.
     pub(crate) fn discard(&self, op: &'static str, doomed: impl Fn(&SlotRecord) -> bool) -> Result<u32> {
-        let listed: Vec<SlotRecord> = self.committed().into_iter().filter(|record| doomed(record)).collect();
-        if let Some(read) = listed.iter().find(|r| self.slots.view(r.slot).readers > 0) {
-            return Err(Error::new(
-                ErrorKind::InvalidState,
-                op,
-                format!("checkpoint of generation {} is being read", read.generation),
-            )
-            .at_path(&self.path)
-            .advise("close it first"));
-        }
-        let on_medium = || -> Vec<SlotRecord> {
-            self.records.lock().iter().flatten().filter(|record| doomed(record)).cloned().collect()
-        };
-        if on_medium().is_empty() {
+        let _maintenance = self.maintenance.lock();
+        let targets: Vec<SlotRecord> =
+            self.records.lock().iter().flatten().filter(|record| doomed(record)).cloned().collect();
+        if targets.is_empty() {
             return Ok(0);
         }
-        let targets = self.change_control(|control, medium| {
-            // Looked up under the control lock: a newer checkpoint in the same slot cannot be pinned meanwhile.
-            let targets = on_medium();
+        let withheld = self.withhold(op, &targets)?;
+        let marked = self.change_control(|control, medium| {
             control.update(medium, |c| {
                 for record in &targets {
                     set_flags(c, record.slot, record.generation, MARK_DISCARDED);
                 }
-                let newest_doomed = |g: u64| targets.iter().any(|r| r.generation == g);
-                if c.global.as_ref().is_some_and(|mark| newest_doomed(mark.generation)) {
+                let is_target = |generation| targets.iter().any(|r| r.generation == generation);
+                if c.global.as_ref().is_some_and(|mark| is_target(mark.generation)) {
                     c.global = None;
                 }
-            })?;
-            Ok(targets)
-        })?;
-        for record in &targets {
-            // The discard is durable: whatever the slot's state became meanwhile, the checkpoint is gone. One
-            // that was reclaimed before has no state to change.
-            let _ = self.slots.unpin(record.slot, record.generation);
-            let _ = self.slots.discard(record.slot, record.generation);
+            })
+        });
+        if let Err(error) = marked {
+            self.give_back(&withheld);
+            return Err(error);
         }
+        {
+            let mut records = self.records.lock();
+            for record in &targets {
+                // Unless a newer save has marked the slot meanwhile.
+                let entry = &mut records[record.slot as usize];
+                if entry.as_ref() == Some(record) {
+                    *entry = None;
+                }
+            }
+        }
+        for (record, _) in &withheld {
+            // The discard is durable, a pin notwithstanding.
+            let _ = self.slots.unpin(record.slot, record.generation);
+            let _ = self.slots.lift_quarantine(record.slot, record.generation);
+        }
+        self.revive_kept();
         self.slot_freed.notify_all();
-        Ok(listed.len() as u32)
+        Ok(withheld.iter().filter(|(_, was_committed)| *was_committed).count() as u32)
+    }
+
+    /// Puts the targets out of reach of readers, pins and claims while their discard becomes durable; all or, where one
+    /// is being read, none. Those that a save has claimed meanwhile, or that are quarantined, need not be.
+    fn withhold(&self, op: &'static str, targets: &[SlotRecord]) -> Result<Vec<(SlotRecord, bool)>> {
+        let mut withheld = Vec::new();
+        for record in targets {
+            if let Some(was_committed) = self.slots.withhold(record.slot, record.generation) {
+                withheld.push((record.clone(), was_committed));
+                continue;
+            }
+            let view = self.slots.view(record.slot);
+            if view.generation == record.generation && view.readers > 0 {
+                self.give_back(&withheld);
+                return Err(Error::new(
+                    ErrorKind::InvalidState,
+                    op,
+                    format!("checkpoint of generation {} is being read", record.generation),
+                )
+                .at_path(&self.path)
+                .advise("close it first"));
+            }
+        }
+        Ok(withheld)
+    }
+
+    fn give_back(&self, withheld: &[(SlotRecord, bool)]) {
+        for (record, was_committed) in withheld {
+            self.slots.give_back(record.slot, record.generation, *was_committed);
+        }
     }
 }

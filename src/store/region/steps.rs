@@ -77,7 +77,12 @@ impl Region {
     pub(crate) fn write_commit(&self, record: &SlotRecord) -> Result<()> {
         debug_assert_eq!(record.state, RecordState::Committed);
         let offset = self.layout().record_offset(record.slot);
-        self.believe("commit record", self.medium.write_durable(offset, &record.encode(), Barrier::Commit))?;
+        let written = self.medium.write_durable(offset, &record.encode(), Barrier::Commit);
+        if written.is_err() {
+            // It may have become durable all the same: discards must cover it.
+            self.records.lock()[record.slot as usize] = Some(record.clone());
+        }
+        self.believe("commit record", written)?;
         self.pass_short_barriers();
         Ok(())
     }
@@ -144,8 +149,9 @@ impl Region {
         let owned = self.slots.quarantine(claim.slot, claim.generation);
         debug_assert!(owned, "a save quarantines the slot it owns");
         self.slot_freed.notify_all();
-        // Best effort: the medium has just failed. Without the mark the slot's record is at most `writing`,
-        // which recovery never adopts.
+        // Best effort: the medium has just failed. Without the mark recovery finds the slot's record as it is: nearly
+        // always `writing`, which is never adopted; `committed` where only the commit's own barrier failed, and then
+        // the checkpoint is whole.
         let _ = self.mark_slot(claim.slot, claim.generation, MARK_QUARANTINED, true);
     }
 
