@@ -111,6 +111,35 @@ fn two_claims_never_get_one_slot() {
     claims_are_exclusive::<Shipped>(true);
 }
 
+/// Law: a reclaimed checkpoint is taken back by a reader, withheld for a discard, or claimed by a save, and never two of
+/// these at once.
+#[test]
+fn a_reclaimed_slot_has_one_taker() {
+    explore(PREEMPTIONS, || {
+        let region = Region::<Shipped>::new(&[(SlotState::Free, 5), (SlotState::Committed, 9)], true);
+        let saver = spawn(&region, |region| {
+            if let Some(claim) = region.verbs.claim(11) {
+                assert_eq!(claim.slot, 0, "law: a committed slot is not claimed");
+                region.write(claim.slot);
+                assert!(region.table().release(claim.slot, 11), "law: a claimed slot is the save's alone");
+            }
+        });
+        let discarder = spawn(&region, |region| {
+            if region.table().withhold(0, 5).is_some() {
+                region.write(0);
+                assert!(region.table().lift_quarantine(0, 5), "law: a withheld slot is the discard's alone");
+            }
+        });
+        if region.table().revive(0, 5) && region.table().add_reader(0, 5) {
+            region.read(0);
+            region.table().drop_reader(0, 5);
+        }
+        join([saver, discarder]);
+        let state = region.table().view(0).state;
+        assert!(matches!(state, SlotState::Free | SlotState::Committed), "law: no slot is lost: {state:?}");
+    });
+}
+
 /// Claims by load and store.
 struct TornClaim(SlotTable);
 
