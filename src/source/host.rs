@@ -6,8 +6,9 @@ use crate::format::ChunkHasher;
 use crate::persist::Persister;
 use crate::source::Source;
 
-/// Piece in which large tensors pass through the first-level cache: read, hashed, and stored around the cache. Small
-/// enough that hashing costs next to nothing beside the copy (1 to 4 KiB are alike, 128 KiB costs a fifth).
+/// Piece in which large tensors pass through the first-level cache: hashed where they lie, then copied around the cache.
+/// Small enough that hashing costs next to nothing beside the copy (1 to 4 KiB are alike, 128 KiB costs a fifth). A
+/// trainer that breaks its promise and changes the state between the two gets a checkpoint that does not verify.
 const PIECE_BYTES: usize = 2 << 10;
 
 /// Gathered bytes are hashed at the latest when there are this many, while they are in the cache.
@@ -83,9 +84,6 @@ impl HostSource {
 impl Source for HostSource {
     fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher) -> Result<()> {
         let mut done = 0;
-        // The caller's memory is read exactly once, so that what is hashed is what is staged, even where a trainer
-        // breaks its promise and changes the state too early.
-        let mut once = [0u8; PIECE_BYTES];
         // Bytes of `dst` before `done` that were gathered but not hashed yet.
         let mut gathered_from = 0;
         while done < dst.len() {
@@ -101,12 +99,10 @@ impl Source for HostSource {
             }
             hasher.update(&dst[gathered_from..done]);
             for piece in src.chunks(PIECE_BYTES) {
-                let once = &mut once[..piece.len()];
-                once.copy_from_slice(piece);
-                hasher.update(once);
+                hasher.update(piece);
                 let to = &mut dst[done..done + piece.len()];
-                // SAFETY: `to` and `once` are distinct, valid and of the same length.
-                unsafe { self.persister.copy_streaming(to.as_mut_ptr(), once.as_ptr(), once.len()) };
+                // SAFETY: `to` and `piece` are distinct, valid and of the same length.
+                unsafe { self.persister.copy_streaming(to.as_mut_ptr(), piece.as_ptr(), piece.len()) };
                 done += piece.len();
             }
             gathered_from = done;
