@@ -30,6 +30,8 @@
 //! `unpin`, `add_reader` with `commit`). All changes of a word form one release sequence, so intermediate
 //! changes by third parties break no pair.
 
+use crossbeam_utils::CachePadded;
+
 use super::word::{SlotState, SlotView, Word};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::Mutex;
@@ -47,7 +49,8 @@ pub struct Claim {
 /// The slots of one open region.
 #[derive(Debug)]
 pub struct SlotTable {
-    pub(super) words: Box<[AtomicU64]>,
+    /// Each in a cache line of its own: saves and readers of different slots must not slow one another.
+    pub(super) words: Box<[CachePadded<AtomicU64>]>,
     /// Held by whoever ends a COMMITTED state, and by whoever needs that none ends meanwhile.
     retention: Mutex<()>,
 }
@@ -56,7 +59,8 @@ impl SlotTable {
     /// The table that recovery found, one view per slot. A slot whose save died is to be given as `Free` with
     /// generation 0: a `Writing` one has no owner here, and is never claimed.
     pub fn new(views: &[SlotView]) -> SlotTable {
-        let words = views.iter().map(|view| AtomicU64::new(Word::of(view).bits())).collect();
+        let word = |view| CachePadded::new(AtomicU64::new(Word::of(view).bits()));
+        let words = views.iter().map(word).collect();
         SlotTable { words, retention: Mutex::new(()) }
     }
 
