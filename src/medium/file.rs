@@ -54,30 +54,22 @@ impl RegionFile {
     /// Opens the region at `path`.
     ///
     /// A writer takes the exclusive lock, waiting at most `lock_wait` for it ([`ErrorKind::InUse`] afterwards,
-    /// naming the holder). A reader takes no lock, and works beside a live writer. Symbolic links are followed
+    /// naming the holder; a wait beyond all clocks is one for ever). A reader takes no lock, and works beside a live writer. Symbolic links are followed
     /// only to block devices.
     pub fn open(path: &Path, writable: bool, lock_wait: Duration) -> Result<Self> {
-        RegionFile::open_at(path, writable, Some(Instant::now() + lock_wait))
-    }
-
-    /// Opens for writing without the lock. For measuring a region that the caller itself holds locked.
-    pub(super) fn open_unlocked(path: &Path) -> Result<Self> {
-        RegionFile::open_at(path, true, None)
-    }
-
-    fn open_at(path: &Path, writable: bool, lock_deadline: Option<Instant>) -> Result<Self> {
+        if !writable {
+            return RegionFile::open_once(path, false, false);
+        }
+        // A wait that no clock can tell is one for ever.
+        let deadline = Instant::now().checked_add(lock_wait);
         loop {
-            let file = match lock_deadline.filter(|_| writable) {
-                Some(deadline) => RegionFile::open_claimed(path, deadline)?,
-                None => RegionFile::open_once(path, writable, false)?,
-            };
-            let (Some(deadline), true) = (lock_deadline, writable) else { return Ok(file) };
+            let file = RegionFile::open_claimed(path, deadline)?;
             lock::exclusive(&file, deadline)?;
             if file.still_named()? {
                 return Ok(file);
             }
             // The region was grown, which renames a new file over it, while this one waited for the old lock.
-            if Instant::now() >= deadline {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(Error::new(
                     ErrorKind::InUse,
                     "open",
@@ -89,10 +81,16 @@ impl RegionFile {
         }
     }
 
+    /// Opens for writing without the lock. For measuring a region that the caller itself holds locked.
+    pub(super) fn open_unlocked(path: &Path) -> Result<Self> {
+        RegionFile::open_once(path, true, false)
+    }
+
     /// Opens for writing; a device also under the kernel's exclusive claim, which other writers hold while they are
     /// open, as mounts do.
-    fn open_claimed(path: &Path, deadline: Instant) -> Result<Self> {
-        let mut backoff = lock::Backoff::until(deadline.max(Instant::now() + CLAIM_GRACE));
+    fn open_claimed(path: &Path, deadline: Option<Instant>) -> Result<Self> {
+        let grace = Instant::now() + CLAIM_GRACE;
+        let mut backoff = lock::Backoff::until(deadline.map(|deadline| deadline.max(grace)));
         loop {
             match RegionFile::open_once(path, true, true) {
                 Err(error) if error.errno() == Some(libc::EBUSY) => {
