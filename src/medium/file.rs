@@ -14,9 +14,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::create::truncate;
 use super::fork::{without_forks, ChildClosedFd, ForkStamp};
 use super::{io as transfer, lock, Durability};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::Arc;
 
 /// `BLKGETSIZE64`, which the C library's headers leave to the kernel's.
 const BLKGETSIZE64: libc::Ioctl = libc::_IOR::<usize>(0x12, 114);
@@ -48,6 +51,20 @@ pub struct RegionFile {
     block_device: bool,
     fs_type: i64,
     durability: Durability,
+    /// What becomes of the file when it is closed before `completed`.
+    pub(super) undo: Undo,
+    pub(super) completed: Arc<AtomicBool>,
+}
+
+/// What becomes of a file that is closed before the region in it is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Undo {
+    /// Nothing: it is not to become a region, or is still as it was found.
+    Nothing,
+    /// It is left empty, as good as new.
+    Empty,
+    /// It is removed: it did not exist before.
+    Remove,
 }
 
 impl RegionFile {
@@ -145,12 +162,18 @@ impl RegionFile {
             (stat.st_size as u64, fs_in_memory(fs_type))
         };
         let durability = if volatile { Durability::Process } else { Durability::Power };
-        Ok(RegionFile { fd, path, len_bytes, writable, block_device, fs_type, durability })
+        let (undo, completed) = (Undo::Nothing, Arc::new(AtomicBool::new(false)));
+        Ok(RegionFile { fd, path, len_bytes, writable, block_device, fs_type, durability, undo, completed })
     }
 
     /// The path; of a device, the one that links lead to.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Notes the size that the file was given since it was opened.
+    pub(super) fn resized(&mut self, len_bytes: u64) {
+        self.len_bytes = len_bytes;
     }
 
     /// Size of the file or device when it was opened, in bytes.
@@ -263,6 +286,19 @@ impl RegionFile {
         Ok(())
     }
 
+    /// Undoes what was begun and not completed. A failure leaves a file that is no region, and is not taken for one.
+    fn undo(&self) {
+        // Acquire pairs with the release in `Completion::keep`.
+        if self.undo == Undo::Nothing || self.completed.load(Ordering::Acquire) {
+            return;
+        }
+        // For readers that have it open, and for names that still lead to it.
+        let _ = truncate(self.raw_fd());
+        if self.undo == Undo::Remove && self.still_named().unwrap_or(false) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+
     /// What people should know of the place where the region lies.
     pub(super) fn notes(&self) -> Vec<String> {
         if self.block_device {
@@ -288,6 +324,8 @@ impl Drop for RegionFile {
         // All I/O has ended by now. Without this, a ring that the kernel dismantles a little later would keep the
         // lock for that while. Never in a forked child: the lock is the parent's.
         if self.writable && !self.stamp().is_forked() {
+            // Under the lock: afterwards the file may be another's region.
+            self.undo();
             lock::release(self.raw_fd());
         }
     }
