@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::create::truncate;
-use super::fork::{without_forks, ChildClosedFd, ForkStamp};
 use super::{io as transfer, lock, Durability};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork::{without_forks, ChildClosedFd, ForkStamp};
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::Arc;
 

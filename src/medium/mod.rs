@@ -35,7 +35,6 @@ mod aligned;
 mod create;
 mod direct;
 mod file;
-pub mod fork;
 mod io;
 mod lock;
 mod mapped;
