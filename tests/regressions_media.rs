@@ -6,8 +6,8 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use common::{disk, region_in, scratch};
-use pccheck::engine::{format_region, Store};
+use common::{disk, region_in, save_bytes, scratch, WAIT};
+use pccheck::engine::{format_region, Select, Store};
 use pccheck::medium::{Durability, Requested};
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::ErrorKind;
@@ -126,4 +126,57 @@ fn a_format_that_fails_leaves_the_path_as_it_was() {
     for path in [&new, &empty] {
         format_region(path, &format()).expect("with another medium");
     }
+}
+
+/// Such a checkpoint was once read by one thread through a heap buffer of one chunk, outside of the staging pool.
+#[test]
+fn chunks_larger_than_the_readers_buffers_are_read_through_them() {
+    let region = region_in(disk(), &FormatOptions::new(3, 4 << 20));
+    let bytes =
+        |len: usize, seed: usize| (0..len).map(|i| (i * 131 ^ i >> 9 ^ seed) as u8).collect::<Vec<u8>>();
+    // Three chunks and a shorter one, which is smaller than a reader's buffer; tensors that begin and end anywhere.
+    let state: Vec<(String, Vec<u8>)> = [1_000_000, 3, 700_001, 1_442_000]
+        .iter()
+        .enumerate()
+        .map(|(index, &len)| (index.to_string(), bytes(len, index)))
+        .collect();
+    let writing = OpenOptions { chunk_bytes: 1 << 20, staging_bytes: 4 << 20, ..options() };
+    let store = Store::open(&region.path, &writing).expect("open");
+    save_bytes(&store, 1, &state, &[]).expect("save").wait_durable(WAIT).expect("durable");
+    drop(store);
+    for medium in [Requested::Mmap, Requested::Direct] {
+        for (chunk_bytes, buffers) in [(4096, 2), (4096, 3), (12_288, 9), (1 << 20, 3)] {
+            let reading =
+                OpenOptions { medium, chunk_bytes, staging_bytes: buffers * chunk_bytes, ..options() };
+            let what = format!("{medium:?}, {buffers} buffers of {chunk_bytes} bytes");
+            let store = Store::open(&region.path, &reading).expect("open");
+            let opened = store.open_checkpoint(Select::Newest, true).expect(&what);
+            let checkpoint = opened.checkpoint;
+            // Twice the same bytes in one read: both destinations are filled.
+            let mut got: Vec<Vec<u8>> =
+                state.iter().chain(&state).map(|(_, data)| vec![0; data.len()]).collect();
+            let names = state.iter().chain(&state).map(|(name, _)| name.as_str());
+            let mut wanted: Vec<(&str, &mut [u8])> =
+                names.zip(&mut got).map(|(name, got)| (name, got.as_mut_slice())).collect();
+            checkpoint.read_tensors(&mut wanted).expect(&what);
+            for (got, (name, data)) in got.iter().zip(state.iter().chain(&state)) {
+                assert!(got == data, "{what}: tensor {name}");
+            }
+        }
+    }
+    // And what is damaged is found, wherever in a chunk.
+    let small = OpenOptions { chunk_bytes: 4096, staging_bytes: 3 * 4096, ..options() };
+    let store = Store::open(&region.path, &small).expect("open");
+    let record = store.checkpoints().expect("list")[0].record.clone();
+    let slot = store.region().layout().slot_offset(record.slot);
+    let file = fs::OpenOptions::new().read(true).write(true).open(&region.path).expect("open");
+    for at in [slot + 4096, slot + (1 << 20) + 5000, slot + (2 << 20) - 1] {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).expect("read");
+        file.write_all_at(&[byte[0] ^ 4], at).expect("damage");
+        let error = store.open_checkpoint(Select::Newest, true).map(drop).expect_err("damaged");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        file.write_all_at(&byte, at).expect("repair");
+    }
+    store.open_checkpoint(Select::Newest, true).expect("whole again");
 }
