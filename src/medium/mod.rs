@@ -52,7 +52,7 @@ pub use direct::IoBackend;
 pub use file::{sync_parent, RegionFile};
 pub use measure::{measure_preferred, Measured};
 pub use open::{open_medium, MediumOptions, PreferredHint, Requested};
-pub use path::{is_device, read_head, rename_over};
+pub use path::{copy_owner, is_device, read_head, rename_over};
 pub use site::{Completion, Site};
 
 /// Why a fence or persist is issued: names each ordering point of the protocol, so that the crash checker

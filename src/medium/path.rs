@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind as IoErrorKind, Read};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{fchown, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::file::{not_storage, sync_parent};
@@ -41,6 +41,22 @@ fn read_at_most(file: impl Read, bytes: u64, path: &Path) -> Result<Vec<u8>> {
 pub fn is_device(path: &Path) -> Result<bool> {
     let metadata = fs::metadata(path).map_err(|e| Error::io("open", &e).at_path(path))?;
     Ok(metadata.file_type().is_block_device())
+}
+
+/// Gives the file `to` mode, owner and group of the file `from`.
+pub fn copy_owner(from: &Path, to: &Path) -> Result<()> {
+    let wanted = fs::metadata(from).map_err(|e| Error::io("read the mode", &e).at_path(from))?;
+    let flags = libc::O_NOFOLLOW | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(to);
+    let file = file.map_err(|e| Error::io("open", &e).at_path(to))?;
+    let found = file.metadata().map_err(|e| Error::io("read the mode", &e).at_path(to))?;
+    if (found.uid(), found.gid()) != (wanted.uid(), wanted.gid()) {
+        // Before the mode, of which a change of owner takes bits away.
+        fchown(&file, Some(wanted.uid()), Some(wanted.gid())).map_err(|e| {
+            Error::io("keep the owner", &e).at_path(to).advise("run as the region's owner, or as root")
+        })?;
+    }
+    file.set_permissions(wanted.permissions()).map_err(|e| Error::io("keep the mode", &e).at_path(to))
 }
 
 /// Atomically puts `from` in the place of `to`; durable on return.
