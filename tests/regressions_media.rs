@@ -3,11 +3,12 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::time::Duration;
 
-use common::{disk, region_in, save_bytes, scratch, WAIT};
-use pccheck::engine::{format_region, Select, Store};
+use common::{disk, region_in, save_bytes, save_one, scratch, WAIT};
+use pccheck::engine::{format_region, grow_region, Select, Store};
+use pccheck::format::{BLOCK_BYTES, CONTROL_OFFSETS};
 use pccheck::medium::{Durability, Requested};
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::ErrorKind;
@@ -179,4 +180,88 @@ fn chunks_larger_than_the_readers_buffers_are_read_through_them() {
         file.write_all_at(&byte, at).expect("repair");
     }
     store.open_checkpoint(Select::Newest, true).expect("whole again");
+}
+
+/// Both control blocks were lost, and with them the ceiling; growing once began a new one at 1.
+#[test]
+fn growing_a_region_without_control_blocks_uses_no_generation_twice() {
+    let region = region_in(disk(), &format());
+    let store = Store::open(&region.path, &options()).expect("open");
+    save_one(&store, 1, &[1; 1000], &[]).expect("save").wait_durable(WAIT).expect("durable");
+    let mut used = 0;
+    for step in 2..20 {
+        let raw = store.begin_raw(step, 1000, &[], WAIT).expect("begin");
+        used = raw.generation();
+        drop(raw);
+        store.drain(WAIT).expect("drain");
+    }
+    drop(store);
+    let file = fs::OpenOptions::new().write(true).open(&region.path).expect("open");
+    for offset in CONTROL_OFFSETS {
+        file.write_all_at(&[0; BLOCK_BYTES as usize], offset).expect("damage");
+    }
+    assert!(grow_region(&region.path, 5, 200_000, None).expect("grow").is_empty(), "all could be read");
+    let store = Store::open(&region.path, &options()).expect("open");
+    let next = store.begin_raw(100, 1000, &[], WAIT).expect("begin").generation();
+    assert!(next > used, "generation {next} after {used}");
+    store.open_checkpoint(Select::Step(1), true).expect("still there");
+}
+
+/// A group that shares a region lost it to whoever grew it.
+#[test]
+fn growing_keeps_the_mode_and_the_owner_of_the_file() {
+    let region = region_in(disk(), &format());
+    fs::set_permissions(&region.path, fs::Permissions::from_mode(0o640)).expect("chmod");
+    let found = fs::metadata(&region.path).expect("stat");
+    // Only root can give a file away; others check the mode alone.
+    let other = (found.uid() == 0).then_some(12_345);
+    if let Some(other) = other {
+        std::os::unix::fs::chown(&region.path, Some(other), Some(other)).expect("chown");
+    }
+    grow_region(&region.path, 5, 200_000, None).expect("grow");
+    let grown = fs::metadata(&region.path).expect("stat");
+    assert_eq!(grown.mode() & 0o7777, 0o640);
+    assert_eq!(grown.uid(), other.unwrap_or(found.uid()));
+    assert_eq!(grown.gid(), other.unwrap_or(found.gid()));
+}
+
+/// A save whose flush hangs once made abandoning its step hang, too.
+#[cfg(feature = "sim")]
+#[test]
+fn abandoning_a_step_waits_no_longer_than_it_was_told() {
+    use pccheck::medium::sim::{SimMedium, SimModel};
+    use pccheck::medium::Barrier;
+    use pccheck::save::Faults;
+    use std::sync::Arc;
+
+    let sim = Arc::new(SimMedium::new(4 * (2 << 20), SimModel::Ssd { torn: false }));
+    pccheck::store::format_medium(&*sim, &FormatOptions::new(3, 200_000)).expect("format");
+    let store = Store::open_on(sim.clone(), &options(), Faults::default()).expect("open");
+    save_one(&store, 1, &[1; 1000], &[]).expect("save").wait_durable(WAIT).expect("durable");
+    let hold = sim.hold(|attempt| attempt.barrier == Some(Barrier::Payload));
+    let save = save_one(&store, 2, &[2; 1000], &[]).expect("save");
+    assert!(sim.wait_held(hold, 1, Duration::from_secs(60)), "never flushed");
+    let error = store.abandon(0, 2, Some(Duration::from_millis(20))).expect_err("it cannot have ended");
+    assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+    sim.release(hold);
+    let committed = save.wait_durable(WAIT).is_ok();
+    assert_eq!(store.abandon(0, 2, WAIT).expect("abandon"), u32::from(committed));
+    let steps: Vec<u64> = store.checkpoints().expect("list").iter().map(|info| info.record.step).collect();
+    assert_eq!(steps.iter().filter(|&&step| step == 2).count(), 0, "{steps:?}");
+}
+
+/// A raw save's size could only be guessed before: its header is the format's business.
+#[test]
+fn the_size_of_a_raw_save_is_told_before_there_is_a_region() {
+    let value = "v".repeat(5000);
+    for (bytes, metadata) in [(0, vec![]), (5000, vec![]), (5000, vec![("key", value.as_str())])] {
+        let told = Store::raw_payload_bytes(bytes, &metadata).expect("size");
+        let region =
+            region_in(disk(), &FormatOptions { medium: Requested::Mmap, ..FormatOptions::new(3, told) });
+        let store = Store::open(&region.path, &options()).expect("open");
+        let mut raw = store.begin_raw(1, bytes, &metadata, WAIT).expect("begin");
+        raw.write_at(0, &vec![7; bytes as usize]).expect("write");
+        raw.commit().expect("commit").wait_durable(WAIT).expect("durable");
+        assert_eq!(store.checkpoints().expect("list")[0].record.payload_bytes, told);
+    }
 }
