@@ -134,7 +134,7 @@ fn a_format_that_fails_leaves_the_path_as_it_was() {
 fn chunks_larger_than_the_readers_buffers_are_read_through_them() {
     let region = region_in(disk(), &FormatOptions::new(3, 4 << 20));
     let bytes =
-        |len: usize, seed: usize| (0..len).map(|i| (i * 131 ^ i >> 9 ^ seed) as u8).collect::<Vec<u8>>();
+        |len: usize, seed: usize| (0..len).map(|i| ((i * 131) ^ (i >> 9) ^ seed) as u8).collect::<Vec<u8>>();
     // Three chunks and a shorter one, which is smaller than a reader's buffer; tensors that begin and end anywhere.
     let state: Vec<(String, Vec<u8>)> = [1_000_000, 3, 700_001, 1_442_000]
         .iter()
