@@ -23,6 +23,7 @@
     USE(pcc_format)                                                                                                   \
     USE(pcc_open)                                                                                                     \
     USE(pcc_close)                                                                                                    \
+    USE(pcc_raw_payload_bytes)                                                                                        \
     USE(pcc_raw_begin)                                                                                                \
     USE(pcc_raw_write)                                                                                                \
     USE(pcc_raw_commit)                                                                                               \
@@ -62,7 +63,7 @@ static int load(const char *file)
 
     /* The same major: what was there when this was compiled means the same. At least our minor: it is there. */
     uint32_t abi = pcc.pcc_abi_version();
-    if (abi >> 16 != PCC_ABI_MAJOR || abi < PCC_ABI_MAJOR * 65536u + PCC_ABI_MINOR) {
+    if (abi / 65536u != PCC_ABI_MAJOR || abi < PCC_ABI_MAJOR * 65536u + PCC_ABI_MINOR) {
         fprintf(stderr, "plugin: no checkpointing: %s has ABI %" PRIu32 ".%" PRIu32 ", expected %d.%d or a later %d\n",
                 file, abi >> 16, abi & 0xffff, PCC_ABI_MAJOR, PCC_ABI_MINOR, PCC_ABI_MAJOR);
         return -1;
@@ -94,8 +95,9 @@ int main(int argc, char **argv)
     enum { PIECES = 100, PIECE_BYTES = 10007 };
     uint8_t piece[PIECE_BYTES];
     const uint64_t data_bytes = (uint64_t)PIECES * PIECE_BYTES;
-    /* What a slot must hold: the bytes and the header of the file that they become, 4096 bytes without metadata. */
-    const uint64_t payload_bytes = 4096 + data_bytes;
+    /* What a slot must hold: the bytes and the header of the file that they become. */
+    uint64_t payload_bytes;
+    check(pcc.pcc_raw_payload_bytes(data_bytes, NULL, 0, &payload_bytes), "ask for the size of a raw save");
 
     pcc_status status = pcc.pcc_format(argv[1], 3, payload_bytes, NULL);
     if (status != PCC_ALREADY_EXISTS) /* left by an earlier run: use it */

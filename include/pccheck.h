@@ -682,7 +682,10 @@ const char *pcc_status_text(pcc_status status);
 const char *pcc_version(void);
 
 // Version of the ABI that the loaded library has: major * 65536 + minor. A program that loads the library with
-// dlopen checks that the major is the PCC_ABI_MAJOR it was written for and that the minor is not below its own.
+// dlopen checks that the major is the PCC_ABI_MAJOR it was written for and that the minor is not below its own:
+//
+//   uint32_t abi = pcc_abi_version();
+//   int fits = abi / 65536u == PCC_ABI_MAJOR && abi >= PCC_ABI_MAJOR * 65536u + PCC_ABI_MINOR;
 //
 // Durability: none.
 // Threads: any.
@@ -826,17 +829,19 @@ pcc_status pcc_format(const char *path,
 
 // Replaces a region file by a larger one (more slots, larger slots, or both) that holds the same checkpoints and pins.
 // A crash leaves the old file or the new one. Refused on devices and while a writer has the region open; waits for
-// that writer for `lock_wait_ms` milliseconds (negative: for ever).
+// that writer for `lock_wait_ms` milliseconds (negative: for ever). `left_out` (may be NULL) receives how many
+// checkpoints the medium could no longer read, which the new file lacks; where it can read none, the call fails.
 //
 // Durability: the new region and its checkpoints are durable on return.
 // Threads: any.
-// Ownership: nothing is kept.
+// Ownership: `left_out` is the caller's; nothing is kept.
 // Errors: PCC_IN_USE, PCC_NO_SPACE, PCC_UNSUPPORTED, PCC_INVALID_ARGUMENT, PCC_NOT_A_REGION, PCC_CORRUPT, PCC_IO,
 // PCC_BAD_POINTER.
 pcc_status pcc_grow(const char *path,
                     uint32_t slot_count,
                     uint64_t payload_bytes,
-                    int64_t lock_wait_ms);
+                    int64_t lock_wait_ms,
+                    uint64_t *left_out);
 
 // Opens a region, recovers what it holds, and starts the library's threads. One writer at a time has a region open;
 // read-only stores work beside it.
@@ -917,17 +922,20 @@ pcc_status pcc_mark_global(const struct pcc_store *store,
                            uint64_t step,
                            uint64_t *generation);
 
-// Gives up `step` of run `run_id`, which some rank skipped, lost or failed: cancels its saves in flight and discards
-// its checkpoints. Every rank calls it. `discarded` (may be NULL) receives how many checkpoints went.
+// Gives up `step` of run `run_id`, which some rank skipped, lost or failed: cancels its saves in flight, waits until
+// their I/O has ended (for at most `timeout_ms`; negative: for ever), and discards the step's checkpoints. Every rank
+// calls it. `discarded` (may be NULL) receives how many checkpoints went.
 //
 // Durability: the discard is durable on return.
-// Threads: any number at once. Waits for the I/O of the cancelled saves.
+// Threads: any number at once.
 // Ownership: `discarded` is the caller's.
-// Errors: PCC_INVALID_STATE where the step is marked as durable everywhere, or its checkpoint is open; PCC_READ_ONLY,
+// Errors: PCC_TIMED_OUT: the saves are cancelled but have not ended, nothing is discarded yet, call again;
+// PCC_INVALID_STATE where the step is marked as durable everywhere, or its checkpoint is open; PCC_READ_ONLY,
 // PCC_IO, PCC_DURABILITY_UNKNOWN, PCC_FORKED, PCC_BAD_POINTER.
 pcc_status pcc_abandon(const struct pcc_store *store,
                        uint64_t run_id,
                        uint64_t step,
+                       int64_t timeout_ms,
                        uint32_t *discarded);
 
 // Discards every checkpoint newer than `generation` (0: all of them): what a group does after a restart, before any
@@ -1018,7 +1026,8 @@ pcc_status pcc_save_begin(const struct pcc_store *store,
                           struct pcc_save **save);
 
 // Stores in `payload_bytes` what a save of these tensors and this metadata takes: the `payload_bytes` to format a
-// region for. No memory of tensors is read.
+// region for. No memory of tensors is read: their `data` may be NULL, and each such tensor then counts in full, where
+// tensors with one address are stored once.
 //
 // Durability: none.
 // Threads: any.
@@ -1128,6 +1137,18 @@ pcc_status pcc_raw_begin(const struct pcc_store *store,
                          uint64_t metadata_count,
                          const struct pcc_save_options *options,
                          struct pcc_raw **raw);
+
+// Stores in `payload_bytes` what a raw save of `data_bytes` bytes and this metadata takes: the `payload_bytes` to format
+// a region for.
+//
+// Durability: none.
+// Threads: any.
+// Ownership: nothing is kept.
+// Errors: PCC_INVALID_ARGUMENT and PCC_TOO_LARGE as `pcc_raw_begin`; PCC_BAD_POINTER.
+pcc_status pcc_raw_payload_bytes(uint64_t data_bytes,
+                                 const struct pcc_pair *metadata,
+                                 uint64_t metadata_count,
+                                 uint64_t *payload_bytes);
 
 // Copies `bytes` bytes of `data` to `offset` of the stream. Each byte is written once, in any order; writing in order
 // is fastest. Blocks while the staging pool is full, which ends by itself.

@@ -18,7 +18,8 @@
 //! recovery, source   records -> decision table; where state comes from
 //! medium             how bytes become persistent: dax, mmap, direct, sim
 //! slots, staging, persist   slot words; bounded buffer pool; non-temporal copies and flushes
-//! format, sync, error       media layout; atomics; errors
+//! format, fork        media layout; forked children
+//! sync, error        atomics; errors
 //! ```
 #![deny(unsafe_code)]
 
@@ -28,6 +29,8 @@ pub mod error;
 pub mod capi;
 #[cfg(not(loom))]
 pub mod engine;
+#[cfg(not(loom))]
+pub mod fork;
 #[cfg(not(loom))]
 pub mod format;
 #[cfg(not(loom))]

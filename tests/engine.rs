@@ -208,7 +208,7 @@ fn pins_holds_and_discards_decide_what_stays() {
     assert_eq!(store.mark_global(77, 2).expect("mark"), 3);
     assert_eq!(steps(&store), [3, 2], "older than the mark is reclaimed");
     store.pin(3).expect("pin");
-    assert_eq!(store.abandon(77, 3).expect("abandon"), 1);
+    assert_eq!(store.abandon(77, 3, WAIT).expect("abandon"), 1);
     assert_eq!(steps(&store), [2]);
     save_state(&store, 3, &odd_state(9)).wait_durable(WAIT).expect("durable");
     drop(store);

@@ -71,6 +71,29 @@ pub unsafe extern "C" fn pcc_raw_begin(
     unsafe { guard::on("pcc_raw_begin", store, body) }
 }
 
+/// Stores in `payload_bytes` what a raw save of `data_bytes` bytes and this metadata takes: the `payload_bytes` to format
+/// a region for.
+///
+/// Durability: none.
+/// Threads: any.
+/// Ownership: nothing is kept.
+/// Errors: PCC_INVALID_ARGUMENT and PCC_TOO_LARGE as `pcc_raw_begin`; PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_raw_payload_bytes(
+    data_bytes: u64,
+    metadata: *const pcc_pair,
+    metadata_count: u64,
+    payload_bytes: *mut u64,
+) -> pcc_status {
+    let body = |caller: &Caller| {
+        let out = caller.out("payload_bytes", payload_bytes, 0)?;
+        out.set(Store::raw_payload_bytes(data_bytes, &caller.metadata(metadata, metadata_count)?)?);
+        Ok(())
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::call("pcc_raw_payload_bytes", body) }
+}
+
 /// Copies `bytes` bytes of `data` to `offset` of the stream. Each byte is written once, in any order; writing in order
 /// is fastest. Blocks while the staging pool is full, which ends by itself.
 ///

@@ -201,7 +201,8 @@ pub unsafe extern "C" fn pcc_save_begin(
 }
 
 /// Stores in `payload_bytes` what a save of these tensors and this metadata takes: the `payload_bytes` to format a
-/// region for. No memory of tensors is read.
+/// region for. No memory of tensors is read: their `data` may be NULL, and each such tensor then counts in full, where
+/// tensors with one address are stored once.
 ///
 /// Durability: none.
 /// Threads: any.
@@ -217,7 +218,7 @@ pub unsafe extern "C" fn pcc_payload_bytes(
 ) -> pcc_status {
     let body = |caller: &Caller| {
         let out = caller.out("payload_bytes", payload_bytes, 0)?;
-        let tensors = caller.tensors(tensors, tensor_count)?;
+        let tensors = caller.tensor_sizes(tensors, tensor_count)?;
         let host: Vec<HostTensor<'_>> = tensors.iter().map(TensorArg::host).collect();
         out.set(Store::payload_bytes(&host, &caller.metadata(metadata, metadata_count)?)?);
         Ok(())
@@ -436,6 +437,16 @@ impl<'a> TensorArg<'a> {
 impl Caller {
     /// Checks everything about tensors but what the format checks: names, sizes, ties.
     pub fn tensors<'a>(&'a self, tensors: *const pcc_tensor, count: u64) -> Outcome<Vec<TensorArg<'a>>> {
+        let checked = self.tensor_sizes(tensors, count)?;
+        for (index, tensor) in checked.iter().enumerate().filter(|(_, tensor)| tensor.bytes > 0) {
+            // Only looked at, not read: NULL and the end of memory.
+            self.check_memory(&format!("tensors[{index}].data"), tensor.data, tensor.bytes)?;
+        }
+        Ok(checked)
+    }
+
+    /// As [`Caller::tensors`], of tensors whose memory need not exist.
+    fn tensor_sizes<'a>(&'a self, tensors: *const pcc_tensor, count: u64) -> Outcome<Vec<TensorArg<'a>>> {
         self.limit("tensors", count)?;
         let tensors = self.options_array("tensors", tensors, count)?;
         tensors.iter().enumerate().map(|(index, tensor)| self.tensor(index, tensor)).collect()
@@ -461,10 +472,6 @@ impl Caller {
             ))
         })?;
         let shape = self.array(&field("shape"), tensor.shape, tensor.rank.into())?;
-        if tensor.bytes > 0 {
-            // Only looked at, not read: NULL and the end of memory.
-            self.check_memory(&field("data"), tensor.data, tensor.bytes)?;
-        }
         Ok(TensorArg { name, dtype, shape, data: tensor.data, bytes: tensor.bytes })
     }
 

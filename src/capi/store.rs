@@ -63,11 +63,12 @@ pub unsafe extern "C" fn pcc_format(
 
 /// Replaces a region file by a larger one (more slots, larger slots, or both) that holds the same checkpoints and pins.
 /// A crash leaves the old file or the new one. Refused on devices and while a writer has the region open; waits for
-/// that writer for `lock_wait_ms` milliseconds (negative: for ever).
+/// that writer for `lock_wait_ms` milliseconds (negative: for ever). `left_out` (may be NULL) receives how many
+/// checkpoints the medium could no longer read, which the new file lacks; where it can read none, the call fails.
 ///
 /// Durability: the new region and its checkpoints are durable on return.
 /// Threads: any.
-/// Ownership: nothing is kept.
+/// Ownership: `left_out` is the caller's; nothing is kept.
 /// Errors: PCC_IN_USE, PCC_NO_SPACE, PCC_UNSUPPORTED, PCC_INVALID_ARGUMENT, PCC_NOT_A_REGION, PCC_CORRUPT, PCC_IO,
 /// PCC_BAD_POINTER.
 #[no_mangle]
@@ -76,12 +77,15 @@ pub unsafe extern "C" fn pcc_grow(
     slot_count: u32,
     payload_bytes: u64,
     lock_wait_ms: i64,
+    left_out: *mut u64,
 ) -> pcc_status {
     let body = |caller: &Caller| {
+        let out = caller.out_optional("left_out", left_out, 0)?;
         let path = caller.path(path)?;
         // The engine takes no wait as its default; for ever is as long as a clock can tell.
         let wait = wait_of(lock_wait_ms).or(wait_of(LONGEST_WAIT_MS));
-        Ok(grow_region(path, slot_count, payload_bytes, wait)?)
+        out.set(grow_region(path, slot_count, payload_bytes, wait)?.len() as u64);
+        Ok(())
     };
     // SAFETY: the header binds the caller.
     unsafe { guard::call("pcc_grow", body) }
@@ -223,22 +227,25 @@ pub unsafe extern "C" fn pcc_mark_global(
     unsafe { guard::optional_result_on("pcc_mark_global", store, "generation", generation, body) }
 }
 
-/// Gives up `step` of run `run_id`, which some rank skipped, lost or failed: cancels its saves in flight and discards
-/// its checkpoints. Every rank calls it. `discarded` (may be NULL) receives how many checkpoints went.
+/// Gives up `step` of run `run_id`, which some rank skipped, lost or failed: cancels its saves in flight, waits until
+/// their I/O has ended (for at most `timeout_ms`; negative: for ever), and discards the step's checkpoints. Every rank
+/// calls it. `discarded` (may be NULL) receives how many checkpoints went.
 ///
 /// Durability: the discard is durable on return.
-/// Threads: any number at once. Waits for the I/O of the cancelled saves.
+/// Threads: any number at once.
 /// Ownership: `discarded` is the caller's.
-/// Errors: PCC_INVALID_STATE where the step is marked as durable everywhere, or its checkpoint is open; PCC_READ_ONLY,
+/// Errors: PCC_TIMED_OUT: the saves are cancelled but have not ended, nothing is discarded yet, call again;
+/// PCC_INVALID_STATE where the step is marked as durable everywhere, or its checkpoint is open; PCC_READ_ONLY,
 /// PCC_IO, PCC_DURABILITY_UNKNOWN, PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_abandon(
     store: *const pcc_store,
     run_id: u64,
     step: u64,
+    timeout_ms: i64,
     discarded: *mut u32,
 ) -> pcc_status {
-    let body = |inner: &StoreInner| inner.store.abandon(run_id, step);
+    let body = |inner: &StoreInner| inner.store.abandon(run_id, step, wait_of(timeout_ms));
     // SAFETY: the header binds the caller.
     unsafe { guard::optional_result_on("pcc_abandon", store, "discarded", discarded, body) }
 }

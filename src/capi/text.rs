@@ -88,7 +88,10 @@ pub extern "C" fn pcc_version() -> *const c_char {
 }
 
 /// Version of the ABI that the loaded library has: major * 65536 + minor. A program that loads the library with
-/// dlopen checks that the major is the PCC_ABI_MAJOR it was written for and that the minor is not below its own.
+/// dlopen checks that the major is the PCC_ABI_MAJOR it was written for and that the minor is not below its own:
+///
+///   uint32_t abi = pcc_abi_version();
+///   int fits = abi / 65536u == PCC_ABI_MAJOR && abi >= PCC_ABI_MAJOR * 65536u + PCC_ABI_MINOR;
 ///
 /// Durability: none.
 /// Threads: any.

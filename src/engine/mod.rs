@@ -17,7 +17,7 @@ use crate::recovery::DecisionTable;
 use crate::save::{deadline_in, Faults, Saver};
 use crate::slots::SlotState;
 use crate::staging::{StagingOptions, StagingPool};
-use crate::store::{format, grow, FormatOptions, OpenOptions, Region};
+use crate::store::{format, grow, FormatOptions, LeftOut, OpenOptions, Region};
 use crate::sync::Arc;
 
 /// Creates a region at `path`: a new file, an empty file, or a block device. Durable on return.
@@ -38,13 +38,14 @@ pub fn format_region_with_progress(
 
 /// Replaces the region file by a larger one that holds the same checkpoints. Durable on return.
 ///
-/// A crash leaves the old region or the new one. Refused on devices, and while a writer has the region open.
+/// A crash leaves the old region or the new one. Refused on devices, and while a writer has the region open. Returns the
+/// checkpoints that could not be read, which the new region lacks; fails where not one can be.
 pub fn grow_region(
     path: &Path,
     slot_count: u32,
     payload_bytes: u64,
     lock_wait: Option<Duration>,
-) -> Result<()> {
+) -> Result<Vec<LeftOut>> {
     grow::grow_path(path, slot_count, payload_bytes, lock_wait)
 }
 
@@ -153,7 +154,10 @@ impl Store {
 
     /// Collectively abandons a step: cancels its saves in flight and durably discards its checkpoints.
     /// Returns how many checkpoints were discarded.
-    pub fn abandon(&self, run_id: u64, step: u64) -> Result<u32> {
+    ///
+    /// `timeout` bounds the wait for the cancelled saves to end (`None`: for ever); then `TimedOut`, and nothing was
+    /// discarded yet.
+    pub fn abandon(&self, run_id: u64, step: u64, timeout: Option<Duration>) -> Result<u32> {
         const OP: &str = "abandon";
         let saver = self.writer(OP)?;
         if self.region.global_mark().is_some_and(|mark| mark.run_id == run_id && mark.step == step) {
@@ -165,10 +169,18 @@ impl Store {
             .at_path(self.region.path()));
         }
         if run_id == self.region.options().run_id {
-            for save in saver.active().iter().filter(|save| save.spec.step == step) {
-                save.fail(crate::save::cancelled("its step was abandoned"));
+            let deadline = deadline_in(timeout);
+            let mut saves = saver.active();
+            saves.retain(|save| save.spec.step == step);
+            saves.iter().for_each(|save| save.fail(crate::save::cancelled("its step was abandoned")));
+            for save in saves {
                 // It may have been too late to cancel: then the checkpoint is discarded below.
-                let _ = save.wait_durable(None);
+                let _ = save.wait_durable(deadline);
+                if !save.ended() {
+                    let message = "the time given ran out before its saves had ended; nothing was discarded";
+                    let error = Error::new(ErrorKind::TimedOut, OP, message).at_path(self.region.path());
+                    return Err(error.advise("call again: the saves are cancelled, and end by themselves"));
+                }
             }
         }
         self.region.discard(OP, |record| record.run_id == run_id && record.step == step)

@@ -56,6 +56,7 @@ impl Store {
         wait: Option<Duration>,
     ) -> Result<Save> {
         let saver = self.writer("begin save")?;
+        tensors.iter().try_for_each(check_memory)?;
         let specs = specs_of(tensors)?;
         let plan = plan(&specs, metadata)?;
         self.check_fits(plan.payload_bytes)?;
@@ -127,9 +128,15 @@ impl Store {
         RawSave::new(Save::new(core), saver.shared().clone(), chunks, &plan)
     }
 
-    /// Payload bytes that a save of these tensors takes: what the slot must hold.
+    /// Payload bytes that a save of these tensors takes: what the slot must hold. Their memory may not exist yet: a
+    /// tensor whose address is null is counted as one that shares its bytes with no other.
     pub fn payload_bytes(tensors: &[HostTensor<'_>], metadata: &[(&str, &str)]) -> Result<u64> {
         Ok(plan(&specs_of(tensors)?, metadata)?.payload_bytes)
+    }
+
+    /// Payload bytes that a raw save of so many bytes takes.
+    pub fn raw_payload_bytes(data_bytes: u64, metadata: &[(&str, &str)]) -> Result<u64> {
+        Ok(plan_raw(data_bytes, metadata)?.payload_bytes)
     }
 
     fn check_fits(&self, payload_bytes: u64) -> Result<()> {
@@ -177,18 +184,23 @@ unsafe fn source_of(plan: PayloadPlan, tensors: &[HostTensor<'_>]) -> HostSource
     unsafe { HostSource::new(plan.header, segments, metadata) }
 }
 
+/// Refuses memory that cannot be read.
+fn check_memory(tensor: &HostTensor<'_>) -> Result<()> {
+    if tensor.ptr.is_null() && tensor.bytes > 0 {
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            "begin save",
+            format!("tensor {:?} has {} bytes and a null pointer", tensor.name, tensor.bytes),
+        ));
+    }
+    Ok(())
+}
+
 /// Checks addresses and finds tied tensors.
 fn specs_of<'a>(tensors: &'a [HostTensor<'a>]) -> Result<Vec<TensorSpec<'a>>> {
     let mut seen: HashMap<(usize, u64, u32, &[u64]), usize> = HashMap::with_capacity(tensors.len());
     let mut specs = Vec::with_capacity(tensors.len());
     for (index, tensor) in tensors.iter().enumerate() {
-        if tensor.ptr.is_null() && tensor.bytes > 0 {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                "begin save",
-                format!("tensor {:?} has {} bytes and a null pointer", tensor.name, tensor.bytes),
-            ));
-        }
         let end =
             usize::try_from(tensor.bytes).ok().and_then(|bytes| (tensor.ptr as usize).checked_add(bytes));
         if end.is_none() || tensor.bytes > isize::MAX as u64 {
@@ -201,6 +213,7 @@ fn specs_of<'a>(tensors: &'a [HostTensor<'a>]) -> Result<Vec<TensorSpec<'a>>> {
         let key = (tensor.ptr as usize, tensor.bytes, tensor.dtype.code(), tensor.shape);
         let alias_of = match tensor.bytes {
             0 => None,
+            _ if tensor.ptr.is_null() => None,
             _ => seen.get(&key).copied(),
         };
         seen.entry(key).or_insert(index);

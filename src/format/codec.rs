@@ -6,6 +6,20 @@
 
 use twox_hash::XxHash3_64;
 
+use crate::error::{Error, ErrorKind, Result};
+
+/// An empty vector with room for `count` elements, or an error: `count` was read from a medium, where vectors that grow
+/// by themselves would end the process.
+pub(crate) fn reserved<T>(count: u64, op: &'static str) -> Result<Vec<T>> {
+    let mut empty = Vec::new();
+    let room = usize::try_from(count).ok().and_then(|count| empty.try_reserve_exact(count).ok());
+    room.map(|()| empty).ok_or_else(|| {
+        let bytes = u128::from(count) * size_of::<T>() as u128;
+        Error::new(ErrorKind::OutOfMemory, op, format!("cannot get {bytes} bytes of memory"))
+            .advise("free memory, or raise the memory limit of the process (ulimit -v, cgroup)")
+    })
+}
+
 /// One block of the medium: 4096 bytes.
 pub type Block = [u8; 4096];
 

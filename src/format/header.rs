@@ -11,7 +11,7 @@ use super::payload::{
     Tie, KEY_COMPLEX128, KEY_METADATA_TENSOR, KEY_RAW, KEY_TIED, METADATA_ENTRY, RESERVED_KEY_PREFIX,
 };
 use super::record::MIN_HEADER_BYTES;
-use super::{Dtype, MAX_HEADER_JSON_BYTES, MAX_RANK, MAX_TENSORS};
+use super::{Dtype, MAX_HEADER_JSON_BYTES, MAX_METADATA_BYTES, MAX_RANK, MAX_TENSORS};
 use crate::error::{Error, ErrorKind, Result};
 
 const OP: &str = "read payload header";
@@ -214,6 +214,10 @@ fn restore(
             .filter(|&place| tensors[place].dtype == Dtype::U8)
             .ok_or_else(|| bad(KEY_METADATA_TENSOR, &format!("{name:?} is not a U8 tensor")))?;
         let tensor = tensors.remove(place);
+        if tensor.bytes > MAX_METADATA_BYTES {
+            let reason = format!("{name:?} has {} bytes, the limit is {MAX_METADATA_BYTES}", tensor.bytes);
+            return Err(bad(KEY_METADATA_TENSOR, &reason));
+        }
         metadata_place = Some(MetadataPlace { offset: tensor.offset, bytes: tensor.bytes });
     }
     let raw = ours.contains_key(KEY_RAW);

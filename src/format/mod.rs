@@ -77,6 +77,10 @@ pub const MAX_RANK: usize = 64;
 /// Longest JSON header that safetensors readers accept, in bytes, without the 8-byte length before it.
 pub const MAX_HEADER_JSON_BYTES: u64 = 100_000_000;
 
+/// Longest metadata that has no room in the header and lies in a tensor of its own, in bytes of JSON. Whoever opens a
+/// checkpoint holds it in memory, whatever a crafted payload claims.
+pub const MAX_METADATA_BYTES: u64 = 256 << 20;
+
 const _: () = assert!(std::mem::size_of::<Block>() as u64 == BLOCK_BYTES);
 const _: () = assert!(SLOT_ALIGN_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () =

@@ -9,7 +9,7 @@ use super::codec::round_up;
 use super::header::{Shape, StoredHeader, StoredTensor, LENGTH_BYTES};
 use super::layout::MAX_REGION_BYTES;
 use super::record::MAX_HEADER_BYTES;
-use super::{Dtype, BLOCK_BYTES, MAX_NAME_BYTES, MAX_RANK, MAX_TENSORS};
+use super::{Dtype, BLOCK_BYTES, MAX_METADATA_BYTES, MAX_NAME_BYTES, MAX_RANK, MAX_TENSORS};
 use crate::error::{Error, ErrorKind, Result};
 
 const OP: &str = "plan payload";
@@ -241,7 +241,14 @@ fn plan_within(
     if !user.is_empty() {
         let mut metadata = own;
         metadata.insert(KEY_METADATA_TENSOR.to_owned(), METADATA_TENSOR_NAME.to_owned());
-        let outside = arrange(tensors, metadata, Some(to_json(&user)?.into_bytes()))?;
+        let moved = to_json(&user)?.into_bytes();
+        if moved.len() as u64 > MAX_METADATA_BYTES {
+            return Err(too_large(format!(
+                "the metadata has {} bytes of JSON, the limit is {MAX_METADATA_BYTES}",
+                moved.len()
+            )));
+        }
+        let outside = arrange(tensors, metadata, Some(moved))?;
         if outside.header.len() as u64 <= limit_bytes {
             return Ok(outside);
         }

@@ -248,6 +248,25 @@ fn bad_headers_are_corrupt_with_the_reason() {
     assert!(parse(&foreign(&ranks, 1)).unwrap_err().message().contains("dimensions"));
 }
 
+/// Whoever opens a checkpoint holds this in memory: what the payload's size allows once ended the process.
+#[test]
+fn metadata_tensor_is_bounded_before_it_is_read() {
+    let with = |bytes: u64| {
+        let json = format!(
+            r#"{{"__metadata__":{{"pccheck.metadata_tensor":"m"}},"m":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[0,{bytes}]}}}}"#
+        );
+        let header = foreign(&json, 0);
+        parse_header(&header, header.len() as u64 + bytes)
+    };
+    let limit = crate::format::MAX_METADATA_BYTES;
+    assert_eq!(with(limit).unwrap().metadata_place.unwrap().bytes, limit);
+    for bytes in [limit + 1, 1 << 40, 1 << 59] {
+        let error = with(bytes).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.message().contains("limit"), "{error}");
+    }
+}
+
 #[test]
 fn header_length_is_bounded_before_anything_is_read() {
     let limit = crate::format::MAX_HEADER_JSON_BYTES;

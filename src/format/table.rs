@@ -2,6 +2,7 @@
 
 use twox_hash::xxhash3_128;
 
+use super::codec::reserved;
 use super::SlotRecord;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -72,7 +73,9 @@ pub fn decode_table(table: &[u8], record: &SlotRecord) -> Result<Vec<u128>> {
         hash.copy_from_slice(bytes);
         u128::from_le_bytes(hash)
     };
-    Ok(table.chunks_exact(HASH_BYTES as usize).map(hash_of).collect())
+    let mut hashes = reserved(record.chunk_count, "read chunk table")?;
+    hashes.extend(table.chunks_exact(HASH_BYTES as usize).map(hash_of));
+    Ok(hashes)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 pub use plan::Part;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::codec::reserved;
 use crate::format::{decode_table, header_len, parse_header, Payload, SlotRecord, TensorInfo, BLOCK_BYTES};
 use crate::store::Region;
 use crate::sync::{Arc, Mutex};
@@ -47,7 +48,7 @@ impl Place {
     }
 
     fn read_hashes(&self) -> Result<Vec<u128>> {
-        let mut table = vec![0u8; self.record.table_bytes() as usize];
+        let mut table = zeroed(self.record.table_bytes())?;
         self.region.medium().read(self.offset(self.record.table_offset), &mut table)?;
         decode_table(&table, &self.record)
     }
@@ -75,9 +76,9 @@ impl Place {
         Ok(payload)
     }
 
-    /// Payload bytes from chunks that verify; `len` was bounded by the payload's size before.
+    /// Payload bytes from chunks that verify; `len` was bounded by a limit of the format before.
     fn read_verified(&self, hashes: &[u128], offset: u64, len: u64) -> Result<Vec<u8>> {
-        let mut bytes = vec![0u8; len as usize];
+        let mut bytes = zeroed(len)?;
         let mut part = [Part { offset, dst: &mut bytes }];
         reader::read_parts(&self.region, &self.record, hashes, &mut part)?;
         Ok(bytes)
@@ -182,7 +183,7 @@ impl Checkpoint {
 
     /// One tensor's bytes.
     pub fn read_tensor(&self, name: &str) -> Result<Vec<u8>> {
-        let mut bytes = vec![0u8; self.tensor(name)?.bytes as usize];
+        let mut bytes = zeroed(self.tensor(name)?.bytes)?;
         self.read_tensors(&mut [(name, &mut bytes)])?;
         Ok(bytes)
     }
@@ -223,6 +224,14 @@ fn reclaimed(region: &Region, record: &SlotRecord) -> Error {
     )
     .at_path(region.path())
     .advise("open the newest checkpoint again, or pin it in the writer")
+}
+
+/// So many zeros; an error where the memory cannot be had.
+fn zeroed(bytes: u64) -> Result<Vec<u8>> {
+    let mut zeros = reserved(bytes, "read checkpoint")?;
+    // It fits the address space: there is room for it.
+    zeros.resize(bytes as usize, 0);
+    Ok(zeros)
 }
 
 /// Blocks that hold `bytes` bytes.

@@ -23,6 +23,15 @@ pub(super) struct Piece {
     pub len: usize,
 }
 
+impl Piece {
+    /// The part of it that lies in `start..end` of the chunk, with its place from `start`.
+    pub fn clipped(&self, start: usize, end: usize) -> Option<Piece> {
+        let (from, to) = (self.within.max(start), (self.within + self.len).min(end));
+        let at = self.at + (from - self.within);
+        (from < to).then(|| Piece { within: from - start, at, len: to - from, ..*self })
+    }
+}
+
 /// All pieces, ordered by chunk. Errors where a part passes the payload.
 pub(super) fn pieces(record: &SlotRecord, parts: &[(u64, usize)]) -> Result<Vec<Piece>> {
     let mut pieces = Vec::new();

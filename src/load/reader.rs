@@ -117,11 +117,6 @@ fn run<'a>(
         failed: AtomicBool::new(false),
         failure: Mutex::new(None),
     };
-    if padded(record.chunk_len(0)) > region.pool().buffer_bytes() {
-        read_large_chunks(&work);
-        let failure = work.failure.lock().take();
-        return failure.map_or(Ok(()), Err);
-    }
     thread::scope(|scope| {
         for _ in 1..threads {
             // Where the system refuses a thread, those that run do the work.
@@ -133,39 +128,86 @@ fn run<'a>(
     failure.map_or(Ok(()), Err)
 }
 
+/// One read of a chunk, or of as much of it as a staging buffer holds.
+#[derive(Debug, Clone, Copy)]
+struct Stretch {
+    token: u64,
+    /// Index among the jobs.
+    job: usize,
+    /// First byte, within the chunk.
+    start: usize,
+    len: usize,
+    /// The chunk is larger than a buffer: the next stretch goes on where this one ends.
+    partial: bool,
+}
+
+/// A stretch whose read was started, in the order of starting.
+struct Flight {
+    stretch: Stretch,
+    arrived: Option<(StagingBuffer, Result<()>)>,
+}
+
+/// What a thread reads next.
+struct Course<'a> {
+    work: &'a Work<'a>,
+    /// The chunk that is larger than a buffer, and how much of it was handed out.
+    begun: Option<(usize, usize)>,
+    token: u64,
+}
+
+impl Course<'_> {
+    fn next(&mut self) -> Option<Stretch> {
+        let (job, start) = match self.begun.take() {
+            Some(begun) => begun,
+            // Relaxed: the jobs themselves were published by spawning the threads.
+            None => (self.work.next.fetch_add(1, Ordering::Relaxed), 0),
+        };
+        let chunk = self.work.jobs.get(job)?.chunk;
+        let (chunk_len, room) = (self.work.record.chunk_len(chunk), self.work.region.pool().buffer_bytes());
+        let len = (chunk_len - start).min(room);
+        if start + len < chunk_len {
+            self.begun = Some((job, start + len));
+        }
+        self.token += 1;
+        Some(Stretch { token: self.token, job, start, len, partial: chunk_len > room })
+    }
+}
+
 /// One thread: keep up to `WINDOW` reads in flight; verify and copy out what arrives.
 fn read_jobs(work: &Work<'_>) {
     let arrivals = Arc::new(Arrivals { queue: Mutex::new(VecDeque::new()), arrived: Condvar::new() });
     let persister = Persister::detect();
-    let mut in_flight = 0;
+    let mut course = Course { work, begun: None, token: 0 };
+    let mut flights: VecDeque<Flight> = VecDeque::with_capacity(WINDOW);
+    let mut large: Option<Reading<'_>> = None;
     loop {
-        while in_flight < WINDOW && !work.failed.load(Ordering::Relaxed) {
+        while flights.len() < WINDOW && !work.failed.load(Ordering::Relaxed) {
             // Blocks for a buffer only while it holds none, so that readers never starve one another.
             let pool = work.region.pool();
-            let buffer = if in_flight == 0 { pool.acquire(None) } else { pool.try_acquire() };
+            let buffer = if flights.is_empty() { pool.acquire(None) } else { pool.try_acquire() };
             let Some(buffer) = buffer else { break };
-            // Relaxed: the jobs themselves were published by spawning the threads.
-            let index = work.next.fetch_add(1, Ordering::Relaxed);
-            let Some(job) = work.jobs.get(index) else { break };
-            let offset =
-                work.region.layout().slot_offset(work.record.slot) + job.chunk * work.record.chunk_bytes;
-            in_flight += 1;
+            let Some(stretch) = course.next() else { break };
+            let chunk_offset = work.jobs[stretch.job].chunk * work.record.chunk_bytes;
+            let slot_offset = work.region.layout().slot_offset(work.record.slot);
+            flights.push_back(Flight { stretch, arrived: None });
             work.region.medium().start(Io {
                 op: IoOp::Read,
-                offset,
-                len: padded(work.record.chunk_len(job.chunk)),
+                offset: slot_offset + chunk_offset + stretch.start as u64,
+                len: padded(stretch.len),
                 buffer,
-                token: index as u64,
+                token: stretch.token,
                 sink: arrivals.clone(),
             });
         }
-        if in_flight == 0 {
+        if flights.is_empty() {
             return;
         }
-        let (token, buffer, result) = next_arrival(&arrivals);
-        in_flight -= 1;
-        let job = &work.jobs[token as usize];
-        let result = result.and_then(|()| verify_and_copy(work, job, &buffer, &persister));
+        let (stretch, buffer, result) = next_arrival(&arrivals, &mut flights);
+        let result = match work.failed.load(Ordering::Relaxed) {
+            // Of a chunk that failed before its end, the rest has nothing to add to.
+            true => Ok(()),
+            false => result.and_then(|()| read_stretch(work, stretch, &buffer, &mut large, &persister)),
+        };
         drop(buffer);
         if let Err(error) = result {
             work.failure.lock().get_or_insert(error);
@@ -174,63 +216,103 @@ fn read_jobs(work: &Work<'_>) {
     }
 }
 
-/// For a checkpoint saved with larger chunks than this store's buffers: one heap buffer of one chunk, no overlap.
-fn read_large_chunks(work: &Work<'_>) {
-    let persister = Persister::detect();
-    let mut buffer = vec![0u8; padded(work.record.chunk_len(0))];
-    for job in &work.jobs {
-        let offset = work.region.layout().slot_offset(work.record.slot) + job.chunk * work.record.chunk_bytes;
-        let bytes = &mut buffer[..padded(work.record.chunk_len(job.chunk))];
-        let read = work.region.medium().read(offset, bytes);
-        if let Err(error) = read.and_then(|()| verify_and_copy(work, job, bytes, &persister)) {
-            *work.failure.lock() = Some(error);
-            return;
-        }
-    }
-}
-
-fn next_arrival(arrivals: &Arrivals) -> (u64, StagingBuffer, Result<()>) {
+/// Waits for the next stretch that can be verified: any whole chunk, but the parts of a larger one in their order.
+fn next_arrival(arrivals: &Arrivals, flights: &mut VecDeque<Flight>) -> (Stretch, StagingBuffer, Result<()>) {
     let mut queue = arrivals.queue.lock();
     loop {
-        if let Some(arrival) = queue.pop_front() {
-            return arrival;
+        while let Some((token, buffer, result)) = queue.pop_front() {
+            if let Some(flight) = flights.iter_mut().find(|flight| flight.stretch.token == token) {
+                flight.arrived = Some((buffer, result));
+            }
+        }
+        let ready = flights
+            .iter()
+            .enumerate()
+            .position(|(at, flight)| flight.arrived.is_some() && (at == 0 || !flight.stretch.partial));
+        if let Some(Flight { stretch, arrived: Some((buffer, result)) }) =
+            ready.and_then(|at| flights.remove(at))
+        {
+            return (stretch, buffer, result);
         }
         queue = arrivals.arrived.wait_until(queue, None).0;
     }
 }
 
-fn verify_and_copy(work: &Work<'_>, job: &Job<'_>, buffer: &[u8], persister: &Persister) -> Result<()> {
-    let len = work.record.chunk_len(job.chunk);
-    let mut hasher = ChunkHasher::new();
-    let mut pieces = job.pieces.iter().copied().peekable();
-    let mut done = 0;
-    while done < len {
-        let end = (done + PIECE_BYTES).min(len);
-        hasher.update(&buffer[done..end]);
-        while let Some(piece) = pieces.peek_mut() {
-            if piece.within >= end {
-                break;
-            }
-            let now = piece.len.min(end - piece.within);
-            let src = &buffer[piece.within..piece.within + now];
-            // SAFETY: `plan::pieces` keeps `at + len` within the part's destination.
-            let to = unsafe { work.destinations[piece.part].ptr.add(piece.at) };
-            // SAFETY: `to` has room for `now` bytes, belongs to this job alone, and is no staging memory.
-            unsafe { persister.copy_streaming(to, src.as_ptr(), now) };
-            piece.within += now;
-            piece.at += now;
-            piece.len -= now;
-            if piece.len > 0 {
-                break;
-            }
-            pieces.next();
+/// Verifies and copies out; `large` is what was seen of a chunk that is larger than a buffer.
+fn read_stretch<'a>(
+    work: &'a Work<'_>,
+    stretch: Stretch,
+    buffer: &[u8],
+    large: &mut Option<Reading<'a>>,
+    persister: &Persister,
+) -> Result<()> {
+    let job = &work.jobs[stretch.job];
+    let mut reading = match large.take() {
+        Some(begun) if stretch.partial && stretch.start > 0 => begun,
+        // Between the parts of a large chunk the whole, shorter one at the payload's end may arrive.
+        other => {
+            *large = other.filter(|_| !stretch.partial);
+            Reading::new(job)
         }
-        done = end;
+    };
+    reading.absorb(work, &buffer[..stretch.len], persister);
+    if stretch.partial && reading.done < work.record.chunk_len(job.chunk) {
+        *large = Some(reading);
+        return Ok(());
     }
     // The destination's non-temporal stores must be visible before the caller is told that they are there.
     persister.fence();
-    match hasher.finish() == work.hashes[job.chunk as usize] {
+    match reading.hasher.finish() == work.hashes[job.chunk as usize] {
         true => Ok(()),
         false => Err(damaged_chunk(work.region, work.record, job.chunk)),
+    }
+}
+
+/// A chunk of which the first `done` bytes were hashed and copied out.
+struct Reading<'a> {
+    hasher: ChunkHasher,
+    /// In order of their places; those that ended are no longer among the first.
+    pieces: &'a [Piece],
+    done: usize,
+}
+
+impl<'a> Reading<'a> {
+    fn new(job: &Job<'a>) -> Self {
+        Reading { hasher: ChunkHasher::new(), pieces: job.pieces, done: 0 }
+    }
+
+    /// Takes the next bytes of the chunk.
+    fn absorb(&mut self, work: &Work<'_>, bytes: &[u8], persister: &Persister) {
+        let (start, end) = (self.done, self.done + bytes.len());
+        let begun = self.pieces.partition_point(|piece| piece.within < end);
+        // Several pieces may want the same bytes: one that ends here need not be the first that is left.
+        let mut pieces = self.pieces[..begun].iter().filter_map(|piece| piece.clipped(start, end)).peekable();
+        let mut done = 0;
+        while done < bytes.len() {
+            let end = (done + PIECE_BYTES).min(bytes.len());
+            self.hasher.update(&bytes[done..end]);
+            while let Some(piece) = pieces.peek_mut() {
+                if piece.within >= end {
+                    break;
+                }
+                let now = piece.len.min(end - piece.within);
+                let src = &bytes[piece.within..piece.within + now];
+                // SAFETY: `plan::pieces` keeps `at + len` within the part's destination.
+                let to = unsafe { work.destinations[piece.part].ptr.add(piece.at) };
+                // SAFETY: `to` has room for `now` bytes, belongs to this job alone, and is no staging memory.
+                unsafe { persister.copy_streaming(to, src.as_ptr(), now) };
+                piece.within += now;
+                piece.at += now;
+                piece.len -= now;
+                if piece.len > 0 {
+                    break;
+                }
+                pieces.next();
+            }
+            done = end;
+        }
+        self.done = end;
+        let ended = self.pieces.iter().take_while(|piece| piece.within + piece.len <= end).count();
+        self.pieces = &self.pieces[ended..];
     }
 }

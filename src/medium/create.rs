@@ -4,12 +4,11 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::time::Duration;
 
 use super::aligned::AlignedBuffer;
-use super::file::{available_bytes, disable_copy_on_write, sync_parent, RegionFile, SAFE_DIO_ALIGN};
+use super::file::{available_bytes, disable_copy_on_write, sync_parent, SAFE_DIO_ALIGN};
 use super::io as transfer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BLOCK_BYTES;
@@ -17,11 +16,8 @@ use crate::format::BLOCK_BYTES;
 /// Bytes of zeros written at a time.
 const ZEROS_BYTES: usize = 4 << 20;
 
-/// Unit of `st_blocks`, whatever the file system's own.
-const STAT_BLOCK_BYTES: u64 = 512;
-
 /// Only the owner may read a training run's state, unless they decide otherwise.
-const MODE: u32 = 0o600;
+pub(super) const MODE: u32 = 0o600;
 
 /// Told of `(done, total)` bytes while a file is being filled.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
@@ -56,37 +52,8 @@ pub fn create_file(path: &Path, bytes: u64, prewrite: Option<Progress<'_>>) -> R
     done
 }
 
-/// Gives the existing file `path` exactly `bytes`, preallocated and zero; of a block device, checks that it is large
-/// enough. What the file held is lost, but not while another writer has it open, and not for lack of space.
-///
-/// # Errors
-///
-/// [`ErrorKind::InUse`] when another writer holds the region; [`ErrorKind::NoSpace`] with the bytes needed and
-/// available. An error after the space was found to suffice leaves the file empty.
-pub fn reuse_file(path: &Path, bytes: u64, prewrite: Option<Progress<'_>>) -> Result<()> {
-    check_bytes(path, bytes)?;
-    let held = RegionFile::open(path, true, Duration::ZERO)?;
-    let fd = held.raw_fd();
-    if held.is_block_device() {
-        if held.len_bytes() < bytes {
-            let message = format!("{bytes} bytes are needed, the device has {}", held.len_bytes());
-            return Err(Error::new(ErrorKind::NoSpace, "format", message)
-                .at_path(path)
-                .advise("use fewer or smaller slots, or a larger device"));
-        }
-        return match prewrite {
-            Some(progress) => write_zeros(fd, bytes, progress).map_err(|error| error.at_path(path)),
-            None => Ok(()),
-        };
-    }
-    let own = fs::metadata(path).map_or(0, |found| found.blocks() * STAT_BLOCK_BYTES);
-    let filled = require_space(fd, bytes.saturating_sub(own))
-        .and_then(|()| truncate(fd))
-        .and_then(|()| fill(fd, bytes, prewrite).inspect_err(|_| drop(truncate(fd))));
-    filled.map_err(|error| error.at_path(path))
-}
-
-fn truncate(fd: RawFd) -> Result<()> {
+/// Empties a file.
+pub(super) fn truncate(fd: RawFd) -> Result<()> {
     // SAFETY: touches no memory.
     if unsafe { libc::ftruncate64(fd, 0) } != 0 {
         return Err(Error::last_os("truncate"));
@@ -94,7 +61,8 @@ fn truncate(fd: RawFd) -> Result<()> {
     Ok(())
 }
 
-fn check_bytes(path: &Path, bytes: u64) -> Result<()> {
+/// Refuses what is no size of a region.
+pub(super) fn check_bytes(path: &Path, bytes: u64) -> Result<()> {
     if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) || i64::try_from(bytes).is_err() {
         let message = format!("expected a positive multiple of {BLOCK_BYTES} bytes, found {bytes}");
         return Err(Error::new(ErrorKind::InvalidArgument, "create", message).at_path(path));
@@ -102,7 +70,8 @@ fn check_bytes(path: &Path, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn explain_create(error: &io::Error, path: &Path) -> Error {
+/// The error of a file that could not be created.
+pub(super) fn explain_create(error: &io::Error, path: &Path) -> Error {
     let wrapped = Error::io("create", error).at_path(path);
     match error.raw_os_error() {
         Some(libc::EEXIST) => wrapped.with_kind(ErrorKind::AlreadyExists),
@@ -111,7 +80,8 @@ fn explain_create(error: &io::Error, path: &Path) -> Error {
     }
 }
 
-fn fill(fd: RawFd, bytes: u64, prewrite: Option<Progress<'_>>) -> Result<()> {
+/// Gives an empty file its space, durably.
+pub(super) fn fill(fd: RawFd, bytes: u64, prewrite: Option<Progress<'_>>) -> Result<()> {
     disable_copy_on_write(fd);
     let reserved = preallocate(fd, bytes)?;
     let mut silent = |_, _| {};
@@ -146,7 +116,8 @@ fn preallocate(fd: RawFd, bytes: u64) -> Result<bool> {
     }
 }
 
-fn require_space(fd: RawFd, bytes: u64) -> Result<()> {
+/// Refuses more than the file system has.
+pub(super) fn require_space(fd: RawFd, bytes: u64) -> Result<()> {
     match available_bytes(fd) {
         Some(available) if available < bytes => Err(no_space(fd, bytes)),
         _ => Ok(()),
@@ -162,7 +133,8 @@ fn no_space(fd: RawFd, bytes: u64) -> Error {
         .advise("free space, use fewer or smaller slots, or choose another file system")
 }
 
-fn write_zeros(fd: RawFd, bytes: u64, progress: Progress<'_>) -> Result<()> {
+/// Writes zeros over the first `bytes` bytes.
+pub(super) fn write_zeros(fd: RawFd, bytes: u64, progress: Progress<'_>) -> Result<()> {
     let zeros = AlignedBuffer::new(ZEROS_BYTES, SAFE_DIO_ALIGN)?;
     let mut done = 0;
     while done < bytes {

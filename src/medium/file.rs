@@ -14,9 +14,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::fork::{without_forks, ChildClosedFd, ForkStamp};
+use super::create::truncate;
 use super::{io as transfer, lock, Durability};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork::{without_forks, ChildClosedFd, ForkStamp};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::Arc;
 
 /// `BLKGETSIZE64`, which the C library's headers leave to the kernel's.
 const BLKGETSIZE64: libc::Ioctl = libc::_IOR::<usize>(0x12, 114);
@@ -48,36 +51,42 @@ pub struct RegionFile {
     block_device: bool,
     fs_type: i64,
     durability: Durability,
+    /// What becomes of the file when it is closed before `completed`.
+    pub(super) undo: Undo,
+    pub(super) completed: Arc<AtomicBool>,
+}
+
+/// What becomes of a file that is closed before the region in it is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Undo {
+    /// Nothing: it is not to become a region, or is still as it was found.
+    Nothing,
+    /// It is left empty, as good as new.
+    Empty,
+    /// It is removed: it did not exist before.
+    Remove,
 }
 
 impl RegionFile {
     /// Opens the region at `path`.
     ///
     /// A writer takes the exclusive lock, waiting at most `lock_wait` for it ([`ErrorKind::InUse`] afterwards,
-    /// naming the holder). A reader takes no lock, and works beside a live writer. Symbolic links are followed
+    /// naming the holder; a wait beyond all clocks is one for ever). A reader takes no lock, and works beside a live writer. Symbolic links are followed
     /// only to block devices.
     pub fn open(path: &Path, writable: bool, lock_wait: Duration) -> Result<Self> {
-        RegionFile::open_at(path, writable, Some(Instant::now() + lock_wait))
-    }
-
-    /// Opens for writing without the lock. For measuring a region that the caller itself holds locked.
-    pub(super) fn open_unlocked(path: &Path) -> Result<Self> {
-        RegionFile::open_at(path, true, None)
-    }
-
-    fn open_at(path: &Path, writable: bool, lock_deadline: Option<Instant>) -> Result<Self> {
+        if !writable {
+            return RegionFile::open_once(path, false, false);
+        }
+        // A wait that no clock can tell is one for ever.
+        let deadline = Instant::now().checked_add(lock_wait);
         loop {
-            let file = match lock_deadline.filter(|_| writable) {
-                Some(deadline) => RegionFile::open_claimed(path, deadline)?,
-                None => RegionFile::open_once(path, writable, false)?,
-            };
-            let (Some(deadline), true) = (lock_deadline, writable) else { return Ok(file) };
+            let file = RegionFile::open_claimed(path, deadline)?;
             lock::exclusive(&file, deadline)?;
             if file.still_named()? {
                 return Ok(file);
             }
             // The region was grown, which renames a new file over it, while this one waited for the old lock.
-            if Instant::now() >= deadline {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(Error::new(
                     ErrorKind::InUse,
                     "open",
@@ -89,10 +98,16 @@ impl RegionFile {
         }
     }
 
+    /// Opens for writing without the lock. For measuring a region that the caller itself holds locked.
+    pub(super) fn open_unlocked(path: &Path) -> Result<Self> {
+        RegionFile::open_once(path, true, false)
+    }
+
     /// Opens for writing; a device also under the kernel's exclusive claim, which other writers hold while they are
     /// open, as mounts do.
-    fn open_claimed(path: &Path, deadline: Instant) -> Result<Self> {
-        let mut backoff = lock::Backoff::until(deadline.max(Instant::now() + CLAIM_GRACE));
+    fn open_claimed(path: &Path, deadline: Option<Instant>) -> Result<Self> {
+        let grace = Instant::now() + CLAIM_GRACE;
+        let mut backoff = lock::Backoff::until(deadline.map(|deadline| deadline.max(grace)));
         loop {
             match RegionFile::open_once(path, true, true) {
                 Err(error) if error.errno() == Some(libc::EBUSY) => {
@@ -147,12 +162,18 @@ impl RegionFile {
             (stat.st_size as u64, fs_in_memory(fs_type))
         };
         let durability = if volatile { Durability::Process } else { Durability::Power };
-        Ok(RegionFile { fd, path, len_bytes, writable, block_device, fs_type, durability })
+        let (undo, completed) = (Undo::Nothing, Arc::new(AtomicBool::new(false)));
+        Ok(RegionFile { fd, path, len_bytes, writable, block_device, fs_type, durability, undo, completed })
     }
 
     /// The path; of a device, the one that links lead to.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Notes the size that the file was given since it was opened.
+    pub(super) fn resized(&mut self, len_bytes: u64) {
+        self.len_bytes = len_bytes;
     }
 
     /// Size of the file or device when it was opened, in bytes.
@@ -265,6 +286,19 @@ impl RegionFile {
         Ok(())
     }
 
+    /// Undoes what was begun and not completed. A failure leaves a file that is no region, and is not taken for one.
+    fn undo(&self) {
+        // Acquire pairs with the release in `Completion::keep`.
+        if self.undo == Undo::Nothing || self.completed.load(Ordering::Acquire) {
+            return;
+        }
+        // For readers that have it open, and for names that still lead to it.
+        let _ = truncate(self.raw_fd());
+        if self.undo == Undo::Remove && self.still_named().unwrap_or(false) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+
     /// What people should know of the place where the region lies.
     pub(super) fn notes(&self) -> Vec<String> {
         if self.block_device {
@@ -290,6 +324,8 @@ impl Drop for RegionFile {
         // All I/O has ended by now. Without this, a ring that the kernel dismantles a little later would keep the
         // lock for that while. Never in a forked child: the lock is the parent's.
         if self.writable && !self.stamp().is_forked() {
+            // Under the lock: afterwards the file may be another's region.
+            self.undo();
             lock::release(self.raw_fd());
         }
     }

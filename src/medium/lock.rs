@@ -17,18 +17,19 @@ const POLL_MAX: Duration = Duration::from_millis(50);
 
 /// Pauses between attempts at something that another process still holds.
 pub(super) struct Backoff {
-    deadline: Instant,
+    /// None: never.
+    deadline: Option<Instant>,
     pause: Duration,
 }
 
 impl Backoff {
-    pub(super) fn until(deadline: Instant) -> Self {
+    pub(super) fn until(deadline: Option<Instant>) -> Self {
         Backoff { deadline, pause: POLL_MIN }
     }
 
     /// Sleeps; false, at once, when the deadline has passed.
     pub(super) fn wait(&mut self) -> bool {
-        let left = self.deadline.saturating_duration_since(Instant::now());
+        let left = self.deadline.map_or(POLL_MAX, |at| at.saturating_duration_since(Instant::now()));
         if left.is_zero() {
             return false;
         }
@@ -38,8 +39,8 @@ impl Backoff {
     }
 }
 
-/// Takes the lock on the open file description of `file`, trying until `deadline`.
-pub(super) fn exclusive(file: &RegionFile, deadline: Instant) -> Result<()> {
+/// Takes the lock on the open file description of `file`, trying until `deadline` (`None`: for ever).
+pub(super) fn exclusive(file: &RegionFile, deadline: Option<Instant>) -> Result<()> {
     let mut backoff = Backoff::until(deadline);
     loop {
         // SAFETY: touches no memory.

@@ -8,9 +8,9 @@ use std::mem::ManuallyDrop;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::file::RegionFile;
-use super::fork::without_forks;
 use super::{check_io, io as transfer, refuse, Barrier, Io, IoOp, Medium, MediumInfo, MediumKind};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork::without_forks;
 use crate::format::BLOCK_BYTES;
 use crate::persist::Persister;
 

@@ -21,6 +21,12 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Measurements of each medium; the best of each counts.
 const ROUNDS: usize = 2;
 
+/// Times that the range is written: once to begin with, then by either medium in each round.
+const PASSES: u64 = 1 + 2 * ROUNDS as u64;
+
+/// Most bytes that measuring writes in all, however large the region: a slot may have hundreds of gigabytes.
+const MEASURE_BYTES: u64 = 64 << 20;
+
 /// What was measured, in bytes per second, durable.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Measured {
@@ -32,15 +38,17 @@ pub struct Measured {
     pub preferred: PreferredHint,
 }
 
-/// Overwrites `len` bytes of the region from `offset` (both multiples of 4 KiB) with a pattern, several times, through
-/// each medium, and tells which made them durable sooner. For a freshly formatted region: what was there is lost. The
-/// lock is not taken: the caller holds it, or is the only one to know of the file.
+/// Overwrites at most `len` bytes of the region from `offset` (both multiples of 4 KiB) with a pattern, several times,
+/// through each medium, and tells which made them durable sooner. Writes 64 MiB in all at most. For a
+/// freshly formatted region: what was there is lost. The lock is not taken: the caller holds it, or is the only one to
+/// know of the file.
 pub fn measure_preferred(path: &Path, offset: u64, len: u64) -> Result<Measured> {
     if len == 0 || !len.is_multiple_of(BLOCK_BYTES) || !offset.is_multiple_of(BLOCK_BYTES) {
         let message =
             format!("expected whole blocks of {BLOCK_BYTES} bytes, found {len} bytes from {offset}");
         return Err(Error::new(ErrorKind::InvalidArgument, "measure", message).at_path(path));
     }
+    let len = len.min(MEASURE_BYTES / PASSES / BLOCK_BYTES * BLOCK_BYTES);
     let mut pattern =
         AlignedBuffer::new(PIECE_BYTES.min(usize::try_from(len).unwrap_or(PIECE_BYTES)), HUGE_PAGE_BYTES)?;
     fill(&mut pattern);

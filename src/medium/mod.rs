@@ -35,7 +35,6 @@ mod aligned;
 mod create;
 mod direct;
 mod file;
-pub mod fork;
 mod io;
 mod lock;
 mod mapped;
@@ -44,15 +43,17 @@ mod open;
 mod path;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod site;
 mod threads;
 mod uring;
 
-pub use create::{create_file, reuse_file, Progress};
+pub use create::{create_file, Progress};
 pub use direct::IoBackend;
 pub use file::{sync_parent, RegionFile};
 pub use measure::{measure_preferred, Measured};
 pub use open::{open_medium, MediumOptions, PreferredHint, Requested};
-pub use path::{holds_data, is_device, read_head, rename_over};
+pub use path::{copy_owner, is_device, read_head, rename_over};
+pub use site::{Completion, Site};
 
 /// Why a fence or persist is issued: names each ordering point of the protocol, so that the crash checker
 /// can remove each in turn and prove that it is needed.

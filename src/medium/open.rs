@@ -91,13 +91,22 @@ pub fn open_medium(
     pool: Option<&Arc<StagingPool>>,
 ) -> Result<Arc<dyn Medium>> {
     let file = RegionFile::open(path, options.writable, options.lock_wait)?;
+    medium_on(file, options, pool)
+}
+
+/// [`open_medium`] of a file that is already open, under its lock if it is writable.
+pub(super) fn medium_on(
+    file: RegionFile,
+    options: &MediumOptions,
+    pool: Option<&Arc<StagingPool>>,
+) -> Result<Arc<dyn Medium>> {
     if file.len_bytes() == 0 {
         return Err(Error::new(
             ErrorKind::NotARegion,
             "open",
             "expected a region, found an empty file: 0 bytes",
         )
-        .at_path(path)
+        .at_path(file.path())
         .advise("format it first (`pccheck format`), or correct the path"));
     }
     if file.durability() < options.required {
@@ -106,7 +115,7 @@ pub fn open_medium(
             "open",
             "durability across power loss is required, but this file or device lives in memory only",
         )
-        .at_path(path)
+        .at_path(file.path())
         .advise("put the region on a disk, or accept durability across the death of the process only"));
     }
     match options.kind {

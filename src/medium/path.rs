@@ -1,38 +1,19 @@
 //! What is done with a region's path rather than with its bytes.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind as IoErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::io::{ErrorKind as IoErrorKind, Read};
+use std::os::unix::fs::{fchown, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::file::{not_storage, sync_parent};
 use crate::error::{Error, Result};
 use crate::format::RECORDS_OFFSET;
 
-/// Bytes at either end of a file or device that are looked at for something of value: partition tables, volume
-/// managers and file systems all put their marks there.
-const TELLING_BYTES: u64 = 1 << 20;
-
 /// The bytes in front of the slot records, or all where there are fewer; `None` where the path holds nothing.
 pub fn read_head(path: &Path) -> Result<Option<Vec<u8>>> {
     let Some(file) = open_to_look(path)? else { return Ok(None) };
     let head = read_at_most(file, RECORDS_OFFSET, path)?;
     Ok((!head.is_empty()).then_some(head))
-}
-
-/// Whether the path holds something that formatting would destroy: false where it does not exist, is empty, or
-/// has nothing but zeros at both ends.
-pub fn holds_data(path: &Path) -> Result<bool> {
-    let Some(mut file) = open_to_look(path)? else { return Ok(false) };
-    let about = |e: std::io::Error| Error::io("read", &e).at_path(path);
-    let len = file.seek(SeekFrom::End(0)).map_err(about)?;
-    for start in [0, len.saturating_sub(TELLING_BYTES)] {
-        file.seek(SeekFrom::Start(start)).map_err(about)?;
-        if read_at_most(&file, TELLING_BYTES, path)?.iter().any(|&byte| byte != 0) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 fn open_to_look(path: &Path) -> Result<Option<File>> {
@@ -60,6 +41,22 @@ fn read_at_most(file: impl Read, bytes: u64, path: &Path) -> Result<Vec<u8>> {
 pub fn is_device(path: &Path) -> Result<bool> {
     let metadata = fs::metadata(path).map_err(|e| Error::io("open", &e).at_path(path))?;
     Ok(metadata.file_type().is_block_device())
+}
+
+/// Gives the file `to` mode, owner and group of the file `from`.
+pub fn copy_owner(from: &Path, to: &Path) -> Result<()> {
+    let wanted = fs::metadata(from).map_err(|e| Error::io("read the mode", &e).at_path(from))?;
+    let flags = libc::O_NOFOLLOW | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(to);
+    let file = file.map_err(|e| Error::io("open", &e).at_path(to))?;
+    let found = file.metadata().map_err(|e| Error::io("read the mode", &e).at_path(to))?;
+    if (found.uid(), found.gid()) != (wanted.uid(), wanted.gid()) {
+        // Before the mode, of which a change of owner takes bits away.
+        fchown(&file, Some(wanted.uid()), Some(wanted.gid())).map_err(|e| {
+            Error::io("keep the owner", &e).at_path(to).advise("run as the region's owner, or as root")
+        })?;
+    }
+    file.set_permissions(wanted.permissions()).map_err(|e| Error::io("keep the mode", &e).at_path(to))
 }
 
 /// Atomically puts `from` in the place of `to`; durable on return.

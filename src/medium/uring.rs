@@ -21,10 +21,10 @@ use std::time::Duration;
 use io_uring::{opcode, squeue, types, IoUring};
 
 use super::file::RegionFile;
-use super::fork::{without_forks, ChildClosedGuard};
 use super::io::{op_name, short, TRANSFER_MAX_BYTES};
 use super::{Io, IoOp};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork::{without_forks, ChildClosedGuard};
 use crate::staging::StagingPool;
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard};

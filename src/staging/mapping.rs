@@ -6,6 +6,7 @@ use std::io::{self, BufRead, BufReader};
 use std::ptr::{self, NonNull};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork::{without_forks, ForkStamp};
 
 /// Size and alignment of the large pages asked for: x86-64, and aarch64 with 4 KiB base pages.
 pub(super) const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -21,7 +22,7 @@ const OP: &str = "map staging pool";
 pub(super) struct Mapping {
     base: NonNull<u8>,
     len: usize,
-    owner: libc::pid_t,
+    stamp: ForkStamp,
 }
 
 // SAFETY: the mapping is plain memory, valid in every thread until drop; this type itself only reads `base`.
@@ -37,7 +38,7 @@ impl Mapping {
         // Mapped with one huge page to spare, so that an aligned start exists; the rest is given back.
         let spare_len = len.checked_add(HUGE_PAGE_BYTES).ok_or_else(too_large)?;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
-        let raw = unsafe {
+        let map = || unsafe {
             libc::mmap(
                 ptr::null_mut(),
                 spare_len,
@@ -47,25 +48,27 @@ impl Mapping {
                 0,
             )
         };
-        if raw == libc::MAP_FAILED {
-            return Err(out_of_memory(len, &io::Error::last_os_error().to_string()));
-        }
-        let raw = raw.cast::<u8>();
-        let head = raw.align_offset(HUGE_PAGE_BYTES).min(HUGE_PAGE_BYTES);
-        let base = raw.wrapping_add(head);
-        unmap(raw, head);
-        unmap(base.wrapping_add(len), spare_len - head - len);
-        let base = NonNull::new(base).ok_or_else(too_large)?;
-        // SAFETY: getpid has no preconditions.
-        let owner = unsafe { libc::getpid() };
-        let mapping = Mapping { base, len, owner };
-        // Both are requests: without huge pages I/O is slower, and huge_page_bytes() says so.
-        let _ = mapping.advise(libc::MADV_HUGEPAGE);
-        if let Err(error) = mapping.advise(libc::MADV_DONTFORK) {
+        let mapping = without_forks(|| {
+            let raw = map();
+            if raw == libc::MAP_FAILED {
+                return Err(out_of_memory(len, &io::Error::last_os_error().to_string()));
+            }
+            let raw = raw.cast::<u8>();
+            let head = raw.align_offset(HUGE_PAGE_BYTES).min(HUGE_PAGE_BYTES);
+            let base = raw.wrapping_add(head);
+            unmap(raw, head);
+            unmap(base.wrapping_add(len), spare_len - head - len);
+            let base = NonNull::new(base).ok_or_else(too_large)?;
+            let mapping = Mapping { base, len, stamp: ForkStamp::now() };
             // Without this a forked child shares pages copy-on-write, and writes here would go to copies
             // while pinned I/O goes on in the originals.
-            return Err(Error::io(OP, &error).advise("the kernel must support MADV_DONTFORK"));
-        }
+            mapping
+                .advise(libc::MADV_DONTFORK)
+                .map_err(|error| Error::io(OP, &error).advise("the kernel must support MADV_DONTFORK"))?;
+            Ok(mapping)
+        })?;
+        // A request: without huge pages I/O is slower, and huge_page_bytes() says so.
+        let _ = mapping.advise(libc::MADV_HUGEPAGE);
         mapping.touch()?;
         Ok(mapping)
     }
@@ -121,9 +124,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // In a forked child the range is not this mapping (MADV_DONTFORK) but perhaps somebody else's.
-        // SAFETY: getpid has no preconditions.
-        if unsafe { libc::getpid() } == self.owner {
+        // In a forked child the range is not this mapping (MADV_DONTFORK) but perhaps somebody else's. Process numbers
+        // would not tell: a child in a new namespace may have its parent's.
+        if !self.stamp.is_forked() {
             unmap(self.base.as_ptr(), self.len);
         }
     }

@@ -1,5 +1,8 @@
 //! Creating a region, never over anything of value without force, and never half.
 //!
+//! One lock is held from the look at what is there until the region is complete: of two that format one path at once
+//! the second finds the first's region, or is told of its lock.
+//!
 //! The superblocks are written last: a crash in the middle leaves something that is not a region. Where an old
 //! region is overwritten by force, its superblocks and records go first, so that no mixture can be recovered.
 
@@ -28,23 +31,26 @@ pub(crate) fn format_path(
 ) -> Result<()> {
     options.validate()?;
     let layout = layout_for(options)?;
-    check_replaceable(path, options.force)?;
+    // Before the lock, which a live writer of the region there holds: what is there is the better reason to refuse.
+    if let Some(found) = medium::Site::look(path)? {
+        check_replaceable(&found, path, options.force)?;
+    }
+    // From here to the end one lock is held, so that nobody else can make a region here that this one would destroy.
+    let mut site = medium::Site::take(path)?;
+    check_replaceable(&site, path, options.force)?;
     let mut silent = |_, _| {};
     let progress: medium::Progress<'_> = match progress {
         Some(progress) => progress,
         None => &mut silent,
     };
     let progress = options.prewrite.then_some(progress);
-    match path.symlink_metadata() {
-        Ok(_) => medium::reuse_file(path, layout.region_bytes(), progress)?,
-        Err(_) => medium::create_file(path, layout.region_bytes(), progress)?,
-    }
+    site.prepare(layout.region_bytes(), progress)?;
     let medium_options = MediumOptions {
         kind: options.medium,
         required: medium::Durability::Process,
         ..MediumOptions::default()
     };
-    let opened = medium::open_medium(path, &MediumOptions { writable: true, ..medium_options }, None)?;
+    let (opened, completion) = site.into_medium(&medium_options)?;
     let clear = clear_metadata(&*opened, &layout);
     clear.map_err(|e| e.at_path(path))?;
     let preferred = match options.medium {
@@ -59,8 +65,9 @@ pub(crate) fn format_path(
         Requested::Dax => PreferredMedium::Unknown,
     };
     write_metadata(&*opened, &layout, preferred).map_err(|e| e.at_path(path))?;
-    drop(opened);
-    medium::sync_parent(path)
+    medium::sync_parent(path)?;
+    completion.keep();
+    Ok(())
 }
 
 /// Formats an already open medium of sufficient size; what it held is gone.
@@ -88,14 +95,11 @@ pub(crate) fn layout_for(options: &FormatOptions) -> Result<Layout> {
     Layout::new(options.slot_count, slot_bytes)
 }
 
-fn check_replaceable(path: &Path, force: bool) -> Result<()> {
-    if force {
+fn check_replaceable(site: &medium::Site, path: &Path, force: bool) -> Result<()> {
+    if force || !site.holds_data()? {
         return Ok(());
     }
-    if !medium::holds_data(path)? {
-        return Ok(());
-    }
-    let head = medium::read_head(path)?.unwrap_or_default();
+    let head = site.head()?;
     let block = |offset: u64| -> [u8; BLOCK_BYTES as usize] {
         let mut block = [0; BLOCK_BYTES as usize];
         let bytes = head.get(offset as usize..).unwrap_or(&[]);
@@ -106,6 +110,10 @@ fn check_replaceable(path: &Path, force: bool) -> Result<()> {
     let found = Superblock::choose(&block(SUPERBLOCK_OFFSETS[0]), &block(SUPERBLOCK_OFFSETS[1]));
     let what = match found {
         Ok((superblock, _)) => format!("it holds region {}", superblock.uuid),
+        Err(_) if head.iter().all(|&byte| byte == 0) => {
+            "it begins with zeros and is not a pccheck region: an interrupted format, or a file of another's"
+                .to_string()
+        }
         Err(_) => "it holds data that is not a pccheck region".to_string(),
     };
     Err(Error::new(ErrorKind::AlreadyExists, OP, what)

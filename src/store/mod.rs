@@ -7,6 +7,7 @@ mod options;
 mod region;
 
 pub use format::format_medium;
+pub use grow::LeftOut;
 pub use options::{
     FormatOptions, OpenOptions, DEFAULT_CHUNK_BYTES, DEFAULT_LOCK_WAIT, DEFAULT_STAGING_BYTES, MAX_IN_FLIGHT,
     MAX_WRITERS,

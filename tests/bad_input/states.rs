@@ -206,7 +206,7 @@ fn a_read_only_store_refuses_every_change() {
         store.pin(NEWEST),
         store.unpin(NEWEST),
         store.mark_global(0, NEWEST).map(drop),
-        store.abandon(0, NEWEST).map(drop),
+        store.abandon(0, NEWEST, WAIT).map(drop),
         store.discard_newer(OLDER).map(drop),
         store.repair(WAIT).map(drop),
     ] {

@@ -12,7 +12,7 @@ fn null_is_refused_everywhere_and_freeing_it_is_nothing() {
     let (raw, checkpoint): (*const pcc_raw, *const pcc_checkpoint) = (null(), null());
     let bad = |status| fails(status, PCC_BAD_POINTER, &["NULL"]);
     bad(c!(pcc_format(null(), 4, 1, null())));
-    bad(c!(pcc_grow(null(), 4, 1, 0)));
+    bad(c!(pcc_grow(null(), 4, 1, 0, null_mut())));
     bad(c!(pcc_open(null(), null(), &mut null_mut())));
     bad(c!(pcc_open(c"x".as_ptr(), null(), null_mut())));
     bad(c!(pcc_drain(store, 0)));
@@ -20,7 +20,7 @@ fn null_is_refused_everywhere_and_freeing_it_is_nothing() {
     bad(c!(pcc_pin(store, 1)));
     bad(c!(pcc_unpin(store, 1)));
     bad(c!(pcc_mark_global(store, 0, 1, null_mut())));
-    bad(c!(pcc_abandon(store, 0, 1, null_mut())));
+    bad(c!(pcc_abandon(store, 0, 1, 0, null_mut())));
     bad(c!(pcc_discard_newer(store, 1, null_mut())));
     bad(c!(pcc_verify(store, 0, null_mut(), null_mut(), 0)));
     bad(c!(pcc_repair(store, 0, null_mut())));
@@ -31,6 +31,8 @@ fn null_is_refused_everywhere_and_freeing_it_is_nothing() {
     bad(c!(pcc_save_begin(store, 0, null(), 0, null(), 0, null(), &mut null_mut())));
     bad(c!(pcc_payload_bytes(null(), 1, null(), 0, &mut 0)));
     bad(c!(pcc_payload_bytes(null(), 0, null(), 0, null_mut())));
+    bad(c!(pcc_raw_payload_bytes(1, null(), 1, &mut 0)));
+    bad(c!(pcc_raw_payload_bytes(1, null(), 0, null_mut())));
     bad(c!(pcc_save_wait_copied(save, 0)));
     bad(c!(pcc_save_wait_durable(save, 0, null_mut())));
     bad(c!(pcc_save_progress(save, &mut sized!(pcc_progress))));
@@ -156,6 +158,15 @@ fn bad_tensors_are_refused_by_name_and_leave_the_store_usable() {
     let mut needed = 0;
     ok(c!(pcc_payload_bytes(&large, 1, null(), 0, &mut needed)));
     assert!(needed > shape[0] && needed < shape[0] + 8192);
+    // Before there is memory, the size is known all the same; two such tensors share nothing.
+    let unborn = pcc_tensor { data: null_mut(), ..large };
+    let twins = [unborn, pcc_tensor { name: c"twin".as_ptr(), ..unborn }];
+    let (mut one, mut two) = (0, 0);
+    ok(c!(pcc_payload_bytes(&unborn, 1, null(), 0, &mut one)));
+    ok(c!(pcc_payload_bytes(twins.as_ptr(), 2, null(), 0, &mut two)));
+    assert_eq!((one, two), (needed, needed + shape[0]));
+    let status = c!(pcc_save_begin(store, 1, &unborn, 1, null(), 0, null(), &mut null_mut()));
+    fails(status, PCC_BAD_POINTER, &["tensors[0].data is NULL"]);
     save_durably(store, 2, &mut state);
     restores(store, &state);
     c!(pcc_close(store));

@@ -205,7 +205,7 @@ fn pins_marks_and_discards_reach_the_store() {
     assert_eq!((generation, count()), (2, 3), "1 is pinned, 2 is marked, 3 is newer");
     ok(c!(pcc_unpin(store, 1)));
     assert_eq!(count(), 2);
-    fails(c!(pcc_abandon(store, 7, 2, &mut discarded)), PCC_INVALID_STATE, &["marked"]);
+    fails(c!(pcc_abandon(store, 7, 2, 0, &mut discarded)), PCC_INVALID_STATE, &["marked"]);
     assert_eq!(discarded, 0);
     ok(c!(pcc_discard_newer(store, 2, &mut discarded)));
     assert_eq!((discarded, count()), (1, 1));
@@ -214,7 +214,9 @@ fn pins_marks_and_discards_reach_the_store() {
     ok(c!(pcc_repair(store, 1000, &mut repaired)));
     assert_eq!(repaired, 0);
     c!(pcc_close(store));
-    ok(c!(pcc_grow(region.path.as_ptr(), 8, 4 << 20, 0)));
+    let mut left_out = 9;
+    ok(c!(pcc_grow(region.path.as_ptr(), 8, 4 << 20, 0, &mut left_out)));
+    assert_eq!(left_out, 0);
     let store = open(&region);
     restores(store, &State::new(2));
     c!(pcc_close(store));

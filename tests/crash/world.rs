@@ -283,7 +283,7 @@ impl Life {
 
     pub fn abandon(&self, generation: u64) {
         self.say(label::ABANDONING, generation);
-        self.store.abandon(RUN_ID, step_of(generation)).expect("abandon");
+        self.store.abandon(RUN_ID, step_of(generation), None).expect("abandon");
         self.say(label::ABANDONED, generation);
     }
 

@@ -5,7 +5,7 @@ use super::text::Text;
 /// Modules by level: a module may import from lower levels and from itself. The one table of the direction.
 pub const LEVELS: &[&[&str]] = &[
     &["error", "sync"],
-    &["format"],
+    &["fork", "format"],
     &["slots", "persist", "staging"],
     &["medium"],
     &["recovery", "source", "metrics"],
@@ -19,6 +19,7 @@ pub const LEVELS: &[&[&str]] = &[
 /// Where `unsafe` may stand: file or folder, and why.
 pub const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("persist/", "intrinsics and copies to raw memory"),
+    ("fork.rs", "fork handlers, and closing what a child must not keep"),
     ("medium/", "system calls and mappings"),
     ("staging/mapping.rs", "the pool's memory"),
     ("staging/pool.rs", "buffers are disjoint parts of the pool's memory"),

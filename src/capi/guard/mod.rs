@@ -26,7 +26,7 @@ use super::status::{pcc_status, PCC_BAD_POINTER, PCC_OK};
 use super::text::{remember, Fault};
 use crate::engine::Store;
 use crate::error::{Error, ErrorKind};
-use crate::medium::fork::ForkStamp;
+use crate::fork::ForkStamp;
 use crate::sync::{Arc, OnceLock};
 
 pub(super) type Outcome<T> = Result<T, Fault>;

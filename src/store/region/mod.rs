@@ -9,8 +9,9 @@ mod steps;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork;
 use crate::format::{Control, Layout, SlotRecord, Superblock, BLOCK_BYTES};
-use crate::medium::{fork, Barrier, Medium, MediumInfo};
+use crate::medium::{Barrier, Medium, MediumInfo};
 use crate::recovery::{self, DecisionTable, Verdict};
 use crate::slots::{SlotState, SlotTable, SlotView};
 use crate::staging::StagingPool;

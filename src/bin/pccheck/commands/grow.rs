@@ -23,7 +23,8 @@ const TABLE_CHUNK_BYTES: u64 = 64 << 10;
     group = ArgGroup::new("what").required(true).multiple(true).args(["slots", "state", "payload"]),
     after_help = "\
 A larger copy is written beside the file and renamed over it: a crash leaves the old region or the new
-one. Needs free space for the copy; refused while a trainer has the region open, and on devices.
+one. Needs free space for the copy; refused while a trainer has the region open, and on devices. A
+checkpoint that the medium can no longer read is left out, and named.
 
 Examples:
   pccheck grow run.pcc --slots 6
@@ -56,7 +57,7 @@ pub fn run(args: &Args) -> Result<()> {
     // A slot's bytes hold payload and chunk table; asking for its table's room again would grow it.
     let payload = args.payload.or_else(|| args.state.map(payload_for_state));
     let payload = payload.unwrap_or_else(|| largest_payload(before.slot_bytes));
-    grow_region(&args.path, slots, payload, Some(Duration::from_secs(args.wait)))?;
+    let left_out = grow_region(&args.path, slots, payload, Some(Duration::from_secs(args.wait)))?;
     let after = *open_to_read(&args.path)?.region().layout();
     if args.json {
         return output::print_json(&json!({
@@ -64,16 +65,27 @@ pub fn run(args: &Args) -> Result<()> {
             "before": { "slots": before.slot_count, "slot_bytes": before.slot_bytes },
             "after": { "slots": after.slot_count, "slot_bytes": after.slot_bytes },
             "region_bytes": after.region_bytes(),
+            "left_out": left_out
+                .iter()
+                .map(|lost| json!({ "generation": lost.generation, "error": lost.error.to_string() }))
+                .collect::<Vec<_>>(),
         }));
     }
     let slots =
         |layout: &Layout| format!("{} slots of {}", layout.slot_count, units::size(layout.slot_bytes));
-    output::print(&table::pairs(&[
+    let mut pairs = vec![
         ("grew", args.path.display().to_string()),
         ("before", slots(&before)),
         ("after", slots(&after)),
         ("size", units::size(after.region_bytes())),
-    ]))
+    ];
+    for lost in &left_out {
+        pairs.push((
+            "left out",
+            format!("generation {}, which cannot be read: {}", lost.generation, lost.error),
+        ));
+    }
+    output::print(&table::pairs(&pairs))
 }
 
 /// The largest payload for which `format` and `grow` make a slot of at most `slot_bytes`.

@@ -128,7 +128,7 @@ impl ForkStamp {
 
 /// A file descriptor that the child of a fork closes by itself.
 #[derive(Debug)]
-pub(super) struct ChildClosedFd {
+pub(crate) struct ChildClosedFd {
     fd: RawFd,
     place: usize,
     stamp: ForkStamp,
@@ -136,7 +136,7 @@ pub(super) struct ChildClosedFd {
 
 impl ChildClosedFd {
     /// Registers `fd`. To be called inside [`without_forks`], in which the descriptor was opened.
-    pub(super) fn register(fd: OwnedFd) -> Result<Self> {
+    pub(crate) fn register(fd: OwnedFd) -> Result<Self> {
         let raw = fd.as_raw_fd();
         let place = register_raw(raw)?;
         // From here on this object closes it.
@@ -144,7 +144,7 @@ impl ChildClosedFd {
         Ok(ChildClosedFd { fd: raw, place, stamp: ForkStamp::now() })
     }
 
-    pub(super) fn stamp(&self) -> ForkStamp {
+    pub(crate) fn stamp(&self) -> ForkStamp {
         self.stamp
     }
 }
@@ -170,14 +170,14 @@ impl Drop for ChildClosedFd {
 
 /// A registration of a descriptor that something else owns and closes, such as an io_uring.
 #[derive(Debug)]
-pub(super) struct ChildClosedGuard {
+pub(crate) struct ChildClosedGuard {
     place: usize,
     stamp: ForkStamp,
 }
 
 impl ChildClosedGuard {
     /// Registers `fd`, which must be closed by its owner only after this guard was dropped.
-    pub(super) fn register(fd: RawFd) -> Result<Self> {
+    pub(crate) fn register(fd: RawFd) -> Result<Self> {
         Ok(ChildClosedGuard { place: register_raw(fd)?, stamp: ForkStamp::now() })
     }
 }
