@@ -183,7 +183,7 @@ fn a_discard_brings_back_what_was_reclaimed_for_the_discarded() {
     let (_sim, store) = bed(4, 1);
     let (older, newer) = (save(&store, 1), save(&store, 2));
     assert_eq!(generations(&store), [newer]);
-    assert_eq!(store.abandon(0, 2).expect("abandon"), 1);
+    assert_eq!(store.abandon(0, 2, None).expect("abandon"), 1);
     assert_eq!(generations(&store), [older]);
     assert_eq!(newest(&store).expect("older"), older);
 }
