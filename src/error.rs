@@ -40,7 +40,7 @@ pub enum ErrorKind {
     TooLarge,
     /// No slot became claimable within the time given.
     NoSlot,
-    /// The time given ran out; the operation goes on and can be waited for again.
+    /// The time given ran out; the operation goes on and can be waited for again (a raw write cannot: its save has failed).
     TimedOut,
     /// The save was cancelled before it became durable.
     Cancelled,

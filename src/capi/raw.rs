@@ -40,14 +40,16 @@ impl Opaque for pcc_raw {
 }
 
 /// Begins a raw save of exactly `data_bytes` bytes with `metadata_count` entries of metadata; waits for a slot as long
-/// as `options->wait_ms` says. It is stored as one tensor of bytes (PCC_DTYPE_U8) called "raw".
+/// as `options->wait_ms` says, which also bounds each wait for room to copy to, here and in `pcc_raw_write` (negative:
+/// for ever; 0 is said of the slot, the others then take 10 s at most). It is stored as one tensor of bytes
+/// (PCC_DTYPE_U8) called "raw".
 ///
 /// Durability: none yet.
 /// Threads: any number at once; raw saves count among the N in flight.
 /// Ownership: `raw` receives a handle to be given to `pcc_raw_free`, or NULL on failure. Nothing else is kept; `options`
 /// may be NULL.
-/// Errors: PCC_NO_SLOT, PCC_TOO_LARGE, PCC_INVALID_ARGUMENT, PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL,
-/// PCC_FORKED, PCC_BAD_POINTER.
+/// Errors: PCC_NO_SLOT, PCC_TIMED_OUT where the staging pool stayed full, PCC_TOO_LARGE, PCC_INVALID_ARGUMENT,
+/// PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_raw_begin(
     store: *const pcc_store,
@@ -95,14 +97,16 @@ pub unsafe extern "C" fn pcc_raw_payload_bytes(
 }
 
 /// Copies `bytes` bytes of `data` to `offset` of the stream. Each byte is written once, in any order; writing in order
-/// is fastest. Blocks while the staging pool is full, which ends by itself.
+/// is fastest. Blocks while the staging pool is full, but no single wait longer than the `wait_ms` given at begin.
 ///
 /// Durability: none yet.
 /// Threads: any number at once on one save.
 /// Ownership: `data` is the caller's again on return.
 /// Errors: PCC_INVALID_ARGUMENT for a range that passes the end or was written before (nothing is changed by it, unless
-/// only a part of the range was written before); PCC_INVALID_STATE after commit; otherwise why the save failed;
-/// PCC_FORKED, PCC_BAD_POINTER.
+/// only a part of the range was written before); PCC_INVALID_STATE after commit. After the following the save has
+/// failed: PCC_TIMED_OUT (the write may have taken a part, so it cannot be repeated); PCC_TOO_LARGE after 65536 ranges
+/// with gaps between them (write larger or adjoining pieces); PCC_CORRUPT where the medium changed what was put by;
+/// otherwise why it failed before. PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_raw_write(
     raw: *const pcc_raw,

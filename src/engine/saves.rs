@@ -103,6 +103,9 @@ impl Store {
     }
 
     /// Begins a raw save of exactly `data_bytes` bytes, stored as one U8 tensor (see `format::payload::RAW_TENSOR_NAME`).
+    ///
+    /// `wait` bounds the wait for a slot, and then each wait of [`RawSave::write_at`] for room to copy to (where it is 0,
+    /// those are bounded by 10 s): `TimedOut` is then the end of the save.
     pub fn begin_raw(
         &self,
         step: u64,
@@ -116,7 +119,7 @@ impl Store {
         let options = self.region().options();
         // One buffer always circulates, so that other saves and loads move on whatever raw writers do.
         let share = (self.region().pool().buffer_count() - 1) / options.max_in_flight as usize;
-        let chunks = Arc::new(RawChunks::new(share, plan.payload_bytes.div_ceil(options.chunk_bytes)));
+        let chunks = Arc::new(RawChunks::new(share, wait, plan.payload_bytes.div_ceil(options.chunk_bytes)));
         let spec = SaveSpec {
             step,
             payload_bytes: plan.payload_bytes,

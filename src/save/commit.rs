@@ -35,6 +35,10 @@ fn commit_all(shared: &Shared, saves: Vec<Arc<SaveCore>>) {
 }
 
 fn commit_one(shared: &Shared, save: &SaveCore) -> Result<()> {
+    if save.ended() {
+        // By force: its caller was told that it failed.
+        return Ok(());
+    }
     check_flushes(shared, save)?;
     let record = committed_record(shared, save);
     let superseded_by = if shared.faults.free_before_commit() {
@@ -48,8 +52,9 @@ fn commit_one(shared: &Shared, save: &SaveCore) -> Result<()> {
         shared.region.publish(record)
     };
     let (copied, durable) = save.ages();
-    shared.metrics.saves_durable(save.spec.payload_bytes, superseded_by.is_some(), copied, durable);
-    shared.forget(save);
+    shared.forget(save, |metrics| {
+        metrics.saves_durable(save.spec.payload_bytes, superseded_by.is_some(), copied, durable);
+    });
     save.end(Ok((save.claim.slot, superseded_by)));
     Ok(())
 }

@@ -28,6 +28,8 @@ pub(crate) fn deadline_in(timeout: Option<Duration>) -> Option<Instant> {
 ///
 /// Dropping it before it is copied cancels it, and waits until the engine no longer reads the caller's memory
 /// (one chunk's copy at most). Dropping it later lets it go on to durable by itself.
+///
+/// In a forked child the save is its parent's: waits return `Forked`, everything else does nothing, at once.
 pub struct Save {
     core: Arc<SaveCore>,
 }
@@ -55,35 +57,52 @@ impl Save {
     ///
     /// Nothing is durable yet. On every error but `TimedOut` the memory is the caller's again, too.
     pub fn wait_copied(&self, timeout: Option<Duration>) -> Result<()> {
+        self.core.check_process("wait for copied")?;
         self.core.wait_copied(deadline_in(timeout))
     }
 
     /// Waits until the save has ended; `Ok` means that it will be found after a crash.
     pub fn wait_durable(&self, timeout: Option<Duration>) -> Result<Durable> {
+        self.core.check_process("wait for durable")?;
         self.core.wait_durable(deadline_in(timeout))
     }
 
-    /// How far it is. Never blocks.
+    /// How far it is. Never blocks. In a forked child: ended, with nothing copied.
     pub fn progress(&self) -> Progress {
-        self.core.progress()
+        match self.core.forked() {
+            true => Progress::unknown(self.core.spec.payload_bytes),
+            false => self.core.progress(),
+        }
     }
 
     /// Asks for the save to end without a checkpoint; comes too late where it is already being committed.
     pub fn cancel(&self) {
-        self.core.fail(cancelled("the save was cancelled by its caller"));
+        if !self.core.forked() {
+            self.core.fail(cancelled("the save was cancelled by its caller"));
+        }
     }
 
     /// Runs `callback` on a thread of the engine when the save ends (at once if it has). Replaces an earlier one.
+    ///
+    /// It holds up other saves while it runs. A panic in it ends the callback and nothing else.
     pub fn on_end(&self, callback: Box<dyn FnOnce() + Send>) {
-        self.core.set_on_end(callback);
+        if !self.core.forked() {
+            self.core.set_on_end(callback);
+        }
     }
 }
 
 impl Drop for Save {
     fn drop(&mut self) {
-        if !self.core.progress().copied && !self.core.ended() {
+        if self.core.forked() {
+            // What it holds (locks, buffers) is the parent's: never dropped here.
+            std::mem::forget(self.core.clone());
+            return;
+        }
+        if !self.core.progress().copied {
             self.cancel();
-            // Ends after at most one chunk per copier: returns when nobody reads the caller's memory.
+            // Ends after at most one chunk per copier: returns when nobody reads the caller's memory. A save that
+            // has ended is asked, too: one that was ended by force may still be read.
             let _ = self.core.wait_copied(None);
         }
     }

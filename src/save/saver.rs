@@ -9,13 +9,14 @@
 //! save. No thread waits for a buffer while it holds one, so buffers always come back.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::ChunkHasher;
 use crate::metrics::Metrics;
 use crate::save::commit;
-use crate::save::core::{cancelled, Origin, SaveCore, SaveSpec};
+use crate::save::core::{cancelled, internal, out_of_time, Origin, SaveCore, SaveSpec};
 use crate::save::faults::Faults;
 use crate::slots::SlotState;
 use crate::source::Source;
@@ -27,7 +28,7 @@ use crate::sync::{thread, Arc, Event, Mutex};
 /// How long a thread that waits for a buffer goes without looking whether the store is being closed.
 const CLOSE_POLL: Duration = Duration::from_millis(50);
 
-/// How long closing waits for saves of a store whose own thread has died.
+/// How long closing a poisoned store waits for saves to end by themselves.
 const POISONED_CLOSE_WAIT: Duration = Duration::from_secs(10);
 
 /// What the threads of one store share.
@@ -84,8 +85,9 @@ impl Saver {
     fn spawn(&self, name: &str, run: fn(&Shared)) -> Result<()> {
         let shared = self.shared.clone();
         let body = move || {
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&shared)));
-            if result.is_err() {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(&shared))) {
+                // Dropping what was thrown could panic again.
+                std::mem::forget(panic);
                 shared.give_up();
             }
         };
@@ -108,7 +110,6 @@ impl Saver {
         let shared = &self.shared;
         let save = loop {
             let ticket = shared.region.slot_freed().ticket();
-            shared.check_open()?;
             if let Some(save) = shared.try_begin(&spec, &origin)? {
                 break save;
             }
@@ -155,10 +156,12 @@ impl Saver {
         for save in self.active() {
             save.fail(cancelled("the store was closed before the save was durable"));
         }
-        // Ends by itself: every operation in flight completes, and nothing new is started. Only a thread of the
-        // engine that died in the middle (the store is poisoned then) could leave a save that never ends.
+        // Ends by itself: every operation in flight completes, nothing new is started, and a thread that dies ends
+        // all saves. Where a panic poisoned the store, no such thing is sure.
         let limit = shared.region.poisoned().then(|| Instant::now() + POISONED_CLOSE_WAIT);
         if self.drain(limit).is_err() {
+            shared.end_all_by_force();
+            shared.wake_all();
             self.threads.lock().drain(..).for_each(std::mem::forget);
             return;
         }
@@ -196,19 +199,25 @@ impl Shared {
         self.region.slot_freed().notify_all();
     }
 
-    /// A thread of the engine panicked: no further saves, and those in flight fail instead of hanging.
+    /// A thread of the engine panicked: no further saves, and those in flight end at once, since what they wait for
+    /// may never come. `try_begin` looks for the poison under the lock of active saves, so none slips through.
     fn give_up(&self) {
         self.region.poison();
+        self.end_all_by_force();
+        self.wake_all();
+    }
+
+    fn end_all_by_force(&self) {
         let active: Vec<_> = self.active.lock().values().cloned().collect();
         for save in active {
-            save.fail(Error::new(ErrorKind::Internal, "save", "a thread of the engine failed"));
+            save.end_by_force();
         }
-        self.wake_all();
     }
 
     /// Claims under the lock of active saves, so that no more than N are in flight.
     fn try_begin(self: &Arc<Self>, spec: &SaveSpec, origin: &Origin) -> Result<Option<Arc<SaveCore>>> {
         let mut active = self.active.lock();
+        self.check_open()?;
         if active.len() >= self.region.options().max_in_flight as usize {
             return Ok(None);
         }
@@ -227,6 +236,24 @@ impl Shared {
             }
             if self.closing() {
                 return None;
+            }
+        }
+    }
+
+    /// A buffer for the save as soon as one is free; an error when it has failed or `deadline` has passed.
+    pub fn acquire_buffer_for(&self, save: &SaveCore, deadline: Option<Instant>) -> Result<StagingBuffer> {
+        loop {
+            let poll = Instant::now() + CLOSE_POLL;
+            let until = deadline.map_or(poll, |deadline| deadline.min(poll));
+            if let Some(buffer) = self.region.pool().acquire(Some(until)) {
+                return Ok(buffer);
+            }
+            save.check()?;
+            if self.closing() {
+                return Err(cancelled("the store was closed"));
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(out_of_time("raw write", "a staging buffer"));
             }
         }
     }
@@ -259,18 +286,22 @@ impl Shared {
             ErrorKind::DurabilityUnknown => self.region.quarantine(save.claim),
             kind => self.region.release(save.claim, kind != ErrorKind::Cancelled),
         }
-        match error.kind() {
-            ErrorKind::Cancelled => self.metrics.saves_cancelled(),
-            _ => self.metrics.saves_failed(),
-        }
-        self.forget(save);
+        self.forget(save, |metrics| match error.kind() {
+            ErrorKind::Cancelled => metrics.saves_cancelled(),
+            _ => metrics.saves_failed(),
+        });
     }
 
-    /// The save is no longer in flight.
-    pub fn forget(&self, save: &SaveCore) {
+    /// The save is no longer in flight: `count` says how it ended, unless that was said before.
+    pub fn forget(&self, save: &SaveCore, count: impl FnOnce(&Metrics)) {
         self.copy_queue.lock().remove(&save.claim.generation);
-        self.active.lock().remove(&save.claim.generation);
-        self.metrics.saves_ended();
+        {
+            let mut active = self.active.lock();
+            if active.remove(&save.claim.generation).is_some() {
+                count(&self.metrics);
+                self.metrics.saves_ended();
+            }
+        }
         self.active_changed.notify_all();
         self.region.slot_freed().notify_all();
         if self.closing() {
@@ -279,11 +310,13 @@ impl Shared {
     }
 
     fn next_chunk(&self) -> Option<(Arc<SaveCore>, u64, Arc<dyn Source>)> {
+        // Outlives the lock: the last owner of a save drops what its caller gave.
+        let mut done = Vec::new();
         let mut queue = self.copy_queue.lock();
         while let Some(entry) = queue.first_entry() {
             match entry.get().take_chunk() {
                 Some((chunk, source)) => return Some((entry.get().clone(), chunk, source)),
-                None => drop(entry.remove()),
+                None => done.push(entry.remove()),
             }
         }
         None
@@ -318,22 +351,32 @@ fn copy_chunk(
     source: Arc<dyn Source>,
     mut buffer: StagingBuffer,
 ) {
+    let _at_work = save.at_work();
     if shared.region.flush_failures() != save.flush_failures {
         drop(source);
-        save.copier_done(Err(shared.region.last_flush_error()));
-        return;
+        return save.fail(shared.region.last_flush_error());
     }
     let len = save.chunk_len(chunk);
     let mut hasher = ChunkHasher::new();
-    let filled = source.fill(chunk * save.chunk_bytes, &mut buffer[..len], &mut hasher);
+    let fill = || source.fill(chunk * save.chunk_bytes, &mut buffer[..len], &mut hasher);
+    let filled = catch_unwind(AssertUnwindSafe(fill));
     // The caller's memory may be freed once `copied` is told: let go of the source before.
     drop(source);
-    let result = filled.map(|()| {
-        let padded = len.next_multiple_of(crate::format::BLOCK_BYTES as usize);
-        buffer[len..padded].fill(0);
-        save.chunk_copied(chunk, hasher.finish(), buffer);
-    });
-    save.copier_done(result);
+    match filled {
+        Ok(Ok(())) => {
+            let padded = len.next_multiple_of(crate::format::BLOCK_BYTES as usize);
+            buffer[len..padded].fill(0);
+            save.chunk_copied(chunk, hasher.finish(), buffer);
+        }
+        Ok(Err(error)) => save.fail(error),
+        Err(panic) => {
+            // Something may still be copying into the buffer. It is lost, and the store with it, but not the other
+            // saves in flight. Dropping what was thrown could panic again.
+            std::mem::forget((panic, buffer));
+            shared.region.poison();
+            save.fail(internal("copying from the state failed by a defect"));
+        }
+    }
 }
 
 fn run_marker(shared: &Shared) {
@@ -387,3 +430,7 @@ fn no_slot(region: &Region) -> Error {
         _ => "wait longer, save less often, or raise max_in_flight and the slot count",
     })
 }
+
+#[cfg(all(test, feature = "sim"))]
+#[path = "saver_test.rs"]
+mod tests;

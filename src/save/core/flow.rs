@@ -3,7 +3,7 @@
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::Instant;
 
-use super::{cancelled, Durable, Mark, Parked, SaveCore};
+use super::{internal, out_of_time, Durable, Mark, Parked, SaveCore};
 use crate::error::{Error, Result};
 use crate::format::encode_table;
 use crate::medium::{Barrier, Io, IoOp, IoSink};
@@ -15,8 +15,31 @@ use crate::sync::Arc;
 /// Token of chunk-table writes; chunk writes carry their index, which is smaller.
 const TABLE_TOKEN: u64 = u64::MAX;
 
+/// A copier or raw writer at work on a save, which does not end meanwhile. Dropped also where its thread dies, so that
+/// nobody waits for it for ever.
+pub(crate) struct AtWork<'a>(&'a SaveCore);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        let save = self.0;
+        // During an unwinding a second panic would abort the process.
+        save.contained(|| {
+            let ended = {
+                let mut state = save.state.lock();
+                state.copying -= 1;
+                state.copying == 0 && state.outcome.is_some()
+            };
+            save.settle();
+            if ended {
+                save.run_on_end();
+            }
+        });
+    }
+}
+
 impl SaveCore {
-    /// Hands the next uncopied chunk to a copier; `None` when there is none left or the save has failed.
+    /// Hands the next uncopied chunk to a copier; `None` when there is none left or the save has failed. Every success
+    /// needs one `at_work`.
     pub fn take_chunk(&self) -> Option<(u64, Arc<dyn Source>)> {
         let mut state = self.state.lock();
         if state.failure.is_some() || state.next_chunk == self.chunk_count {
@@ -29,25 +52,30 @@ impl SaveCore {
         Some((chunk, source))
     }
 
+    /// Takes over the registration that `take_chunk` made.
+    pub fn at_work(&self) -> AtWork<'_> {
+        AtWork(self)
+    }
+
     /// True while there are chunks to hand out.
     pub fn has_chunks(&self) -> bool {
         let state = self.state.lock();
         state.failure.is_none() && state.source.is_some() && state.next_chunk < self.chunk_count
     }
 
-    /// Registers a raw writer, so that the save does not end under it. Every success needs one `leave`.
-    pub fn enter(&self) -> Result<()> {
+    /// Registers a raw writer, so that the save does not end under it.
+    pub fn enter(&self) -> Result<AtWork<'_>> {
         let mut state = self.state.lock();
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
         }
         state.copying += 1;
-        Ok(())
+        Ok(AtWork(self))
     }
 
-    pub fn leave(&self) {
-        self.state.lock().copying -= 1;
-        self.settle();
+    /// Why the save has failed, where it has.
+    pub fn check(&self) -> Result<()> {
+        self.state.lock().failure.clone().map_or(Ok(()), Err)
     }
 
     /// A copier filled `buffer` with `chunk` (padding zeroed): record its hash and write it.
@@ -66,21 +94,12 @@ impl SaveCore {
         }
     }
 
-    /// Registers the end of a copier's work on this save, after `chunk_copied` or on failure.
-    pub fn copier_done(&self, result: Result<()>) {
-        if let Err(error) = result {
-            self.fail(error);
-        }
-        self.leave();
-    }
-
     /// The last chunk has left the caller's memory: tell the waiters, then write the chunk table.
     fn finish_copy(&self) {
-        {
-            let mut state = self.state.lock();
-            state.source = None;
-            state.copied_at = Some(Instant::now());
-        }
+        // Dropped outside of the lock, and before `copied` is told: it is the caller's memory.
+        let source = self.state.lock().source.take();
+        drop(source);
+        self.state.lock().copied_at = Some(Instant::now());
         self.changed.notify_all();
         if let Err(error) = self.write_table() {
             self.fail(error);
@@ -93,9 +112,8 @@ impl SaveCore {
         let block = crate::format::BLOCK_BYTES as usize;
         let piece_bytes = shared.region.pool().buffer_bytes();
         for (index, piece) in table.chunks(piece_bytes).enumerate() {
-            let Some(mut buffer) = shared.acquire_buffer() else {
-                return Err(cancelled("the store was closed"));
-            };
+            let deadline = self.raw.as_ref().and_then(|raw| raw.deadline());
+            let mut buffer = shared.acquire_buffer_for(self, deadline)?;
             let padded = piece.len().next_multiple_of(block);
             buffer[..piece.len()].copy_from_slice(piece);
             buffer[piece.len()..padded].fill(0);
@@ -187,6 +205,40 @@ impl SaveCore {
         self.settle();
     }
 
+    /// Ends the save although something may be at work on it for ever, because a thread of the engine died. The store
+    /// is poisoned by then. Whatever may still be written to or read from stays as it is: the slot remains this save's,
+    /// buffers come back with their operations, and `wait_copied` waits for copiers that live.
+    pub fn end_by_force(&self) {
+        let (source, parked, error) = {
+            let mut state = self.state.lock();
+            if state.outcome.is_some() {
+                return;
+            }
+            state.committing = true;
+            let parked = std::mem::take(&mut state.parked);
+            state.in_flight -= parked.len() as u32;
+            let error =
+                state.failure.get_or_insert_with(|| internal("a thread of the engine failed")).clone();
+            (state.source.take(), parked, error)
+        };
+        drop((source, parked));
+        if let Ok(shared) = self.shared() {
+            shared.forget(self, |metrics| metrics.saves_failed());
+        }
+        self.end(Err(error));
+    }
+
+    /// Runs `work` on a thread that must outlive a defect: a panic poisons the store and ends this save alone.
+    fn contained(&self, work: impl FnOnce()) {
+        let Err(panic) = catch_unwind(AssertUnwindSafe(work)) else { return };
+        // Dropping what was thrown could panic again.
+        std::mem::forget(panic);
+        if let Ok(shared) = self.shared() {
+            shared.region.poison();
+        }
+        self.end_by_force();
+    }
+
     /// Moves the save on if nothing is at work on it: to the committer when complete, to its end when failed.
     fn settle(&self) {
         enum Next {
@@ -195,7 +247,7 @@ impl SaveCore {
             Nothing,
         }
         let shared = self.shared();
-        let next = {
+        let (next, source) = {
             let mut state = self.state.lock();
             let early = state.last_chunk_written
                 && state.table_queued
@@ -206,16 +258,16 @@ impl SaveCore {
                 Some(error) if idle && state.mark != Mark::Pending => {
                     let error = error.clone();
                     state.committing = true;
-                    state.source = None;
-                    Next::End(error)
+                    (Next::End(error), state.source.take())
                 }
                 None if idle && state.table_queued && !state.held_open => {
                     state.committing = true;
-                    Next::Commit
+                    (Next::Commit, None)
                 }
-                _ => Next::Nothing,
+                _ => (Next::Nothing, None),
             }
         };
+        drop(source);
         // Waiters for `copied` on a failed save look at `copying`.
         self.changed.notify_all();
         let Ok(shared) = shared else { return };
@@ -248,8 +300,9 @@ impl SaveCore {
     }
 
     /// Waits until payload bytes may reach the medium.
-    pub fn wait_marked(&self) -> Result<()> {
+    pub fn wait_marked(&self, deadline: Option<Instant>) -> Result<()> {
         let mut state = self.state.lock();
+        let mut timed_out = false;
         loop {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
@@ -257,17 +310,23 @@ impl SaveCore {
             if state.mark == Mark::Durable {
                 return Ok(());
             }
-            state = self.changed.wait_until(state, None).0;
+            if timed_out {
+                return Err(out_of_time("raw write", "the slot's writing mark"));
+            }
+            (state, timed_out) = self.changed.wait_until(state, deadline);
         }
     }
 
-    /// Sets the outcome, wakes every waiter. The one place where a save ends.
+    /// Sets the outcome, wakes every waiter. The one place where a save ends; the first outcome stays.
     pub fn end(&self, outcome: Result<(u32, Option<u64>)>) {
         if let (Some(raw), Err(_)) = (&self.raw, &outcome) {
             raw.clear();
         }
-        {
+        let unread = {
             let mut state = self.state.lock();
+            if state.outcome.is_some() {
+                return;
+            }
             let now = Instant::now();
             let copied_at = state.copied_at.unwrap_or(now);
             state.outcome = Some(outcome.map(|(slot, superseded_by)| Durable {
@@ -277,24 +336,33 @@ impl SaveCore {
                 copied_after: copied_at - self.begun,
                 durable_after: now - self.begun,
             }));
-        }
+            state.copying == 0
+        };
         self.changed.notify_all();
-        self.run_on_end();
+        if unread {
+            // Else the last copier does it (after an end by force): a callback may free the save, which waits for them.
+            self.run_on_end();
+        }
     }
 
     /// Runs `callback` when the save ends, at once if it has.
     pub fn set_on_end(&self, callback: Box<dyn FnOnce() + Send>) {
-        *self.on_end.lock() = Some(callback);
+        let replaced = self.on_end.lock().replace(callback);
+        // The caller's code: not under the lock.
+        drop(replaced);
         if self.ended() {
             self.run_on_end();
         }
     }
 
-    /// Either `end` or `set_on_end` finds the callback, never both.
+    /// Either `end` or `set_on_end` finds the callback, never both. Its panic must not end a thread of the engine.
     fn run_on_end(&self) {
         let callback = self.on_end.lock().take();
         if let Some(callback) = callback {
-            callback();
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(callback)) {
+                // Dropping what was thrown could panic again.
+                std::mem::forget(panic);
+            }
         }
     }
 }
@@ -303,11 +371,8 @@ impl IoSink for SaveCore {
     fn finished(&self, token: u64, buffer: StagingBuffer, result: Result<()>) {
         drop(buffer);
         let Ok(shared) = self.shared() else { return };
-        // The medium's thread serves all saves and must outlive a defect in one of them.
-        let told = catch_unwind(AssertUnwindSafe(|| self.write_finished(&shared, token, result)));
-        if told.is_err() {
-            shared.region.poison();
-        }
+        // The medium's thread serves all saves.
+        self.contained(|| self.write_finished(&shared, token, result));
     }
 }
 

@@ -6,7 +6,8 @@
 //! - `Durable` when its commit record is durable;
 //! - `Failed` (also by cancellation) when a failure was recorded *and* no copier reads its source, no operation
 //!   on its slot is in flight, its writing mark is not being written and the committer does not hold it. Only
-//!   then is the slot given back, so that no late write can hit a slot that another save has claimed.
+//!   then is the slot given back, so that no late write can hit a slot that another save has claimed. After the
+//!   death of a thread of the engine it is failed at once, and the slot is never given back.
 
 mod flow;
 
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{RecordState, SlotRecord};
+use crate::medium::fork::ForkStamp;
 use crate::save::raw::RawChunks;
 use crate::save::saver::Shared;
 use crate::source::Source;
@@ -44,6 +46,13 @@ pub struct Progress {
     pub copied: bool,
     /// The save has ended, durably or not.
     pub ended: bool,
+}
+
+impl Progress {
+    /// Of a save that another process works on.
+    pub(crate) fn unknown(total_bytes: u64) -> Progress {
+        Progress { total_bytes, copied_bytes: 0, written_bytes: 0, copied: false, ended: true }
+    }
 }
 
 /// What is known of a durable save.
@@ -123,6 +132,7 @@ pub(crate) struct SaveCore {
     raw: Option<Arc<RawChunks>>,
     shared: Weak<Shared>,
     this: Weak<SaveCore>,
+    fork_stamp: ForkStamp,
 }
 
 impl SaveCore {
@@ -166,6 +176,7 @@ impl SaveCore {
             raw,
             shared: Arc::downgrade(shared),
             this: this.clone(),
+            fork_stamp: ForkStamp::now(),
         })
     }
 
@@ -261,6 +272,17 @@ impl SaveCore {
         self.state.lock().outcome.is_some()
     }
 
+    /// True in a child forked after the save began: its threads live in the parent, and any of its locks may have
+    /// been held at the fork.
+    pub fn forked(&self) -> bool {
+        self.fork_stamp.is_forked()
+    }
+
+    /// Refuses in a forked child.
+    pub fn check_process(&self, op: &'static str) -> Result<()> {
+        self.fork_stamp.check(op)
+    }
+
     fn shared(&self) -> Result<Arc<Shared>> {
         self.shared.upgrade().ok_or_else(|| cancelled("the store was closed"))
     }
@@ -273,4 +295,20 @@ pub(crate) fn cancelled(why: &str) -> Error {
 fn timed_out_error(op: &'static str) -> Error {
     Error::new(ErrorKind::TimedOut, op, "the time given ran out; the save goes on")
         .advise("wait again, or cancel")
+}
+
+/// What a raw write fails with where it waited in vain.
+pub(crate) fn out_of_time(op: &'static str, awaited: &str) -> Error {
+    Error::new(
+        ErrorKind::TimedOut,
+        op,
+        format!("waited for {awaited} as long as was allowed at begin; the save has failed"),
+    )
+    .advise("give a longer wait at begin, a larger staging pool, or look at the device")
+}
+
+/// What a save ends with after a defect of the engine.
+pub(crate) fn internal(why: &str) -> Error {
+    Error::new(ErrorKind::Internal, "save", why)
+        .advise("close the store and open it again; durable checkpoints are intact")
 }
