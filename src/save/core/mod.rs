@@ -14,8 +14,8 @@ mod flow;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork::ForkStamp;
 use crate::format::{RecordState, SlotRecord};
-use crate::medium::fork::ForkStamp;
 use crate::save::raw::RawChunks;
 use crate::save::saver::Shared;
 use crate::source::Source;
