@@ -8,6 +8,9 @@ use crate::recovery::Verdict;
 use crate::store::Region;
 use crate::sync::Arc;
 
+/// How often checkpoints are listed anew because saves overtook the opening of one.
+const LISTINGS_MAX: usize = 16;
+
 /// Which checkpoint to open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Select {
@@ -80,21 +83,33 @@ impl Store {
     fn open_first(&self, select: Select, mut check: impl FnMut(&Checkpoint) -> Result<()>) -> Result<Opened> {
         const OP: &str = "open checkpoint";
         self.region().check_usable(OP, false)?;
-        let mut rejected = Vec::new();
-        for record in self.candidates(select)? {
-            let result = open_and_check(self.region(), &record, &mut check);
-            match result {
-                Ok(checkpoint) => return Ok(Opened { checkpoint, rejected }),
-                Err(Refusal::Checkpoint(error)) => {
-                    if error.kind() == ErrorKind::Corrupt && !self.region().options().read_only {
-                        self.region().condemn(&record);
-                    }
+        let mut rejected: Vec<(SlotRecord, Error)> = Vec::new();
+        let mut overtaken = None;
+        for _ in 0..LISTINGS_MAX {
+            overtaken = None;
+            for record in self.candidates(select)? {
+                let error = match open_and_check(self.region(), &record, &mut check) {
+                    Ok(checkpoint) => return Ok(Opened { checkpoint, rejected }),
+                    Err(Refusal::Checkpoint(error)) => error,
+                    Err(Refusal::Other(error)) => return Err(error),
+                };
+                if error.kind() == ErrorKind::Reclaimed {
+                    // Newer ones have come since the listing: what follows in it is not the next newest.
+                    overtaken = Some(error);
+                    break;
+                }
+                if error.kind() == ErrorKind::Corrupt && !self.region().options().read_only {
+                    self.region().condemn(&record);
+                }
+                if !rejected.iter().any(|(known, _)| known.generation == record.generation) {
                     rejected.push((record, error));
                 }
-                Err(Refusal::Other(error)) => return Err(error),
+            }
+            if overtaken.is_none() {
+                break;
             }
         }
-        if let Some((_, error)) = rejected.into_iter().next() {
+        if let Some(error) = overtaken.or_else(|| rejected.into_iter().next().map(|(_, error)| error)) {
             return Err(error);
         }
         let what = match select {
