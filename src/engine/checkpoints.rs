@@ -88,8 +88,12 @@ impl Store {
         for _ in 0..LISTINGS_MAX {
             overtaken = None;
             for record in self.candidates(select)? {
-                let error = match open_and_check(self.region(), &record, &mut check) {
-                    Ok(checkpoint) => return Ok(Opened { checkpoint, rejected }),
+                let fallback = !rejected.is_empty();
+                let error = match open_and_check(self.region(), &record, fallback, &mut check) {
+                    Ok(checkpoint) => {
+                        self.keep_found(&record, &rejected);
+                        return Ok(Opened { checkpoint, rejected });
+                    }
                     Err(Refusal::Checkpoint(error)) => error,
                     Err(Refusal::Other(error)) => return Err(error),
                 };
@@ -97,9 +101,6 @@ impl Store {
                     // Newer ones have come since the listing: what follows in it is not the next newest.
                     overtaken = Some(error);
                     break;
-                }
-                if error.kind() == ErrorKind::Corrupt && !self.region().options().read_only {
-                    self.region().condemn(&record);
                 }
                 if !rejected.iter().any(|(known, _)| known.generation == record.generation) {
                     rejected.push((record, error));
@@ -119,6 +120,20 @@ impl Store {
             Select::Step(step) => format!("no checkpoint of step {step}"),
         };
         Err(Error::new(ErrorKind::NotFound, OP, what).at_path(self.region().path()))
+    }
+
+    /// An intact checkpoint was found behind damaged ones: where they would cost it its place among the newest K, they no
+    /// longer count. Only then, and only now: a damaged checkpoint that is the only one must go on being reported, lest
+    /// a trainer take the region for an empty one.
+    fn keep_found(&self, found: &SlotRecord, rejected: &[(SlotRecord, Error)]) {
+        if self.region().options().read_only || !self.region().outlived(found) {
+            return;
+        }
+        for (record, error) in rejected {
+            if error.kind() == ErrorKind::Corrupt {
+                self.region().condemn(record);
+            }
+        }
     }
 
     fn candidates(&self, select: Select) -> Result<Vec<SlotRecord>> {
@@ -148,10 +163,11 @@ enum Refusal {
 fn open_and_check(
     region: &Arc<Region>,
     record: &SlotRecord,
+    fallback: bool,
     check: &mut impl FnMut(&Checkpoint) -> Result<()>,
 ) -> std::result::Result<Checkpoint, Refusal> {
     let checkpoint =
-        Checkpoint::open(region, record.clone()).map_err(|error| match concerns_one(&error) {
+        Checkpoint::open(region, record.clone(), fallback).map_err(|error| match concerns_one(&error) {
             true => Refusal::Checkpoint(error),
             false => Refusal::Other(error),
         })?;

@@ -34,9 +34,9 @@ struct Place {
 }
 
 impl Place {
-    fn take(region: &Arc<Region>, record: SlotRecord) -> Result<Place> {
+    fn take(region: &Arc<Region>, record: SlotRecord, fallback: bool) -> Result<Place> {
         let pinned = !region.options().read_only;
-        if pinned && !region.add_reader(&record)? {
+        if pinned && !region.add_reader(&record, fallback)? {
             return Err(reclaimed(region, &record));
         }
         Ok(Place { region: region.clone(), record, pinned })
@@ -114,9 +114,10 @@ impl Drop for Place {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint that `record` describes, verifying its table and header.
-    pub(crate) fn open(region: &Arc<Region>, record: SlotRecord) -> Result<Checkpoint> {
-        let place = Place::take(region, record)?;
+    /// Opens the checkpoint that `record` describes, verifying its table and header. A `fallback` serves in the place of a
+    /// damaged one and is not refused for want of slots.
+    pub(crate) fn open(region: &Arc<Region>, record: SlotRecord, fallback: bool) -> Result<Checkpoint> {
+        let place = Place::take(region, record, fallback)?;
         let read = || -> Result<(Vec<u128>, Payload)> {
             let hashes = place.read_hashes()?;
             let payload = place.read_payload_header(&hashes)?;

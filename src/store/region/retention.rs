@@ -138,7 +138,7 @@ impl Region {
     ///
     /// Reading what is kept anyway is never refused: quarantined or held slots may have left fewer than N to save
     /// into, and the newest checkpoint must be restorable all the same.
-    pub(crate) fn add_reader(&self, record: &SlotRecord) -> Result<bool> {
+    pub(crate) fn add_reader(&self, record: &SlotRecord, fallback: bool) -> Result<bool> {
         let (slot, generation) = (record.slot, record.generation);
         self.revive(record);
         let takes_room = self.slots.is_reclaimable(slot, self.options.keep as usize, self.hold_floor());
@@ -155,7 +155,7 @@ impl Region {
             }
             return Ok(false);
         }
-        if takes_room && !self.has_room() {
+        if takes_room && !fallback && !self.has_room() {
             self.drop_reader(slot, generation);
             return Err(self.no_room("open checkpoint"));
         }
@@ -185,6 +185,12 @@ impl Region {
             view.state == SlotState::Free && view.generation == record.generation
         };
         records.iter().flatten().filter(still).cloned().collect()
+    }
+
+    /// Whether a committed checkpoint is beyond the newest K, so that nothing but its readers keeps it.
+    pub(crate) fn outlived(&self, record: &SlotRecord) -> bool {
+        let newer = self.committed().iter().filter(|other| other.generation > record.generation).count();
+        newer >= self.options.keep as usize && !self.slots.view(record.slot).pinned
     }
 
     /// Takes a reclaimed checkpoint back, if it is one. Under the records lock: `discard` takes records away first.
