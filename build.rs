@@ -1,4 +1,7 @@
-//! Gives the shared library its SONAME, which carries the ABI major version.
+//! Gives the shared library its SONAME, which carries the ABI major version; for the Python wheel (feature `python`)
+//! also writes the C header in the form that cffi reads.
+
+use std::path::{Path, PathBuf};
 
 /// Major version of the C ABI; raised only when an existing call changes its meaning.
 const ABI_MAJOR: u32 = 1;
@@ -8,4 +11,37 @@ fn main() {
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libpccheck.so.{ABI_MAJOR}");
     // The library owns threads and fork handlers: unloading it would pull code from under them.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
+    if std::env::var_os("CARGO_FEATURE_PYTHON").is_some() {
+        println!("cargo:rerun-if-changed=include/pccheck.h");
+        let header = std::fs::read_to_string("include/pccheck.h").expect("include/pccheck.h");
+        let path = target_dir().join("header.h");
+        std::fs::write(&path, cffi_declarations(&header)).expect("write the declarations for cffi");
+    }
+}
+
+/// Where maturin looks for `header.h`: the folder that cargo builds in, some levels above `OUT_DIR`.
+fn target_dir() -> PathBuf {
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
+    let marked = |dir: &&Path| dir.join("CACHEDIR.TAG").is_file();
+    out.ancestors().find(marked).expect("the target folder").to_path_buf()
+}
+
+/// cffi knows no preprocessor but for `#define NAME number`.
+fn cffi_declarations(header: &str) -> String {
+    let mut depth_cplusplus = false;
+    let mut declarations = String::new();
+    for line in header.lines() {
+        match line.trim() {
+            "#ifdef __cplusplus" => depth_cplusplus = true,
+            _ if depth_cplusplus && line.starts_with("#endif") => depth_cplusplus = false,
+            _ if depth_cplusplus => {}
+            _ if line.starts_with('#') && !line.starts_with("#define PCC_") => {}
+            "#define PCC_NO_OFFSET UINT64_MAX" => declarations += "#define PCC_NO_OFFSET 0xFFFFFFFFFFFFFFFF\n",
+            _ => {
+                declarations += line;
+                declarations.push('\n');
+            }
+        }
+    }
+    declarations
 }
