@@ -1,0 +1,254 @@
+"""Arrays of any library as memory: address, bytes, dtype and shape, without a copy.
+
+Understood are torch tensors in host memory, numpy arrays, objects with ``__array_interface__``, with DLPack's
+``__dlpack__`` (JAX, CuPy's and TensorFlow's host arrays), and with the buffer protocol. They must be contiguous and
+row-major: what is not would have to be copied, which is the caller's decision.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import dtypes, errors
+from ._abi import ffi
+
+__all__ = ["Memory", "memory_of", "pack_pairs", "pack_tensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A contiguous, row-major array in host memory; ``owner`` keeps it alive."""
+
+    address: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    owner: Any
+
+
+def memory_of(array: Any, name: str, *, write: bool = False) -> Memory:
+    """The memory of an array object; ``name`` says in errors which. ``write``: it will be written to.
+
+    Raises:
+        InvalidArgument: it is no array, not contiguous, read-only though it is to be written, or of a dtype that
+            cannot be stored.
+        Unsupported: it is not in host memory.
+    """
+    try:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(array, torch.Tensor):
+            return _of_torch(array, torch)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(array, (numpy.ndarray, numpy.generic)):
+            return _of_numpy(array, write)
+        if hasattr(array, "__array_interface__"):
+            import numpy as np
+
+            return _of_numpy(np.asarray(array), write)
+        if hasattr(array, "__dlpack__"):
+            if write:
+                raise errors.InvalidArgument(
+                    f"a {type(array).__name__} may be immutable; restore into numpy or torch and convert"
+                )
+            return _of_dlpack(array)
+        return _of_buffer(array, write)
+    except errors.PccheckError as why:
+        raise type(why)(f"tensor {name!r}: {why.message}") from None
+
+
+def _of_torch(tensor: Any, torch: Any) -> Memory:
+    wrapper = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if tensor.layout is not torch.strided or wrapper:
+        raise errors.InvalidArgument(
+            f"a {type(tensor).__name__} of layout {tensor.layout} has no plain memory; pass its plain parts"
+        )
+    if tensor.device.type != "cpu":
+        raise errors.Unsupported(f"it is on {tensor.device}; copy it to host memory first")
+    if not tensor.is_contiguous():
+        raise errors.InvalidArgument(_not_contiguous(tuple(tensor.stride())))
+    if tensor.is_conj() or tensor.is_neg():
+        raise errors.InvalidArgument("it is a lazy conjugate or negative; resolve it with resolve_conj().resolve_neg()")
+    nbytes = tensor.numel() * tensor.element_size()
+    return Memory(tensor.data_ptr(), nbytes, dtypes.from_torch(tensor.dtype), tuple(tensor.shape), tensor)
+
+
+def _of_numpy(array: Any, write: bool) -> Memory:
+    import numpy as np
+
+    array = np.asarray(array)
+    if not array.flags.c_contiguous:
+        raise errors.InvalidArgument(_not_contiguous(array.strides))
+    if write and not array.flags.writeable:
+        raise errors.InvalidArgument("it is read-only")
+    address = array.__array_interface__["data"][0] if array.size else 0
+    return Memory(address, array.nbytes, dtypes.from_numpy(array.dtype), array.shape, array)
+
+
+def _not_contiguous(strides: tuple[int, ...]) -> str:
+    return f"expected contiguous, row-major memory, found strides {strides}; pass a contiguous copy"
+
+
+class _DLTensor(ctypes.Structure):
+    """DLPack's DLTensor, first member of DLManagedTensor (dmlc/dlpack, include/dlpack/dlpack.h)."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+# DLPack's type codes and widths.
+_DLPACK = {
+    (0, 8): "I8", (0, 16): "I16", (0, 32): "I32", (0, 64): "I64",
+    (1, 8): "U8", (1, 16): "U16", (1, 32): "U32", (1, 64): "U64",
+    (2, 16): "F16", (2, 32): "F32", (2, 64): "F64",
+    (4, 16): "BF16",
+    (5, 64): "C64", (5, 128): "C128",
+    (6, 8): "BOOL",
+    (10, 8): "F8_E4M3", (11, 8): "F8_E4M3FNUZ", (12, 8): "F8_E5M2", (13, 8): "F8_E5M2FNUZ", (14, 8): "F8_E8M0",
+}  # fmt: skip
+# kDLCPU, kDLCUDAHost, kDLROCMHost, kDLCUDAManaged
+_DLPACK_HOST = (1, 3, 11, 13)
+
+
+def _of_dlpack(array: Any) -> Memory:
+    device_type, device_id = array.__dlpack_device__()
+    if device_type not in _DLPACK_HOST:
+        raise errors.Unsupported(
+            f"it is on DLPack device ({int(device_type)}, {device_id}); copy it to host memory first"
+        )
+    try:
+        capsule = array.__dlpack__()
+    except (BufferError, TypeError, RuntimeError, ValueError) as why:
+        raise errors.InvalidArgument(f"it gives no DLPack capsule: {why}") from None
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    # The capsule is not consumed: it frees what it holds when `owner` is gone.
+    tensor = ctypes.cast(get(capsule, b"dltensor"), ctypes.POINTER(_DLTensor)).contents
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    name = _DLPACK.get((tensor.code, tensor.bits))
+    if name is None or tensor.lanes != 1:
+        raise errors.InvalidArgument(f"DLPack type ({tensor.code}, {tensor.bits}, {tensor.lanes}) cannot be stored")
+    count = math.prod(shape)
+    if tensor.strides and count > 0:
+        strides = tuple(tensor.strides[i] for i in range(tensor.ndim))
+        expected = 1
+        for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+            if size != 1 and stride != expected:
+                raise errors.InvalidArgument(_not_contiguous(strides))
+            expected *= size
+    address = (tensor.data or 0) + tensor.byte_offset
+    return Memory(address, count * tensor.bits // 8, name, shape, (array, capsule))
+
+
+_BUFFER_KINDS = {"?": "BOOL", "e": "F", "f": "F", "d": "F", "Zf": "C", "Zd": "C", "c": "U"}
+_BUFFER_KINDS |= dict.fromkeys("bhilqn", "I") | dict.fromkeys("BHILQN", "U")
+
+
+def _of_buffer(array: Any, write: bool) -> Memory:
+    try:
+        view = memoryview(array)
+    except TypeError:
+        raise errors.InvalidArgument(
+            f"a {type(array).__name__} is no array: expected torch, numpy, __array_interface__, DLPack or a buffer"
+        ) from None
+    if not view.c_contiguous:
+        raise errors.InvalidArgument(_not_contiguous(view.strides or ()))
+    if write and view.readonly:
+        raise errors.InvalidArgument("it is read-only")
+    kind = _BUFFER_KINDS.get(view.format.lstrip("@=<" if sys.byteorder == "little" else "@="))
+    if kind is None:
+        raise errors.InvalidArgument(f"buffer format {view.format!r} cannot be stored; expected plain numbers")
+    dtype = kind if kind == "BOOL" else f"{kind}{view.itemsize * 8}"
+    exported = ffi.from_buffer(array)
+    address = int(ffi.cast("uintptr_t", exported)) if view.nbytes else 0
+    return Memory(address, view.nbytes, dtype, tuple(view.shape or ()), (array, exported))
+
+
+# struct pcc_tensor: struct_bytes, name, shape, data, bytes, dtype, rank, device, device_index
+_TENSOR = struct.Struct("=QQQQQIIII")
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A C array and what its pointers refer to."""
+
+    array: Any
+    count: int
+    owners: tuple[Any, ...]
+
+
+def pack_tensors(tensors: Mapping[str, Memory]) -> Packed:
+    """``pcc_tensor[]`` of named memories."""
+    assert ffi.sizeof("pcc_tensor") == _TENSOR.size
+    names = _Texts()
+    name_at = [names.add(name, "tensor name") for name in tensors]
+    dimensions = [size for memory in tensors.values() for size in memory.shape]
+    shapes = ffi.new("uint64_t[]", dimensions or 1)
+    names_base, shape = names.address(), int(ffi.cast("uintptr_t", shapes))
+    packed = bytearray(max(1, len(tensors)) * _TENSOR.size)
+    offset = 0
+    for at, memory in zip(name_at, tensors.values(), strict=True):
+        code, rank = dtypes.CODE[memory.dtype], len(memory.shape)
+        entry = (_TENSOR.size, names_base + at, shape, memory.address, memory.nbytes, code, rank, 0, 0)
+        _TENSOR.pack_into(packed, offset, *entry)
+        offset += _TENSOR.size
+        shape += 8 * rank
+    array = ffi.from_buffer("pcc_tensor[]", packed)
+    return Packed(array, len(tensors), (packed, shapes, names, tuple(tensors.values())))
+
+
+def pack_pairs(metadata: Mapping[str, str] | None) -> Packed:
+    """``pcc_pair[]`` of metadata."""
+    texts = _Texts()
+    at = [
+        (texts.add(key, "metadata key"), texts.add(value, f"metadata value of {key!r}"))
+        for key, value in (metadata or {}).items()
+    ]
+    base = texts.address()
+    array = ffi.new("pcc_pair[]", max(1, len(at)))
+    for pair, (key, value) in zip(array, at, strict=False):
+        pair.key, pair.value = ffi.cast("char *", base + key), ffi.cast("char *", base + value)
+    return Packed(array, len(at), (texts,))
+
+
+class _Texts:
+    """NUL-terminated UTF-8 texts in one buffer."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._exported: Any = None
+
+    def add(self, text: str, what: str) -> int:
+        if not isinstance(text, str):
+            raise errors.InvalidArgument(f"{what}: expected str, found {type(text).__name__}")
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError as why:
+            raise errors.InvalidArgument(f"{what} {text!r} is not valid Unicode: {why.reason}") from None
+        if b"\0" in encoded:
+            raise errors.InvalidArgument(f"{what} {text!r} contains a NUL character")
+        at = len(self._bytes)
+        self._bytes += encoded
+        self._bytes.append(0)
+        return at
+
+    def address(self) -> int:
+        if not self._bytes:
+            self._bytes.append(0)
+        self._exported = ffi.from_buffer(self._bytes)
+        return int(ffi.cast("uintptr_t", self._exported))

@@ -1,0 +1,97 @@
+"""Making, growing and sizing regions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from . import arrays, errors
+from ._abi import check, deadline_ms, ffi, lib, options, path_bytes
+
+__all__ = ["MEDIA", "format_region", "grow_region", "payload_bytes"]
+
+#: How bytes become persistent; "auto" measures.
+MEDIA = {"auto": 0, "dax": 1, "mmap": 2, "direct": 3}
+
+
+def number_of(what: str, name: str, numbers: Mapping[str, int]) -> int:
+    """The C ABI's number of a choice."""
+    if name not in numbers:
+        raise errors.InvalidArgument(f"{what}={name!r}: expected one of {', '.join(map(repr, numbers))}")
+    return numbers[name]
+
+
+def format_region(
+    path: str | os.PathLike[str],
+    *,
+    slots: int,
+    payload_bytes: int,
+    force: bool = False,
+    prewrite: bool = False,
+    medium: str = "auto",
+) -> None:
+    """Creates a region: a new file, an empty file, or a block device. It is durable on return.
+
+    Args:
+        path: file or device.
+        slots: saves in flight + checkpoints kept + pinned ones; 2 to 240.
+        payload_bytes: what each slot holds at most, see :func:`payload_bytes`. All space is allocated now.
+        force: overwrite what the path holds, even a valid region.
+        prewrite: write the whole region once now, so that first saves are as fast as later ones.
+        medium: a key of :data:`MEDIA`.
+
+    Raises:
+        AlreadyExists: the path holds something, and ``force`` was not given. Nothing was changed.
+        NoSpace: the file system has too little room. Nothing was left behind.
+        InvalidArgument, InUse, Unsupported, IoFailed
+    """
+    chosen = options(
+        "pcc_format_options",
+        force=int(force),
+        prewrite=int(prewrite),
+        medium=number_of("medium", medium, MEDIA),
+    )
+    slots = _in_range("slots", slots, 2**32)
+    check(lib.pcc_format(path_bytes(path), slots, _in_range("payload_bytes", payload_bytes, 2**64), chosen))
+
+
+def grow_region(
+    path: str | os.PathLike[str], *, slots: int, payload_bytes: int, lock_timeout: float | None = 10.0
+) -> int:
+    """Replaces a region file by a larger one that holds the same checkpoints and pins; durable on return.
+
+    A crash leaves the old file or the new one. No store may have it open for writing. Takes room for both meanwhile.
+
+    Args:
+        slots, payload_bytes: of the new region; see :func:`format_region`.
+        lock_timeout: seconds to wait while another writer has it open.
+
+    Returns:
+        How many checkpoints the medium could no longer read, which the new file lacks.
+
+    Raises:
+        NoSpace, InUse: the old region is untouched.
+        InvalidArgument: the new size is smaller than the old one.
+        Unsupported: it is a device.
+    """
+    left_out = ffi.new("uint64_t *")
+    slots = _in_range("slots", slots, 2**32)
+    payload_bytes = _in_range("payload_bytes", payload_bytes, 2**64)
+    check(lib.pcc_grow(path_bytes(path), slots, payload_bytes, deadline_ms(lock_timeout), left_out))
+    return int(left_out[0])
+
+
+def payload_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> int:
+    """Bytes that a save of these arrays and this metadata takes: the ``payload_bytes`` to format a region for."""
+    memories = {name: arrays.memory_of(array, name) for name, array in tensors.items()}
+    packed, pairs = arrays.pack_tensors(memories), arrays.pack_pairs(metadata)
+    out = ffi.new("uint64_t *")
+    check(lib.pcc_payload_bytes(packed.array, packed.count, pairs.array, pairs.count, out))
+    return int(out[0])
+
+
+def _in_range(what: str, value: int, limit: int) -> int:
+    if not isinstance(value, int) or not 0 <= value < limit:
+        raise errors.InvalidArgument(f"{what}={value!r}: expected a whole number, 0 or more")
+    return value

@@ -1,0 +1,418 @@
+"""An open region: the Pythonic face of the C ABI's store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import arrays, errors
+from ._abi import Handle, check, deadline_ms, ffi, lib, new_struct, options, path_bytes, string, text_of, wait
+from .checkpoint import Checkpoint, CheckpointInfo
+from .region import MEDIA, number_of
+from .save import RawSave, Save
+
+__all__ = ["Got", "Stats", "Store", "Verified"]
+
+_DURABILITIES = {"process": 1, "power": 2}
+_BACKENDS = {"auto": 0, "uring": 1, "threads": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters since open, and gauges of this moment. Times are in nanoseconds."""
+
+    saves_begun: int
+    saves_durable: int
+    saves_superseded: int
+    saves_failed: int
+    saves_cancelled: int
+    durable_bytes: int
+    #: in which at least one save was in flight: durable_bytes over this is the bandwidth got
+    busy_ns: int
+    #: sums over durable saves, from begin
+    copied_ns: int
+    durable_ns: int
+    #: 0: none
+    newest_generation: int
+    in_flight: int
+    quarantined_slots: int
+    claimable_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Got:
+    """What was got at open, as opposed to what was asked for."""
+
+    medium: str
+    durability: str
+    #: how bytes are moved, such as "io_uring, registered buffers"
+    path_text: str
+    #: what was refused and what is used instead, one per line
+    notes: str
+    region_uuid: str
+    slot_count: int
+    slot_bytes: int
+    staging_bytes: int
+    staging_huge_bytes: int
+    staging_locked: bool
+    chunk_bytes: int
+    recovered_checkpoints: int
+    max_in_flight: int
+    keep: int
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a verification found: counts of checkpoints, and one line of text on each."""
+
+    intact: int
+    damaged: int
+    #: overwritten while they were read: not damaged
+    reclaimed: int
+    text: str
+
+
+class Store:
+    """An open region and its threads. A context manager; all methods may be called from any thread.
+
+    Args:
+        path: a region made by :func:`pccheck.format_region`.
+        read_only: open beside a live writer: no lock, no saves, no pins.
+        medium: "auto", "dax", "mmap" or "direct".
+        backend: of the direct medium: "auto", "uring" or "threads".
+        durability: the weakest that is acceptable: "power" (survives power loss) or "process" (tmpfs is enough).
+        max_in_flight: N, saves that may be in flight at once.
+        keep: K, newest checkpoints that are kept; N + K may not exceed the region's slots.
+        hold: keep every checkpoint until :meth:`mark_global` names a newer step (for groups of ranks).
+        writers, readers: threads that copy and hash on save, and verify on restore.
+        queue_depth: operations in flight on the direct medium.
+        lock_memory: lock the staging pool in memory where the limit allows it.
+        run_id: names this training run, the same on all its ranks.
+        staging_bytes: of the staging pool, which bounds the memory taken (default 256 MiB, at least N + 1 chunks).
+        chunk_bytes: unit of copying, hashing and writing (default 4 MiB).
+        lock_timeout: seconds to wait while another writer holds the region; None waits for ever.
+
+    Raises:
+        InUse: another writer holds the region; its text names it.
+        NotFound, NotARegion, Unsupported, DurabilityError, InvalidArgument, OutOfMemory, IoFailed, Corrupt
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        medium: str = "auto",
+        backend: str = "auto",
+        durability: str = "power",
+        max_in_flight: int = 2,
+        keep: int = 1,
+        hold: bool = False,
+        writers: int | None = None,
+        readers: int | None = None,
+        queue_depth: int | None = None,
+        lock_memory: bool = False,
+        run_id: int = 0,
+        staging_bytes: int | None = None,
+        chunk_bytes: int | None = None,
+        lock_timeout: float | None = 10.0,
+    ) -> None:
+        chosen = options(
+            "pcc_open_options",
+            read_only=int(read_only),
+            medium=number_of("medium", medium, MEDIA),
+            backend=number_of("backend", backend, _BACKENDS),
+            required_durability=number_of("durability", durability, _DURABILITIES),
+            max_in_flight=max_in_flight,
+            keep=keep,
+            hold=int(hold),
+            writers=writers,
+            readers=readers,
+            queue_depth=queue_depth,
+            lock_memory=int(lock_memory),
+            run_id=run_id,
+            staging_bytes=staging_bytes,
+            chunk_bytes=chunk_bytes,
+            lock_wait_ms=deadline_ms(lock_timeout),
+        )
+        out = ffi.new("pcc_store **")
+        check(lib.pcc_open(path_bytes(path), chosen, out))
+        self._handle = Handle("store", out[0], lib.pcc_close)
+        #: path of the region as it was given
+        self.path: str = os.fspath(path)
+        self._run_id = run_id
+
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`."""
+        return self._handle.closed
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Any],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        timeout: float | None = 60.0,
+        confirm: bool = False,
+        pin: bool = False,
+    ) -> Save:
+        """Begins a save and returns while it goes on; what is saved is the arrays' memory as it is now.
+
+        The arrays must not change before :meth:`Save.copied` has returned. They are not copied by Python, and those
+        with the same memory, dtype and shape are stored once and restored under all their names.
+
+        Args:
+            step: the trainer's iteration number; need not be unique.
+            tensors: name -> torch, numpy, JAX, or any array of the kinds that :mod:`pccheck.arrays` lists.
+            metadata: texts, kept beside the tensors. Keys must not begin with "pccheck.".
+            timeout: seconds to wait for a slot while N saves are in flight; None waits for ever.
+            confirm: become durable only after :meth:`Save.confirm`.
+            pin: keep the checkpoint, from its commit on, until :meth:`unpin`.
+
+        Raises:
+            NoSlot: N saves are still in flight, or a pin would leave fewer than N slots to save into.
+            TooLarge: a slot is too small for the state: grow the region.
+            InvalidArgument, Unsupported: of an array; nothing was saved.
+        """
+        memories = {name: arrays.memory_of(array, name) for name, array in tensors.items()}
+        packed, pairs = arrays.pack_tensors(memories), arrays.pack_pairs(metadata)
+        chosen = self._save_options(timeout, confirm, pin)
+        out = ffi.new("pcc_save **")
+        arguments = (packed.array, packed.count, pairs.array, pairs.count, chosen, out)
+        with self._handle.use() as store:
+            check(lib.pcc_save_begin(store, _step(step), *arguments))
+            return Save(out[0], packed.owners, self.path)
+
+    def raw_save(
+        self,
+        step: int,
+        data_bytes: int,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        timeout: float | None = 60.0,
+        pin: bool = False,
+    ) -> RawSave:
+        """Begins a save of exactly ``data_bytes`` bytes that the caller writes piece by piece; see :class:`RawSave`.
+
+        ``timeout`` also bounds each wait for room in the staging pool.
+        """
+        pairs = arrays.pack_pairs(metadata)
+        out = ffi.new("pcc_raw **")
+        if not 0 <= data_bytes < 2**64:
+            raise errors.InvalidArgument(f"data_bytes={data_bytes}: expected a number of bytes")
+        chosen = self._save_options(timeout, False, pin)
+        with self._handle.use() as store:
+            check(lib.pcc_raw_begin(store, _step(step), data_bytes, pairs.array, pairs.count, chosen, out))
+            return RawSave(out[0], self.path)
+
+    @staticmethod
+    def _save_options(timeout: float | None, confirm: bool, pin: bool) -> Any:
+        return options("pcc_save_options", wait_ms=deadline_ms(timeout), confirm=int(confirm), pin=int(pin))
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The durable checkpoints, newest first."""
+        count = ffi.new("uint64_t *")
+        with self._handle.use() as store:
+            capacity = 0
+            while True:
+                infos = ffi.new("pcc_checkpoint_info[]", max(1, capacity))
+                for info in infos:
+                    info.struct_bytes = ffi.sizeof("pcc_checkpoint_info")
+                check(lib.pcc_list(store, infos, ffi.sizeof("pcc_checkpoint_info"), capacity, count))
+                if count[0] <= capacity:
+                    return [CheckpointInfo.of(infos[i]) for i in range(count[0])]
+                capacity = int(count[0])
+
+    def open(
+        self,
+        *,
+        generation: int | None = None,
+        step: int | None = None,
+        older_than: int | None = None,
+        verify: bool = True,
+    ) -> Checkpoint:
+        """Opens the newest checkpoint, or the one that an argument selects.
+
+        Args:
+            generation: exactly this one.
+            step: the newest of this step.
+            older_than: the newest with a generation below this.
+            verify: read and verify all of it now, and fall back to an older one where it is damaged; else each chunk
+                is verified when it is read.
+
+        Raises:
+            NotFound: there is no such checkpoint.
+            Corrupt: every candidate is damaged.
+        """
+        chosen = _select(generation, step, older_than, verify)
+        out = ffi.new("pcc_checkpoint **")
+        with self._handle.use() as store:
+            check(lib.pcc_checkpoint_open(store, chosen, out))
+            return Checkpoint(out[0], self.path)
+
+    def restore(
+        self,
+        tensors: Mapping[str, Any],
+        *,
+        generation: int | None = None,
+        step: int | None = None,
+        older_than: int | None = None,
+    ) -> Checkpoint:
+        """Fills writable arrays from the newest checkpoint, or the one that an argument selects, in one verified pass.
+
+        Names, dtypes and shapes must be those of the checkpoint, which may hold more. Where a payload is damaged, the
+        next candidate is read instead. Returns the checkpoint that was restored, for its step and metadata: close it.
+
+        Raises:
+            NotFound, InvalidArgument: nothing was written. After other errors the arrays hold unspecified bytes.
+        """
+        chosen = _select(generation, step, older_than, True)
+        packed = arrays.pack_tensors(
+            {name: arrays.memory_of(array, name, write=True) for name, array in tensors.items()}
+        )
+        out = ffi.new("pcc_checkpoint **")
+        with self._handle.use() as store:
+            check(lib.pcc_restore(store, chosen, packed.array, packed.count, out))
+            return Checkpoint(out[0], self.path)
+
+    def pin(self, generation: int) -> None:
+        """Keeps a checkpoint until it is unpinned, also across restarts. Durable on return.
+
+        Raises:
+            NoSlot: fewer than N slots would be left to save into.
+            NotFound: there is no such checkpoint.
+        """
+        with self._handle.use() as store:
+            check(lib.pcc_pin(store, generation))
+
+    def unpin(self, generation: int) -> None:
+        """Lets a checkpoint be reclaimed once it is not among the newest K. Durable on return."""
+        with self._handle.use() as store:
+            check(lib.pcc_unpin(store, generation))
+
+    def mark_global(self, step: int) -> int:
+        """Says that ``step`` of this run is durable on all ranks, so that older ones may go. Returns its generation."""
+        generation = ffi.new("uint64_t *")
+        with self._handle.use() as store:
+            check(lib.pcc_mark_global(store, self._run_id, _step(step), generation))
+        return int(generation[0])
+
+    def abandon(self, step: int, timeout: float | None = None) -> int:
+        """Gives up ``step``, which some rank skipped, lost or failed. Returns how many checkpoints went."""
+        discarded = ffi.new("uint32_t *")
+        with self._handle.use() as store:
+            wait(lambda ms: int(lib.pcc_abandon(store, self._run_id, _step(step), ms, discarded)), timeout)
+        return int(discarded[0])
+
+    def discard_newer(self, generation: int) -> int:
+        """Discards every checkpoint newer than ``generation`` (0: all). Returns how many went; durable on return."""
+        discarded = ffi.new("uint32_t *")
+        with self._handle.use() as store:
+            check(lib.pcc_discard_newer(store, generation, discarded))
+        return int(discarded[0])
+
+    def verify(self, generation: int = 0) -> Verified:
+        """Reads and verifies every byte of one checkpoint, or of all (0). Damage is in the result, not raised."""
+        report = new_struct("pcc_verify_report")
+        with self._handle.use() as store:
+            # The text's size is known only afterwards; a line takes well below this.
+            text = ffi.new("char[]", 240 * 4096)
+            status = lib.pcc_verify(store, generation, report, text, ffi.sizeof(text))
+            if status != lib.PCC_CORRUPT:
+                check(status)
+            found = bytes(ffi.string(text)).decode("utf-8", "replace")
+        return Verified(report.intact, report.damaged, report.reclaimed, found)
+
+    def repair(self, timeout: float | None = None) -> int:
+        """Rewrites quarantined slots in full and takes them back into use. Returns how many."""
+        repaired = ffi.new("uint32_t *")
+        with self._handle.use() as store:
+            check(lib.pcc_repair(store, deadline_ms(timeout), repaired))
+        return int(repaired[0])
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Waits until no save is in flight; says nothing of how they ended. Raises TimedOut.
+
+        Saves that wait for :meth:`Save.confirm` are in flight.
+        """
+        with self._handle.use() as store:
+            wait(lambda ms: int(lib.pcc_drain(store, ms)), timeout)
+
+    def stats(self) -> Stats:
+        """Counters since open, and gauges of this moment."""
+        found = new_struct("pcc_stats_info")
+        with self._handle.use() as store:
+            check(lib.pcc_stats(store, found))
+        return Stats(**{field: getattr(found, field) for field in Stats.__dataclass_fields__})
+
+    def got(self) -> Got:
+        """What was got at open: medium, durability, memory, slots."""
+        found = new_struct("pcc_got_info")
+        with self._handle.use() as store:
+            check(lib.pcc_got(store, found))
+            return Got(
+                medium={number: name for name, number in MEDIA.items()}.get(found.medium, str(found.medium)),
+                durability="power" if found.durability == lib.PCC_DURABILITY_POWER else "process",
+                path_text=string(found.path_text),
+                notes=string(found.notes_text),
+                region_uuid=bytes(found.region_uuid).hex(),
+                slot_count=found.slot_count,
+                slot_bytes=found.slot_bytes,
+                staging_bytes=found.staging_bytes,
+                staging_huge_bytes=found.staging_huge_bytes,
+                staging_locked=bool(found.staging_locked),
+                chunk_bytes=found.chunk_bytes,
+                recovered_checkpoints=found.recovered_checkpoints,
+                max_in_flight=found.max_in_flight,
+                keep=found.keep,
+                read_only=bool(found.read_only),
+            )
+
+    def recovery(self) -> str:
+        """What recovery found at open, for people: every slot, and why it was or was not taken."""
+        with self._handle.use() as store:
+            return text_of(lambda buffer, size: int(lib.pcc_recovery_text(store, buffer, size)))
+
+    def close(self) -> None:
+        """Cancels saves in flight (see :meth:`drain`), waits for their I/O and releases the region. Commits nothing."""
+        self._handle.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            # After an error too: what was begun is wanted, and an exception must not lose it.
+            if not self.closed and not self.got().read_only:
+                self.drain(None if kind is None else 60.0)
+        finally:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<pccheck.Store {self.path!r}{' closed' if self.closed else ''}>"
+
+
+def _step(step: int) -> int:
+    if not isinstance(step, int) or not 0 <= step < 2**64:
+        raise errors.InvalidArgument(f"step={step!r}: expected a whole number, 0 to 2^64 - 1")
+    return step
+
+
+def _select(generation: int | None, step: int | None, older_than: int | None, verify: bool) -> Any:
+    given = [
+        (select, value)
+        for select, value in (
+            (lib.PCC_SELECT_GENERATION, generation),
+            (lib.PCC_SELECT_STEP, step),
+            (lib.PCC_SELECT_OLDER_THAN, older_than),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise errors.InvalidArgument("expected at most one of generation, step and older_than")
+    select, value = given[0] if given else (lib.PCC_SELECT_NEWEST, 0)
+    return options("pcc_select_options", select=select, value=value, verify=int(verify))
