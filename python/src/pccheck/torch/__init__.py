@@ -1,0 +1,11 @@
+"""PyTorch: checkpoint a training run every few iterations, and resume it bit for bit, in three lines.
+
+See :class:`Checkpointer`.
+"""
+
+from __future__ import annotations
+
+from .checkpointer import TREE_KEY, Checkpointer, CheckpointWarning
+from .retention import Best
+
+__all__ = ["TREE_KEY", "Best", "CheckpointWarning", "Checkpointer"]
