@@ -5,7 +5,9 @@ See :class:`Checkpointer`.
 
 from __future__ import annotations
 
-from .checkpointer import TREE_KEY, Checkpointer, CheckpointWarning
+from .checkpointer import Checkpointer
+from .outcomes import CheckpointWarning
+from .restoring import TREE_KEY, restore
 from .retention import Best
 
-__all__ = ["TREE_KEY", "Best", "CheckpointWarning", "Checkpointer"]
+__all__ = ["TREE_KEY", "Best", "CheckpointWarning", "Checkpointer", "restore"]

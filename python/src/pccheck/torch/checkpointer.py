@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
-import queue
-import threading
 import time
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,39 +21,14 @@ from . import exits, sizing
 from .home import Home, HomeOptions
 from .hooks import GradientWatch, UpdateHooks
 from .members import Member, members_of
-from .restoring import Restored, restore_newest
+from .outcomes import CheckpointWarning, Outcomes
+from .restoring import GRADIENTS, TREE_KEY, restore_newest
 from .retention import TRAINER_KEY, Best, Retention
-from .rng import RngMember
+from .rng import RNG, RngMember
+from .settling import InFlight, Settler
 from .snapshot import Snapshot, take
 
-__all__ = ["Checkpointer", "CheckpointWarning", "TREE_KEY"]
-
-#: metadata key of the state's tree, see docs/trees.md
-TREE_KEY = "tree"
-_RNG = "rng"
-_GRADIENTS = "gradients"
-
-
-class CheckpointWarning(UserWarning):
-    """A save failed, or a snapshot could not be vouched for; training goes on."""
-
-
-@dataclass
-class _Pending:
-    """A save whose tensors the engine still reads, or whose snapshot has not been checked."""
-
-    save: Save
-    snapshot: Snapshot
-    step: int
-    settled: bool = False
-
-
-@dataclass
-class _Begun:
-    save: Save
-    step: int
-    metrics: dict[str, float]
-    pinned: bool
+__all__ = ["Checkpointer"]
 
 
 class Checkpointer:
@@ -74,8 +47,8 @@ class Checkpointer:
     forward and backward of the next iteration run; before the next update the checkpointer waits, by itself, through
     torch's optimizer hooks. Where something else updates them (an EMA kept in parameters, an update written by hand, a
     step replayed as a CUDA graph), call :meth:`before_update` ahead of it. Everything else (buffers, RNG, schedulers,
-    Python values) is captured before :meth:`step` returns. A snapshot whose tensors were changed too early is never
-    committed: the save fails and says which.
+    Python values) is captured before :meth:`step` returns. A snapshot whose tensors were changed too early is
+    never committed: the save fails and says which.
 
     State in device memory is copied to host memory by torch before :meth:`step` returns.
 
@@ -97,6 +70,8 @@ class Checkpointer:
             counters (such as ``tensor.data``). Slow.
         durability, medium, staging_bytes, chunk_bytes, writers, lock_timeout: see :class:`pccheck.Store`.
         slot_timeout: seconds that :meth:`step` waits for a slot while N saves are in flight.
+        update_timeout: seconds that an update waits until the state is copied; then the save is cancelled, and counts
+            as failed.
         members: what is saved: modules, optimizers, anything with ``state_dict`` and ``load_state_dict``, dicts, lists,
             tensors, generators of torch, numpy and Python; or lists and dicts of stateful things.
 
@@ -132,29 +107,25 @@ class Checkpointer:
         writers: int | None = None,
         lock_timeout: float | None = 10.0,
         slot_timeout: float | None = 60.0,
+        update_timeout: float | None = 300.0,
         **members: Any,
     ) -> None:
-        if on_error not in ("warn", "raise"):
-            raise errors.InvalidArgument(f"on_error={on_error!r}: expected 'warn' or 'raise'")
         if not isinstance(every, int) or every < 1:
             raise errors.InvalidArgument(f"every={every!r}: expected a number of steps, 1 or more")
-        if _RNG in members or _GRADIENTS in members:
-            raise errors.InvalidArgument(f"{_RNG!r} and {_GRADIENTS!r} are names of the checkpointer's own")
+        if RNG in members or GRADIENTS in members:
+            raise errors.InvalidArgument(f"{RNG!r} and {GRADIENTS!r} are names of the checkpointer's own")
         if not members:
             raise errors.InvalidArgument("expected something to save, such as model=model, optimizer=optimizer")
         self.every = every
         self.exit_timeout = exit_timeout
         self.pid = os.getpid()
-        #: saves that failed so far
-        self.failures = 0
-        #: why the last failed save failed
-        self.last_error: errors.PccheckError | None = None
+        self._outcomes = Outcomes(on_error)
         self._members: dict[str, Member] = members_of(members)
         if rng:
-            self._members[_RNG] = RngMember(_RNG)
+            self._members[RNG] = RngMember()
         self._gradients = gradients
-        self._on_error = on_error
         self._debug = debug
+        self._update_timeout = update_timeout
         self._slot_timeout = slot_timeout
         self._retention = Retention(keep_every, keep_best)
         self._home = Home(
@@ -175,19 +146,11 @@ class Checkpointer:
         self._retention.adopt(self._home.store)
         #: False while the region holds checkpoints that were neither restored nor given up
         self._may_save = not self._home.store.checkpoints()
-        self._lock = threading.RLock()
-        self._pending: _Pending | None = None
-        self._begun: list[_Begun] = []
-        self._unraised: errors.PccheckError | None = None
-        self._in_streak: str | None = None
         self._watch = GradientWatch()
-        self._witness: list[tuple[weakref.ref[torch.Tensor], int]] = []
         self._told_of_missed_updates = False
         self._closed = False
-        self._settler: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_settle_all, args=(weakref.ref(self), self._settler), daemon=True)
-        self._thread.start()
-        self._hooks = UpdateHooks(self, Checkpointer._on_update, Checkpointer._on_updated)
+        self._settler = Settler(update_timeout)
+        self._hooks = UpdateHooks(self, Checkpointer.before_update, Checkpointer._on_updated)
         exits.finish_at_exit(self, on_sigterm=on_sigterm)
 
     # ---- saving -------------------------------------------------------------------------------------------------
@@ -211,10 +174,9 @@ class Checkpointer:
             PccheckError: with ``on_error="raise"``, why a save failed.
         """
         self._check_open()
-        self._note_missed_updates()
-        self._collect()
-        self._raise_unraised()
-        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        self._note_missed_update()
+        self._report()
+        step, numbers = operator.index(step), _numbers(metrics)
         if step % self.every != 0 and not self._retention.wants_pin(step, numbers):
             return None
         return self._save(step, numbers)
@@ -222,53 +184,54 @@ class Checkpointer:
     def save(self, step: int, metrics: Mapping[str, float] | None = None) -> Save | None:
         """As :meth:`step`, but saves now, whether or not it is due."""
         self._check_open()
-        self._collect()
-        self._raise_unraised()
-        return self._save(step, {name: float(value) for name, value in (metrics or {}).items()})
+        self._report()
+        return self._save(operator.index(step), _numbers(metrics))
 
     def _save(self, step: int, metrics: dict[str, float]) -> Save | None:
-        if not self._may_save:
-            raise errors.InvalidState(
-                f"{self.path} holds checkpoints, which new saves would replace: call restore() first, or discard() to "
-                "start anew",
-                path=self.path,
-            )
-        if not self._gradients and self._watch.accumulating():
-            raise errors.InvalidState(
-                "gradients were accumulated since the last update, and a checkpoint without them could not be resumed: "
-                "save after optimizer.step(), or pass gradients=True"
-            )
-        self._settle()
+        self._check_may_save()
+        self._settler.settle(self._update_timeout)
         snapshot = take(self._tree(), self._steady(), hashes=self._debug)
-        trainer = {"version": 1, "step": step, "metrics": metrics, "torch": torch.__version__}
-        if snapshot.shardings:
-            trainer["shardings"] = snapshot.shardings
-        metadata = {TREE_KEY: snapshot.json, TRAINER_KEY: json.dumps(trainer)}
         pinned = self._retention.wants_pin(step, metrics)
         try:
             save = self._home.begin(
-                step, snapshot.tensors, metadata, pin=pinned, confirm=True, timeout=self._slot_timeout
+                step,
+                snapshot.tensors,
+                {TREE_KEY: snapshot.json, TRAINER_KEY: _trainer_text(step, metrics, snapshot)},
+                pin=pinned,
+                confirm=True,
+                timeout=self._slot_timeout,
             )
-        except (errors.InvalidArgument, errors.InvalidState):
+        except errors.InvalidArgument:
+            # A defect of the state, which would be there at every save.
             raise
         except errors.PccheckError as why:
-            self._failed(step, why)
-            self._raise_unraised()
+            self._outcomes.failed(step, why)
+            self._outcomes.raise_unraised()
             return None
-        self._begun.append(_Begun(save, step, metrics, pinned))
-        pending = _Pending(save, snapshot, step)
-        self._pending = pending
-        self._witness = [(weakref.ref(live.tensor), live.version) for live in snapshot.live[:8]]
+        flight = InFlight(save, snapshot, step, metrics, pinned)
+        self._outcomes.begun(flight)
+        self._settler.submit(flight)
         if snapshot.urgent or self._gradients:
-            self._settle()
-        else:
-            self._settler.put(pending)
+            self._settler.settle(self._update_timeout)
         return save
+
+    def _check_may_save(self) -> None:
+        if not self._may_save:
+            raise errors.InvalidState(
+                f"{self.path} holds checkpoints, which new saves would replace",
+                path=self.path,
+                advice="call restore() first, or discard() to start anew",
+            )
+        if not self._gradients and self._watch.accumulating():
+            raise errors.InvalidState(
+                "gradients were accumulated since the last update, and a checkpoint without them could not be resumed",
+                advice="save after optimizer.step(), or pass gradients=True",
+            )
 
     def _tree(self) -> dict[str, Any]:
         tree = {name: member.state() for name, member in self._members.items()}
         if self._gradients:
-            tree[_GRADIENTS] = {name: p.grad for name, p in self._parameters().items() if p.grad is not None}
+            tree[GRADIENTS] = {name: p.grad for name, p in self._parameters().items() if p.grad is not None}
         return tree
 
     def _steady(self) -> list[torch.Tensor]:
@@ -290,137 +253,57 @@ class Checkpointer:
 
         torch's optimizers do it by themselves. Call it before updates that are not made by one.
         """
-        self._witness = []
-        self._settle()
-
-    def _on_update(self) -> None:
-        self.before_update()
+        self._settler.before_update()
 
     def _on_updated(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._gradients:
             self._watch.updated(optimizer)
 
-    def _settle(self) -> None:
-        """Waits until the pending snapshot is copied, checks that it is sound, and lets it commit."""
-        pending = self._pending
-        if pending is not None:
-            self._settle_one(pending)
-
-    def _settle_one(self, pending: _Pending) -> None:
-        try:
-            # Not under the lock: the trainer and the settling thread may both wait.
-            pending.save.copied()
-        except errors.PccheckError:
-            # Its outcome says why.
-            pending.settled = True
-        with self._lock:
-            if not pending.settled:
-                pending.settled = True
-                self._check_snapshot(pending)
-            pending.snapshot.live.clear()
-            if self._pending is pending:
-                self._pending = None
-
-    def _check_snapshot(self, pending: _Pending) -> None:
-        changed = pending.snapshot.changed()
-        if not changed:
-            try:
-                pending.save.confirm()
-            except errors.PccheckError:
-                # It has failed; its outcome says why.
-                return
-            return
-        pending.save.cancel()
-        shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        self._failed(
-            pending.step,
-            errors.InvalidState(
-                f"the snapshot of step {pending.step} is torn and was not committed: {shown} changed before it was "
-                "copied; call before_update() before what changes them",
-                path=self.path,
-            ),
-        )
-
-    def _note_missed_updates(self) -> None:
-        """Says so where saved tensors changed although neither a hook nor before_update() came before."""
-        if self._told_of_missed_updates or not self._witness:
-            return
-        for tensor, version in self._witness:
-            alive = tensor()
-            if alive is not None and alive._version != version:
-                self._told_of_missed_updates = True
-                warnings.warn(
-                    "parameters or optimizer state changed after a save although no optimizer's hook ran and "
-                    "before_update() was not called: call it before updates that torch's optimizers do not make, or "
-                    "saves will fail whenever the change comes before they are copied",
-                    CheckpointWarning,
-                    stacklevel=3,
-                )
-                return
+    def _note_missed_update(self) -> None:
+        """Says so, once, where saved tensors changed although neither a hook nor before_update() came before."""
+        if not self._told_of_missed_updates and self._settler.missed_update():
+            self._told_of_missed_updates = True
+            warnings.warn(
+                "parameters or optimizer state changed after a save although no optimizer's hook ran and "
+                "before_update() was not called: call it before updates that torch's optimizers do not make, or saves "
+                "will fail whenever such a change comes before they are copied",
+                CheckpointWarning,
+                stacklevel=3,
+            )
 
     # ---- outcomes -----------------------------------------------------------------------------------------------
 
+    @property
+    def failures(self) -> int:
+        """Saves that failed so far."""
+        return self._outcomes.failures
+
+    @property
+    def last_error(self) -> errors.PccheckError | None:
+        """Why the last failed save failed."""
+        return self._outcomes.last_error
+
     def _collect(self) -> None:
-        """Takes note of the saves that have ended."""
-        going = []
-        for begun in self._begun:
-            try:
-                durable = begun.save.durable(0)
-            except errors.TimedOut:
-                going.append(begun)
-            except errors.Cancelled as why:
-                # Torn snapshots are cancelled, and were reported when they were found.
-                if not self._is_reported(begun.step):
-                    self._failed(begun.step, why)
-            except errors.PccheckError as why:
-                self._failed(begun.step, why)
-            else:
-                self._in_streak = None
-                if begun.pinned:
-                    self._retention.durable(self._home.store, begun.step, durable.generation, begun.metrics)
-        self._begun = going
+        for flight, durable in self._outcomes.collect():
+            if flight.pinned:
+                self._retention.durable(self._home.store, flight.step, durable.generation, flight.metrics)
 
-    def _is_reported(self, step: int) -> bool:
-        return isinstance(self.last_error, errors.InvalidState) and f"step {step} is torn" in self.last_error.message
-
-    def _failed(self, step: int, why: errors.PccheckError) -> None:
-        """Counts a failed save; warns once for each run of failures of one kind."""
-        self.failures += 1
-        self.last_error = why
-        if self._on_error == "raise":
-            self._unraised = self._unraised or why
-        elif self._in_streak != type(why).__name__:
-            self._in_streak = type(why).__name__
-            warnings.warn(f"the save of step {step} failed, training goes on: {why}", CheckpointWarning, stacklevel=4)
-
-    def _raise_unraised(self) -> None:
-        why, self._unraised = self._unraised, None
-        if why is not None:
-            raise why
+    def _report(self) -> None:
+        self._collect()
+        self._outcomes.raise_unraised()
 
     def finish(self, timeout: float | None = None) -> bool:
         """Waits until the saves in flight have ended, for at most ``timeout`` seconds. True: all of them have.
 
         Failures are counted, and reported by the next call.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
         if self._closed or self._home.closed:
             return True
-        pending = self._pending
-        try:
-            if pending is not None:
-                pending.save.copied(timeout)
-                self._settle_one(pending)
-            for begun in list(self._begun):
-                begun.save.durable(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        except errors.TimedOut:
-            return False
-        except errors.PccheckError:
-            # Counted below; the others go on.
-            return self.finish(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        finally:
-            self._collect()
-        return True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._settler.settle(timeout)
+        ended = self._outcomes.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._collect()
+        return ended
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until the saves in flight are durable.
@@ -431,27 +314,39 @@ class Checkpointer:
         """
         self._check_open()
         if not self.finish(timeout):
-            raise errors.TimedOut(f"saves are still in flight after {timeout} s; they go on, wait again")
-        self._raise_unraised()
+            raise errors.TimedOut(f"saves are still in flight after {timeout} s; they go on", advice="wait again")
+        self._outcomes.raise_unraised()
 
     def close(self, timeout: float | None = None) -> None:
-        """Finishes the saves in flight, for at most ``timeout`` seconds (None: ``exit_timeout``), and closes the region.
+        """Finishes the saves in flight, within ``timeout`` seconds (None: ``exit_timeout``), and closes the region.
 
         Raises:
             PccheckError: with ``on_error="raise"``, why a save failed. The region is closed all the same.
         """
         if self._closed:
             return
-        if self.pid == os.getpid():
-            self.finish(self.exit_timeout if timeout is None else timeout)
-        self._closed = True
         self._hooks.remove()
         exits.forget(self)
-        self._settler.put(None)
-        if self.pid == os.getpid():
-            self._thread.join()
-            self._home.close()
-        self._raise_unraised()
+        if self.pid != os.getpid():
+            # The saves are the parent's.
+            self._closed = True
+            return
+        self.finish(self.exit_timeout if timeout is None else timeout)
+        self._closed = True
+        self._settler.close()
+        self._home.close()
+        # What could not finish in time was cancelled by closing.
+        self._outcomes.collect()
+        self._outcomes.raise_unraised()
+
+    def __del__(self) -> None:
+        # Attributes are missing where the constructor failed.
+        if getattr(self, "_closed", True) is False and self.pid == os.getpid():
+            warnings.warn(f"{self!r} was not closed; closing it now", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<pccheck.torch.Checkpointer {self.path!r}{' closed' if self._closed else ''}>"
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -487,8 +382,8 @@ class Checkpointer:
             Corrupt: every candidate is damaged; the state is unspecified then.
         """
         self._check_open()
-        self._settle()
-        found: Restored | None = restore_newest(
+        self._settler.settle(self._update_timeout)
+        found = restore_newest(
             self._home.store,
             self._members,
             step=step,
@@ -500,7 +395,7 @@ class Checkpointer:
         )
         self._may_save = True
         self._watch.forget()
-        self._witness = []
+        self._settler.forget()
         return None if found is None else found.step
 
     def discard(self) -> int:
@@ -542,17 +437,14 @@ class Checkpointer:
             raise errors.InvalidState("the checkpointer is closed; make another one")
 
 
-def _settle_all(alive: weakref.ref[Checkpointer], pending: queue.SimpleQueue[_Pending | None]) -> None:
-    """The settling thread: lets snapshots commit also while the trainer makes no update, as in a long evaluation."""
-    while (found := pending.get()) is not None:
-        # While it waits for the copy it must not keep the checkpointer alive.
-        try:
-            found.save.copied()
-        except errors.PccheckError:
-            pass
-        checkpointer = alive()
-        if checkpointer is None:
-            return
-        if not found.settled:
-            checkpointer._settle_one(found)
-        del checkpointer, found
+def _numbers(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    return {name: float(value) for name, value in (metrics or {}).items()}
+
+
+def _trainer_text(step: int, metrics: Mapping[str, float], snapshot: Snapshot) -> str:
+    # JSON has no numbers for what is not finite.
+    shown = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    trainer = {"version": 1, "step": step, "metrics": shown, "torch": torch.__version__}
+    if snapshot.shardings:
+        trainer["shardings"] = snapshot.shardings
+    return json.dumps(trainer)

@@ -81,7 +81,7 @@ class ReadPlan:
 
     def _tensor(self, leaf: Leaf, live: torch.Tensor | None, where: str) -> Any:
         info = leaf.info
-        if leaf.kind in ("numpy", "array"):
+        if leaf.kind == "numpy":
             import numpy as np
 
             array = np.empty(info.shape, dtypes.to_numpy(info.dtype))

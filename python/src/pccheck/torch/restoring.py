@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,17 @@ import torch
 from .. import errors, trees
 from ..checkpoint import Checkpoint
 from ..store import Store
-from .members import Member
+from .members import Member, members_of
 from .planning import Leaf, ReadPlan
 from .retention import TRAINER_KEY
+from .rng import RNG
 
-__all__ = ["Restored", "restore_newest"]
+__all__ = ["GRADIENTS", "TREE_KEY", "Restored", "restore", "restore_newest"]
+
+#: metadata key of the state's tree, see docs/trees.md
+TREE_KEY = "tree"
+#: member that holds gradients, where they are saved
+GRADIENTS = "gradients"
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,36 @@ class Restored:
 
     step: int
     generation: int
+
+
+def restore(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    generation: int | None = None,
+    strict: bool = True,
+    only: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    **members: Any,
+) -> int | None:
+    """Restores members from any region, also one that a trainer is writing, without saving to it: for evaluation and
+    for starting from another run's weights.
+
+    Arguments, result and errors are those of :meth:`Checkpointer.restore`; what the checkpoint holds beyond the
+    members is left alone. The global random-number generators are not touched.
+    """
+    with Store(path, read_only=True, durability="process") as store:
+        found = restore_newest(
+            store,
+            members_of(members),
+            step=step,
+            generation=generation,
+            strict=strict,
+            only=(only,) if isinstance(only, str) else tuple(only) or tuple(members),
+            device=torch.device(device),
+            gradients=None,
+        )
+    return None if found is None else found.step
 
 
 def restore_newest(
@@ -45,9 +82,9 @@ def restore_newest(
         with checkpoint:
             try:
                 _restore(checkpoint, members, ReadPlan(device, strict, only), gradients)
-            except errors.Corrupt as why:
+            except (errors.Corrupt, errors.Reclaimed) as why:
                 warnings.warn(
-                    f"the checkpoint of step {checkpoint.step} is damaged, taking an older one: {why}", stacklevel=3
+                    f"the checkpoint of step {checkpoint.step} cannot be read, taking another one: {why}", stacklevel=3
                 )
                 damaged = why
             else:
@@ -67,8 +104,8 @@ def _candidates(store: Store, step: int | None, generation: int | None) -> Itera
             continue
         try:
             yield store.open(generation=info.generation, verify=False)
-        except errors.NotFound:
-            # Reclaimed since it was listed.
+        except (errors.NotFound, errors.Reclaimed):
+            # Since it was listed.
             continue
 
 
@@ -81,18 +118,18 @@ def _restore(
     saved = _tree(checkpoint)
     wanted = {name: member for name, member in members.items() if _concerns(plan, name)}
     plan.missing += [name for name in wanted if name not in saved]
-    known = {*members, "gradients"}
+    known = {*members, GRADIENTS, RNG}
     plan.unexpected += [name for name in saved if name not in known and plan.wanted(name)]
     filled = {name: member.plan(saved[name], plan) for name, member in wanted.items() if name in saved}
-    if gradients is not None and "gradients" in saved and not plan.only:
-        filled["gradients"] = plan.fill(saved["gradients"], None, "gradients")
+    if gradients is not None and GRADIENTS in saved and not plan.only:
+        filled[GRADIENTS] = plan.fill(saved[GRADIENTS], None, GRADIENTS)
     plan.raise_mismatches(checkpoint.path)
     plan.read(checkpoint)
     # Generators last: loading may draw numbers.
-    for name in sorted(filled, key=lambda name: name == "rng"):
+    for name in sorted(filled, key=lambda name: name == RNG):
         if name in wanted:
             wanted[name].load(filled[name], plan)
-    for name, gradient in filled.get("gradients", {}).items():
+    for name, gradient in filled.get(GRADIENTS, {}).items():
         if gradients is not None and name in gradients:
             gradients[name].grad = gradient.to(gradients[name].device)
 
@@ -103,7 +140,7 @@ def _concerns(plan: ReadPlan, member: str) -> bool:
 
 
 def _tree(checkpoint: Checkpoint) -> dict[str, Any]:
-    text = checkpoint.metadata.get("tree")
+    text = checkpoint.metadata.get(TREE_KEY)
     if text is None:
         raise errors.StateMismatch(
             f"the checkpoint of step {checkpoint.step} was not made by a Checkpointer: it holds no tree",

@@ -112,4 +112,7 @@ def _metric(metadata: Mapping[str, str], name: str) -> float | None:
         value = json.loads(metadata[TRAINER_KEY])["metrics"][name]
     except (KeyError, ValueError, TypeError):
         return None
-    return float(value) if isinstance(value, (int, float)) else None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

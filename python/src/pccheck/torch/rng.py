@@ -11,21 +11,24 @@ import torch
 from .members import Member
 from .planning import ReadPlan
 
-__all__ = ["RngMember"]
+__all__ = ["RNG", "RngMember"]
+
+#: its name among the members
+RNG = "rng"
 
 
 class RngMember(Member):
     """The process's global generators: Python's, numpy's, torch's on the CPU and on every CUDA device in use."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name, None)
+    def __init__(self) -> None:
+        super().__init__(RNG, None)
 
     def state(self) -> Any:
         state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             state["numpy"] = numpy.random.get_state(legacy=False)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
         return state
 
