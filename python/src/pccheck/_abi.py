@@ -76,12 +76,10 @@ def error_of(status: int, message: str | None = None) -> errors.PccheckError:
         path=text_of(lib.pcc_last_error_path) or None,
         errno=int(lib.pcc_last_error_errno()),
         offset=None if offset == lib.PCC_NO_OFFSET else offset,
+        advice=text_of(lib.pcc_last_error_advice),
     )
     error.code = status
     error.status = string(lib.pcc_status_name(status))
-    # The library's texts end in "; ADVICE" where there is advice.
-    _, semicolon, advice = error.message.rpartition("; ")
-    error.advice = advice if semicolon else ""
     return error
 
 
