@@ -156,6 +156,13 @@ def test_errors_name_the_place(tree: Any, prefix: str, place: str) -> None:
     assert f"{place}: " in str(caught.value)
 
 
+def test_a_long_place_is_shown_by_its_ends() -> None:
+    with pytest.raises(UnsupportedValue) as caught:
+        flatten({"x" * 100_000: [{"lr_fn": object()}]})
+    assert len(str(caught.value)) < 1000
+    assert "[0]['lr_fn']" in str(caught.value)
+
+
 def test_a_prefix_that_is_no_text_is_refused() -> None:
     with pytest.raises(UnsupportedValue):
         flatten(1, prefix="\ud800")
