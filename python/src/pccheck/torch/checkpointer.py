@@ -146,7 +146,8 @@ class Checkpointer:
         self._retention.adopt(self._home.store)
         #: False while the region holds checkpoints that were neither restored nor given up
         self._may_save = not self._home.store.checkpoints()
-        self._watch = GradientWatch()
+        targets = [member.target for member in self._members.values()]
+        self._watch = GradientWatch(target for target in targets if isinstance(target, torch.optim.Optimizer))
         self._told_of_missed_updates = False
         self._closed = False
         self._settler = Settler(update_timeout)
