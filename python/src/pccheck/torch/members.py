@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import errors
-from .planning import Leaf, ReadPlan, describe
+from .planning import Leaf, ReadPlan, describe, laid_out_as
 
 __all__ = ["Member", "members_of"]
 
@@ -126,8 +126,10 @@ class OptimizerMember(Member):
                 continue
             state = self.target.state[parameter]
             for name, value in values.items():
-                if isinstance(value, torch.Tensor) and state[name].dtype != value.dtype:
-                    state[name] = value.to(state[name].device)
+                if isinstance(value, torch.Tensor):
+                    if state[name].dtype != value.dtype:
+                        state[name] = value.to(state[name].device)
+                    state[name] = laid_out_as(parameter, state[name])
 
 
 class StatefulMember(Member):

@@ -15,7 +15,7 @@ from .. import errors, trees
 from ..checkpoint import Checkpoint
 from ..store import Store
 from .members import Member, members_of
-from .planning import Leaf, ReadPlan
+from .planning import Leaf, ReadPlan, laid_out_as
 from .retention import TRAINER_KEY
 from .rng import RNG
 
@@ -131,7 +131,7 @@ def _restore(
             wanted[name].load(filled[name], plan)
     for name, gradient in filled.get(GRADIENTS, {}).items():
         if gradients is not None and name in gradients:
-            gradients[name].grad = gradient.to(gradients[name].device)
+            gradients[name].grad = laid_out_as(gradients[name], gradient.to(gradients[name].device))
 
 
 def _concerns(plan: ReadPlan, member: str) -> bool:
