@@ -15,8 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pccheck
 import pytest
+
+import pccheck
 
 pytest.importorskip("torch")
 
