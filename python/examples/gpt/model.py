@@ -26,7 +26,7 @@ class Size:
 SIZES = {
     "tiny": Size(layers=2, heads=2, width=32, context=32, batch=4),
     "10m": Size(layers=6, heads=6, width=384, context=64, batch=4),
-    "38m": Size(layers=12, heads=8, width=512, context=64, batch=4),
+    "38m": Size(layers=12, heads=8, width=512, context=64, batch=6),
     "60m": Size(layers=12, heads=10, width=640, context=64, batch=4),
 }
 
