@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
+
+import pccheck.torch
 
 KEPT = 2
 
@@ -151,7 +152,7 @@ class DcpAsync(_FolderArm):
         # As torch's own recipe does: not more than one at a time, or memory grows without bound.
         if self._uploading is not None:
             self._uploading.result()
-        response = dcp.async_save(
+        response = async_save(
             self.training.state(step),
             checkpoint_id=path,
             async_stager=self._stager,
@@ -214,8 +215,6 @@ class Pccheck(Arm):
     """pccheck.torch.Checkpointer with its defaults."""
 
     def __init__(self, training: Training) -> None:
-        import pccheck.torch
-
         # Before the base class: the checkpointer waits in a hook of its own, and has none of the arm's.
         self._checkpointer = pccheck.torch.Checkpointer(
             training.folder / "region.pcc",
@@ -226,13 +225,27 @@ class Pccheck(Arm):
             every=training.every,
         )
         self._checkpointer.restore()
+        self._begun: list[tuple[SaveTime, pccheck.Save, float]] = []
         super().__init__(training)
 
     def step(self, step: int) -> None:
-        self._checkpointer.step(step)
+        called = time.monotonic()
+        save = self._checkpointer.step(step)
+        if save is not None:
+            self.saves.append(SaveTime(step, called))
+            self._begun.append((self.saves[-1], save, time.monotonic()))
+
+    def pool_bytes(self) -> int | None:
+        return self._checkpointer.store.got().staging_bytes
 
     def close(self) -> None:
+        self._checkpointer.wait()
+        for time_of, save, begun in self._begun:
+            # The engine counts from its own begin, which was before the call returned: at most too long.
+            time_of.durable = begun + save.durable(0).durable_seconds
         self._checkpointer.close()
+        if self._checkpointer.failures:
+            raise RuntimeError(f"{self._checkpointer.failures} saves failed: {self._checkpointer.last_error}")
 
 
 ARMS: dict[str, Callable[[Training], Arm]] = {

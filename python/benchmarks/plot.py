@@ -56,12 +56,12 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(PANELS), figsize=(12, 1.2 + 0.32 * len(names)), sharey=True)
     for axes, (measure, scale, title) in zip(panels, PANELS, strict=True):
         _panel(axes, summary, names, measure, scale, title)
-    machine = measured["machine"]
+    machine, iteration = measured["machine"], summary["none"]["iteration_seconds"]["median"]
     figure.text(
         0.01,
         0.01,
-        f"GPT, state of {measured['state_bytes'] / 1e6:.0f} MB, {summary['none']['iteration_seconds']['median']:.2f} s per "
-        f"iteration on {machine['cores']} cores, {machine['file_system']}; arm/iterations per save; "
+        f"GPT, state of {measured['state_bytes'] / 1e6:.0f} MB, {iteration:.2f} s per iteration without saves, "
+        f"{machine['cores']} cores, {machine['file_system']}; arm/iterations per save; "
         "bars: medians over rounds, lines: least to greatest",
         fontsize=8,
         color="#555",

@@ -166,7 +166,7 @@ def table(measured: dict[str, Any]) -> str:
     state = measured["state_bytes"]
     return "\n".join(
         [
-            f"state {state / 1e6:.0f} MB; {machine['cores']} cores; {machine['file_system']}; torch {machine['torch']}; "
+            f"state {state / 1e6:.0f} MB; {machine['cores']} cores; {machine['file_system']}; torch {machine['torch']}",
             f"a plain O_DIRECT write of the state takes {plain:.2f} s ({state / plain / 1e9:.2f} GB/s)",
             "",
             _columns(times),

@@ -13,6 +13,7 @@ import mmap
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -195,6 +196,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    # So that workers and temporary folders go too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.region_dir.mkdir(parents=True, exist_ok=True)
     measured = run(options)
     text = json.dumps(measured, indent=1)

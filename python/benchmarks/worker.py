@@ -155,13 +155,13 @@ def measure(settings: Settings) -> dict[str, Any]:
     # So that what is measured begins, as it ends, with saves in flight.
     trainer.run("settle", SETTLE_ITERATIONS, saving=SETTLE_ITERATIONS)
     phases.append(trainer.run("with", settings.iterations, saving=settings.iterations))
-    peak = procfs.memory().peak
+    peak, pool = procfs.memory().peak, trainer.arm.pool_bytes()
     began = time.monotonic()
     trainer.arm.close()
     return {
         "settings": dataclasses.asdict(settings),
         "state_bytes": trainer.state_bytes(),
-        "pool_bytes": trainer.arm.pool_bytes(),
+        "pool_bytes": pool,
         "peak_bytes": peak,
         "setup_seconds": trainer.setup_seconds,
         "close_seconds": time.monotonic() - began,

@@ -31,7 +31,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # PYTHONPATH may name the package relative to this process's own folder.
     environment["PYTHONPATH"] = str(Path(pccheck.__file__).parents[1])
-    command = [sys.executable, EXAMPLE / script, *map(str, arguments)]
+    command: list[str | Path] = [sys.executable, EXAMPLE / script, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 

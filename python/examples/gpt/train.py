@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pccheck.torch
 import torch
 from data import Corpus, Sampler
 from model import GPT, SIZES, parameter_count
 from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import pccheck.torch
 
 EXAMPLES = """examples:
   python train.py --size 38m --steps 200                       train; save after every step into gpt.pcc
@@ -58,7 +59,7 @@ def progress(steps: int, start: int, quiet: bool) -> Callable[[int, float], None
     if quiet:
         return lambda step, loss: None
     try:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return lambda step, loss: print(f"step {step}/{steps}  loss {loss:.4f}") if step % 10 == 0 else None
     bar = tqdm(total=steps, initial=start, unit="step")
