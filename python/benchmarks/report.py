@@ -50,7 +50,9 @@ def _measures(result: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
         "system_cpu_seconds_per_iteration": saving["system_busy_seconds"] / count,
         "setup_seconds": result["setup_seconds"],
         "close_seconds": result["close_seconds"],
-        "extra_memory_bytes": result["peak_bytes"] + result["watched"]["children_peak_bytes"] - base["peak_bytes"],
+        "extra_memory_bytes": saving["peak_bytes"]
+        + result["watched"]["children_peak_bytes"]
+        - base["phases"]["with"]["peak_bytes"],
         "threads_before": without["threads"],
         "threads_after": saving["threads"],
         "processes_before": without["processes"],

@@ -104,7 +104,7 @@ def run_arm(settings: Settings, folder: Path) -> dict[str, Any]:
     result["watched"] = {
         "threads_started": watched.threads_started(phase["began"], phase["ended"]),
         "children_started": watched.children_started(phase["began"], phase["ended"]),
-        "children_peak_bytes": watched.children_peak_bytes,
+        "children_peak_bytes": watched.children_peak_bytes(phase["began"], phase["ended"]),
     }
     return result
 

@@ -19,8 +19,8 @@ class Watched:
     thread_first_seen: dict[int, float] = field(default_factory=dict)
     #: when each child was first seen
     child_first_seen: dict[int, float] = field(default_factory=dict)
-    #: highest sum of the anonymous memory of its children; what they share with it counts there
-    children_peak_bytes: int = 0
+    #: time and sum of the anonymous memory of its children; what they share with it counts there
+    children_bytes: list[tuple[float, int]] = field(default_factory=list)
 
     def threads_started(self, began: float, ended: float) -> int:
         """Threads first seen in an interval; one that lives for less than a sample may be missed."""
@@ -29,6 +29,10 @@ class Watched:
     def children_started(self, began: float, ended: float) -> int:
         """Processes first seen in an interval."""
         return sum(began <= seen <= ended for seen in self.child_first_seen.values())
+
+    def children_peak_bytes(self, began: float, ended: float) -> int:
+        """Highest memory of its children in an interval. A child just forked still counts its parent's as its own."""
+        return max((size for seen, size in self.children_bytes if began <= seen <= ended), default=0)
 
 
 def watch(process: subprocess.Popen[bytes], sample_seconds: float = SAMPLE_SECONDS) -> Watched:
@@ -44,7 +48,8 @@ def watch(process: subprocess.Popen[bytes], sample_seconds: float = SAMPLE_SECON
                 anonymous += procfs.memory(child).anonymous
             except OSError:  # it ended meanwhile
                 continue
-        watched.children_peak_bytes = max(watched.children_peak_bytes, anonymous)
+        if children:
+            watched.children_bytes.append((now, anonymous))
         for pid in (process.pid, *children):
             for thread in procfs.threads(pid):
                 watched.thread_first_seen.setdefault(thread, now)

@@ -70,6 +70,8 @@ class Phase:
     system_tasks_started: int
     threads: int
     processes: int
+    #: highest resident memory of the process until the phase's end
+    peak_bytes: int
 
 
 class Trainer:
@@ -133,6 +135,7 @@ class Trainer:
             system_after.tasks_started - system.tasks_started,
             len(procfs.threads(pid)),
             len(procfs.children(pid)),
+            procfs.memory().peak,
         )
 
     def state_bytes(self) -> int:
@@ -155,14 +158,13 @@ def measure(settings: Settings) -> dict[str, Any]:
     # So that what is measured begins, as it ends, with saves in flight.
     trainer.run("settle", SETTLE_ITERATIONS, saving=SETTLE_ITERATIONS)
     phases.append(trainer.run("with", settings.iterations, saving=settings.iterations))
-    peak, pool = procfs.memory().peak, trainer.arm.pool_bytes()
+    pool = trainer.arm.pool_bytes()
     began = time.monotonic()
     trainer.arm.close()
     return {
         "settings": dataclasses.asdict(settings),
         "state_bytes": trainer.state_bytes(),
         "pool_bytes": pool,
-        "peak_bytes": peak,
         "setup_seconds": trainer.setup_seconds,
         "close_seconds": time.monotonic() - began,
         "phases": {phase.name: dataclasses.asdict(phase) for phase in phases},
