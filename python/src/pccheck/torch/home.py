@@ -83,7 +83,9 @@ class Home:
                 format_region(
                     self.path, slots=options.slots, payload_bytes=_roomy(self._state_bytes), medium=options.medium
                 )
-        with Store(self.path, read_only=True, durability="process") as found:
+        # Only a look, which needs no pool of the usual size.
+        look = {"max_in_flight": 1, "chunk_bytes": 1 << 20, "staging_bytes": 4 << 20}
+        with Store(self.path, read_only=True, durability="process", **look) as found:
             slots, payload = found.got().slot_count, found.got().slot_bytes
         if slots < options.slots:
             grow_region(self.path, slots=options.slots, payload_bytes=payload, lock_timeout=options.lock_timeout)
