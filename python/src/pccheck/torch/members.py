@@ -267,9 +267,7 @@ def members_of(named: Mapping[str, Any]) -> dict[str, Member]:
 
 def _member(name: str, target: Any) -> Member:
     numpy = sys.modules.get("numpy")
-    numpy_generator = numpy is not None and isinstance(
-        target, (numpy.random.Generator, numpy.random.RandomState)
-    )
+    numpy_generator = numpy is not None and isinstance(target, (numpy.random.Generator, numpy.random.RandomState))
     if isinstance(target, torch.nn.Module):
         return ModuleMember(name, target)
     if isinstance(target, torch.optim.Optimizer):

@@ -92,9 +92,7 @@ def restore_newest(
             # Overwritten since it was listed, by a writer that has made newer ones.
             unread = unread or why
         except errors.Corrupt as why:
-            warnings.warn(
-                f"the checkpoint of step {info.step} cannot be read, taking another one: {why}", stacklevel=3
-            )
+            warnings.warn(f"the checkpoint of step {info.step} cannot be read, taking another one: {why}", stacklevel=3)
             unread = why
         else:
             return Restored(info.step, info.generation)
@@ -127,7 +125,7 @@ def _restore(
     for name, member in wanted.items():
         if not plan.wanted(name) and not isinstance(member, ModuleMember):
             raise errors.InvalidArgument(
-                f"only={list(plan.only)!r}: of {name}, which is no module, a part cannot be restored alone; name all of it"
+                f"only={list(plan.only)!r}: parts of {name}, which is no module, cannot be restored; name all of it"
             )
     plan.missing += [name for name in wanted if name not in saved]
     known = {*members, GRADIENTS, RNG}
