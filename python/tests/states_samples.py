@@ -111,7 +111,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torc
     loss = model(inputs).float().square().mean()
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def run_python(program: str, *arguments: object, prefix: tuple[str, ...] = ()) -> str:

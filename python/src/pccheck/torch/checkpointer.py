@@ -112,8 +112,8 @@ class Checkpointer:
     ) -> None:
         if not isinstance(every, int) or every < 1:
             raise errors.InvalidArgument(f"every={every!r}: expected a number of steps, 1 or more")
-        if RNG in members or GRADIENTS in members:
-            raise errors.InvalidArgument(f"{RNG!r} and {GRADIENTS!r} are names of the checkpointer's own")
+        if not isinstance(rng, bool) or not isinstance(gradients, bool):
+            raise errors.InvalidArgument("rng and gradients are switches: give members of these names other names")
         if not members:
             raise errors.InvalidArgument("expected something to save, such as model=model, optimizer=optimizer")
         self.every = every
@@ -402,13 +402,14 @@ class Checkpointer:
         return None if found is None else found.step
 
     def discard(self) -> int:
-        """Durably discards all checkpoints of the region, pinned ones excepted, so that a run may start anew.
+        """Durably discards all checkpoints of the region, pinned ones too, so that a run may start anew.
 
         Returns how many went.
         """
         self._check_open()
         self.finish()
         count = self._home.store.discard_newer(0)
+        self._retention.adopt(self._home.store)
         self._may_save = True
         return count
 

@@ -48,6 +48,8 @@ class HomeOptions:
         for name, number in (("max_in_flight", self.max_in_flight), ("keep", self.keep)):
             if not isinstance(number, int) or number < 1:
                 raise errors.InvalidArgument(f"{name}={number!r}: expected a number of checkpoints, 1 or more")
+        if self.durability not in ("power", "process"):
+            raise errors.InvalidArgument(f"durability={self.durability!r}: expected 'power' or 'process'")
         if self.slots > _MAX_SLOTS:
             raise errors.InvalidArgument(
                 f"max_in_flight={self.max_in_flight}, keep={self.keep} and {self.pinned} to pin: a region has "
@@ -103,9 +105,9 @@ class Home:
                 format_region(
                     self.path, slots=options.slots, payload_bytes=_roomy(self._state_bytes), medium=options.medium
                 )
-        with Store(
-            self.path, read_only=True, durability="process", staging_bytes=_LOOK_BYTES, chunk_bytes=_LOOK_BYTES // 4
-        ) as found:
+        chunk = _LOOK_BYTES // 4
+        look = Store(self.path, read_only=True, durability="process", staging_bytes=_LOOK_BYTES, chunk_bytes=chunk)
+        with look as found:
             slots, payload = found.got().slot_count, found.got().slot_bytes
             pinned = sum(info.pinned for info in found.checkpoints())
         needed = max(options.slots, options.slots_beside(pinned))

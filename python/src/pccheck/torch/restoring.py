@@ -125,7 +125,7 @@ def _restore(
     for name, member in wanted.items():
         if not plan.wanted(name) and not isinstance(member, ModuleMember):
             raise errors.InvalidArgument(
-                f"only={list(plan.only)!r}: a part of {name}, which is no module, cannot be restored alone"
+                f"only={list(plan.only)!r}: parts of {name}, which is no module, cannot be restored; name all of it"
             )
     plan.missing += [name for name in wanted if name not in saved]
     known = {*members, GRADIENTS, RNG}
