@@ -95,10 +95,7 @@ def test_jax_dtypes(store: pccheck.Store, name: str) -> None:
 def test_jax_arrays_are_saved_once_they_are_computed(store: pccheck.Store) -> None:
     jax = pytest.importorskip("jax")
 
-    @jax.jit
-    def slow(x: Any) -> Any:
-        return jax.lax.fori_loop(0, 300, lambda _, y: y @ x / 300.0 + 1.0, x)
-
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda _, y: y @ x / 300.0 + 1.0, x))
     x = jax.numpy.ones((300, 300), "float32")
     slow(x).block_until_ready()
     # The result is promised, not computed, when it is handed over.
@@ -140,7 +137,8 @@ def test_non_contiguous_memory_is_refused(store: pccheck.Store) -> None:
     plain = torch.arange(24).reshape(4, 6)
     for value in (base.T, base[:, ::2], base[::-1], np.broadcast_to(base[0], (4, 6)), np.asfortranarray(base)):
         refused(store, value, "strides", errors.InvalidArgument)
-    refused(store, memoryview(base)[::2], "strides", errors.InvalidArgument)
+    view: Any = memoryview
+    refused(store, view(base)[::2], "strides", errors.InvalidArgument)
     for tensor in (plain.T, plain[:, ::2], plain[:1].expand(4, 6)):
         refused(store, tensor, "strides", errors.InvalidArgument)
     # Views that are contiguous are plain memory.
@@ -199,9 +197,11 @@ def test_numpy_subclasses_are_plain_memory(store: pccheck.Store, tmp_path: Path)
 
 
 def test_buffers(store: pccheck.Store) -> None:
+    value: Any
     shared = mmap.mmap(-1, 4096)
     shared[:3] = b"abc"
-    rows = (ctypes.c_int32 * 3 * 2)((1, 2, 3), (4, 5, 6))
+    rows: Any = (ctypes.c_int32 * 3 * 2)()
+    rows[1][2] = 6
     for value, dtype, shape in (
         (b"bytes", "U8", (5,)),
         (b"", "U8", (0,)),
@@ -354,7 +354,14 @@ def dlpack(shape: list[int], strides: list[int] | None, **changes: Any) -> Any:
     data = ctypes.create_string_buffer(bytes(range(24)), 24)
     sizes = (ctypes.c_int64 * max(1, len(shape)))(*shape)
     steps = (ctypes.c_int64 * max(1, len(shape)))(*(strides or []))
-    fields = {"code": 2, "bits": 32, "lanes": 1, "byte_offset": 0, "device_type": 1, "name": b"dltensor"} | changes
+    fields: dict[str, Any] = {
+        "code": 2,
+        "bits": 32,
+        "lanes": 1,
+        "byte_offset": 0,
+        "device_type": 1,
+        "name": b"dltensor",
+    } | changes
     tensor = _DLTensor(
         data=ctypes.addressof(data),
         device_type=fields["device_type"],

@@ -171,13 +171,17 @@ def test_numbers_out_of_range(store: pccheck.Store, region: MakeRegion, tmp_path
                 with pytest.raises(errors.InvalidArgument, match="expected a whole number"):
                     call()
     assert not (tmp_path / "new").exists()
+    path = region(name="other")
     for option in ("max_in_flight", "keep", "writers", "readers", "queue_depth", "staging_bytes", "chunk_bytes"):
-        for value in (-1, 2**70, 1.5, "many", 2**32 - 1 if option.endswith(("_flight", "keep")) else 2**64 - 1):
+        too_much = 2**32 - 1 if option.endswith(("_flight", "keep")) else 2**64 - 1
+        for number in (-1, 2**70, 1.5, "many", too_much):
+            options: dict[str, Any] = {option: number}
             with pytest.raises((errors.InvalidArgument, errors.OutOfMemory), match=f"{option}|memory"):
-                pccheck.Store(region(name=f"r{option}{value}"), **{option: value})
-    for option, value in (("medium", "tape"), ("backend", "magic"), ("durability", "some"), ("medium", None)):
+                pccheck.Store(path, **options)
+    for option, choice in (("medium", "tape"), ("backend", "magic"), ("durability", "some"), ("medium", None)):
+        options = {option: choice}
         with pytest.raises(errors.InvalidArgument, match=f"{option}="):
-            pccheck.Store(tmp_path, **{option: value})  # type: ignore[arg-type]
+            pccheck.Store(tmp_path, **options)
     assert [info.generation for info in store.checkpoints()] == [generation]
 
 

@@ -183,9 +183,9 @@ import numpy, pccheck
 store = pccheck.Store(sys.argv[1], staging_bytes=16 << 20, chunk_bytes=1 << 20)
 store.save(1, {"x": numpy.ones(1000)}).durable(30)
 if os.fork() == 0:
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     time.sleep(3600)
-print("forked", flush=True)
+os.write(1, b"forked\\n")
 sys.stdin.readline()
 os._exit(0)
 """

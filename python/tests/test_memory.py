@@ -22,7 +22,7 @@ def descriptors() -> int:
 
 def objects_of_the_package() -> int:
     gc.collect()
-    return sum(type(found).__module__.startswith("pccheck") for found in gc.get_objects())
+    return sum(str(type(found).__module__).startswith("pccheck") for found in gc.get_objects())
 
 
 def resident_bytes() -> int:
@@ -50,6 +50,7 @@ def test_two_hundred_saves_leak_nothing(region: MakeRegion, open_store: OpenStor
             if step % 25 == 7:
                 with pytest.raises(errors.InvalidArgument):
                     store.save(step, {"x": array, "": array})
+        del save
         store.drain(60)
 
     some_saves(20)

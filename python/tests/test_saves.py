@@ -287,7 +287,7 @@ def handler(number, frame):
     # What a preemption notice is used for: finish what is in flight.
     save.confirm()
     store.drain(30)
-    seen.append(save.durable(0).step)
+    seen.append(save.durable(30).step)
     try:
         save.close()
     except errors.InvalidState as why:

@@ -49,7 +49,7 @@ def test_leaving_the_block_waits_for_saves_in_flight(region: MakeRegion, open_st
     with pccheck.Store(path, **SMALL) as store:
         save = store.save(1, {"w": np.arange(8 * MIB, dtype="float32")[: 4 * MIB]})
     assert store.closed
-    assert save.durable(0).step == 1
+    assert save.durable(30).step == 1
     assert steps(open_store(path)) == [1]
 
 
@@ -111,6 +111,7 @@ def test_open_selects(open_store: OpenStore, region: MakeRegion) -> None:
         assert checkpoint.generation == third
     with store.open(older_than=third, verify=False) as checkpoint:
         assert checkpoint.generation == second
+    nothing: Any
     for nothing in ({"generation": 999}, {"step": 30}, {"older_than": first}):
         with pytest.raises(errors.NotFound):
             store.open(**nothing)
@@ -186,7 +187,7 @@ def test_abandon_ends_a_save_in_flight(store: pccheck.Store) -> None:
     save = store.save(3, state(3), confirm=True)
     assert store.abandon(3, timeout=30) == 0
     with pytest.raises(errors.Cancelled):
-        save.durable(0)
+        save.durable(30)
 
 
 def test_discard_newer(open_store: OpenStore, region: MakeRegion) -> None:
@@ -269,14 +270,14 @@ def test_drain_without_timeout_refuses_to_wait_for_a_confirmation(region: MakeRe
             store.drain()
     assert store.closed
     with pytest.raises(errors.Cancelled):
-        save.durable(0)
+        save.durable(30)
     # After an exception it is cancelled at once, and what was not to be confirmed becomes durable.
     with pytest.raises(KeyError), pccheck.Store(path, **SMALL) as store:
         save, other = store.save(2, state(2), confirm=True), store.save(3, state(3))
         raise KeyError
     with pytest.raises(errors.Cancelled):
-        save.durable(0)
-    assert other.durable(0).step == 3
+        save.durable(30)
+    assert other.durable(30).step == 3
     assert steps(open_store(path)) == [3]
 
 
