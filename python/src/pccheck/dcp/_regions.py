@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..region import format_region, grow_region
@@ -42,7 +42,7 @@ class Options:
     chunk_bytes: int
     #: the largest staging pool that is acceptable
     staging_bytes: int
-    lock_timeout: float | None
+    lock_timeout: float | None = field(compare=False)
     #: threads; None: the library's default
     writers: int | None = None
 

@@ -165,7 +165,9 @@ class RegionReader(StorageReader):
                 with read_only(self.path / region) as store, open_part(store, self._chosen, region) as part:
                     read_items(part, items, planner, self._read_bytes)
             except errors.Corrupt as why:
-                why.advice = f"RegionReader(older_than={self.sequence}) loads the checkpoint before, where one is kept"
+                # A planner's own errors know better.
+                older = f"RegionReader(older_than={self.sequence}) loads the checkpoint before, where one is kept"
+                why.advice = why.advice or older
                 raise
             except (errors.Reclaimed, errors.NotFound) as why:
                 why.advice = "load again: a writer goes on in this folder; a larger keep leaves more time"

@@ -82,7 +82,7 @@ class RegionWriter(StorageWriter, AsyncStager):
             still reads is never written to: another is made then.
         overwrite: False: refuse to save where a published checkpoint exists (nothing is overwritten before the new one
             is published, whatever this says).
-        keep: how many published checkpoints the folder keeps.
+        keep: how many published checkpoints the folder keeps at least; the one before often can be loaded too.
         step: the trainer's step, to be found again by ``RegionReader(step=...)``; set :attr:`step` before each save.
         staging_bytes: the most that the engine's staging pool takes, and the most that copies of tensors take which
             are not in contiguous host memory (default 256 MiB; the pool is never larger than the state).
@@ -219,7 +219,7 @@ class RegionWriter(StorageWriter, AsyncStager):
                 found, _ = published(region.reading())
             if found:
                 raise errors.AlreadyExists(
-                    f"it holds a published checkpoint (save {found[0].sequence}), and overwrite is False",
+                    f"Checkpoint already exists (save {found[0].sequence}), and overwrite is False",
                     operation="save",
                     path=str(current.folder),
                     advice="save to another folder, or let this one keep several: overwrite=True, keep=...",
