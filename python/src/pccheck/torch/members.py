@@ -1,0 +1,260 @@
+"""What a checkpoint is made of: modules, optimizers, and other things with state, each saved and restored its own way.
+
+A member gives its state as a tree of plain Python values and tensors; on restore it is given the saved tree, names the
+memory that the stored tensors are to be read into, and takes the filled tree.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .. import errors
+from .planning import Leaf, ReadPlan, describe
+
+__all__ = ["Member", "members_of"]
+
+
+class Member(ABC):
+    """One named part of the state."""
+
+    def __init__(self, name: str, target: Any) -> None:
+        self.name = name
+        self.target = target
+
+    @abstractmethod
+    def state(self) -> Any:
+        """The state as it is now; its tensors are the live ones."""
+
+    def steady(self) -> Iterable[torch.Tensor]:
+        """Tensors that change in the update alone: they may be copied while the next iteration runs."""
+        return ()
+
+    @abstractmethod
+    def plan(self, saved: Any, plan: ReadPlan) -> Any:
+        """The saved tree with each leaf replaced by the tensor that it will be read into. Changes nothing."""
+
+    @abstractmethod
+    def load(self, filled: Any, plan: ReadPlan) -> None:
+        """Takes the tree that :meth:`plan` returned, now filled."""
+
+
+class ModuleMember(Member):
+    target: torch.nn.Module
+
+    def state(self) -> Any:
+        return self.target.state_dict()
+
+    def steady(self) -> Iterable[torch.Tensor]:
+        return self.target.parameters()
+
+    def plan(self, saved: Any, plan: ReadPlan) -> Any:
+        if not isinstance(saved, Mapping):
+            plan.mismatch(self.name, "a module here, something else in the checkpoint")
+            return None
+        live = self.target.state_dict()
+        filled: dict[str, Any] = {}
+        for key, value in saved.items():
+            where = f"{self.name}.{key}"
+            if not plan.wanted(where):
+                continue
+            if key not in live:
+                plan.unexpected.append(where)
+            elif isinstance(value, Leaf) != isinstance(live[key], torch.Tensor):
+                plan.mismatch(where, f"{describe(live[key])} here, {describe(value)} in the checkpoint")
+            else:
+                filled[key] = plan.fill(value, live[key], where)
+        plan.missing += [f"{self.name}.{key}" for key in live if key not in saved and plan.wanted(f"{self.name}.{key}")]
+        return filled
+
+    def load(self, filled: Any, plan: ReadPlan) -> None:
+        # Live tensors are filled already; this also runs the module's own hooks and sets what is no tensor.
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.target.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        on_meta = any(t.is_meta for t in self.target.state_dict().values() if isinstance(t, torch.Tensor))
+        # What is missing or unexpected was reported, or allowed, by the plan.
+        self.target.load_state_dict(filled, strict=False, assign=on_meta)
+        if on_meta:
+            for names in groups.values():
+                self._tie(names)
+
+    def _tie(self, names: list[str]) -> None:
+        """Assigning gives each name a parameter of its own: make tied names one again."""
+        first = self.target.get_parameter(names[0])
+        for name in names[1:]:
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.target.get_submodule(owner), attribute, first)
+
+
+class OptimizerMember(Member):
+    target: torch.optim.Optimizer
+
+    def state(self) -> Any:
+        return self.target.state_dict()
+
+    def steady(self) -> Iterator[torch.Tensor]:
+        # Hyperparameters may be tensors too (capturable optimizers), but schedulers change those.
+        for state in self.target.state.values():
+            yield from _tensors(state)
+
+    def plan(self, saved: Any, plan: ReadPlan) -> Any:
+        if not isinstance(saved, Mapping) or "param_groups" not in saved or "state" not in saved:
+            plan.mismatch(self.name, "an optimizer here, something else in the checkpoint")
+            return None
+        found = [len(group["params"]) for group in saved["param_groups"]]
+        expected = [len(group["params"]) for group in self.target.param_groups]
+        if found != expected:
+            plan.mismatch(self.name, f"parameter groups of {expected} parameters here, of {found} in the checkpoint")
+            return None
+        live = self.target.state_dict()
+        return plan.fill(dict(saved), {"state": live["state"], "param_groups": None}, self.name)
+
+    def load(self, filled: Any, plan: ReadPlan) -> None:
+        self.target.load_state_dict(filled)
+        # torch casts floating-point state to the parameter's dtype, which would round moments kept in a wider one.
+        ids = [key for group in filled["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.target.param_groups for p in group["params"]]
+        for key, parameter in zip(ids, parameters, strict=True):
+            values = filled["state"].get(key)
+            if not isinstance(values, Mapping):
+                continue
+            state = self.target.state[parameter]
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor) and state[name].dtype != value.dtype:
+                    state[name] = value.to(state[name].device)
+
+
+class StatefulMember(Member):
+    """Anything with ``state_dict`` and ``load_state_dict``: schedulers, scalers, loaders, samplers."""
+
+    def state(self) -> Any:
+        return self.target.state_dict()
+
+    def plan(self, saved: Any, plan: ReadPlan) -> Any:
+        return plan.fill(saved, None, self.name)
+
+    def load(self, filled: Any, plan: ReadPlan) -> None:
+        self.target.load_state_dict(filled)
+
+
+class TensorMember(Member):
+    target: torch.Tensor
+
+    def state(self) -> Any:
+        return self.target.detach()
+
+    def plan(self, saved: Any, plan: ReadPlan) -> Any:
+        if not isinstance(saved, Leaf):
+            plan.mismatch(self.name, f"a tensor here, {describe(saved)} in the checkpoint")
+            return None
+        return plan.fill(saved, self.target.detach(), self.name)
+
+    def load(self, filled: Any, plan: ReadPlan) -> None:
+        """It was filled in place."""
+
+
+class PlainMember(Member):
+    """A dict or list of plain values and tensors, restored in place."""
+
+    target: Any
+
+    def state(self) -> Any:
+        return self.target
+
+    def plan(self, saved: Any, plan: ReadPlan) -> Any:
+        if not isinstance(saved, (dict, list)) or isinstance(saved, dict) != isinstance(self.target, dict):
+            plan.mismatch(self.name, f"{describe(self.target)} here, {describe(saved)} in the checkpoint")
+            return None
+        return plan.fill(saved, self.target, self.name)
+
+    def load(self, filled: Any, plan: ReadPlan) -> None:
+        if isinstance(self.target, dict):
+            self.target.clear()
+            self.target.update(filled)
+        else:
+            self.target[:] = filled
+
+
+class GeneratorMember(Member):
+    """A random-number generator of torch, numpy or Python."""
+
+    def state(self) -> Any:
+        if isinstance(self.target, torch.Generator):
+            return self.target.get_state()
+        if isinstance(self.target, random.Random):
+            return self.target.getstate()
+        return self.target.bit_generator.state
+
+    def plan(self, saved: Any, plan: ReadPlan) -> Any:
+        return plan.fill(saved, None, self.name)
+
+    def load(self, filled: Any, plan: ReadPlan) -> None:
+        if isinstance(self.target, torch.Generator):
+            self.target.set_state(filled)
+        elif isinstance(self.target, random.Random):
+            self.target.setstate(filled)
+        else:
+            self.target.bit_generator.state = filled
+
+
+def members_of(named: Mapping[str, Any]) -> dict[str, Member]:
+    """One member for each named thing; lists and dicts of stateful things count one by one, as ``name.key``.
+
+    Raises:
+        InvalidArgument: something has no state that could be saved and restored.
+    """
+    members: dict[str, Member] = {}
+    for name, target in named.items():
+        items = target.items() if isinstance(target, dict) else enumerate(target) if _is_sequence(target) else ()
+        parts = list(items)
+        if parts and all(_has_own_state(part) for _, part in parts):
+            members |= members_of({f"{name}.{key}": part for key, part in parts})
+        else:
+            members[name] = _member(name, target)
+    return members
+
+
+def _member(name: str, target: Any) -> Member:
+    numpy = sys.modules.get("numpy")
+    numpy_generator = numpy is not None and isinstance(target, numpy.random.Generator)
+    if isinstance(target, torch.nn.Module):
+        return ModuleMember(name, target)
+    if isinstance(target, torch.optim.Optimizer):
+        return OptimizerMember(name, target)
+    if isinstance(target, (torch.Generator, random.Random)) or numpy_generator:
+        return GeneratorMember(name, target)
+    if isinstance(target, torch.Tensor):
+        return TensorMember(name, target)
+    if hasattr(target, "state_dict") and hasattr(target, "load_state_dict"):
+        return StatefulMember(name, target)
+    if type(target) in (dict, list):
+        return PlainMember(name, target)
+    raise errors.InvalidArgument(
+        f"{name}={target!r}: a {type(target).__name__} has no state that can be restored in place; expected something "
+        "with state_dict() and load_state_dict(), a dict, a list, a tensor, or a random-number generator"
+    )
+
+
+def _is_sequence(target: Any) -> bool:
+    return isinstance(target, (list, tuple)) and not hasattr(target, "state_dict")
+
+
+def _has_own_state(part: Any) -> bool:
+    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)

@@ -1,0 +1,165 @@
+"""Restoring a whole trainer: choosing the checkpoint, planning all reads, reading once, loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import errors, trees
+from ..checkpoint import Checkpoint
+from ..store import Store
+from .members import Member, members_of
+from .planning import Leaf, ReadPlan
+from .retention import TRAINER_KEY
+from .rng import RNG
+
+__all__ = ["GRADIENTS", "TREE_KEY", "Restored", "restore", "restore_newest"]
+
+#: metadata key of the state's tree, see docs/trees.md
+TREE_KEY = "tree"
+#: member that holds gradients, where they are saved
+GRADIENTS = "gradients"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was restored."""
+
+    step: int
+    generation: int
+
+
+def restore(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    generation: int | None = None,
+    strict: bool = True,
+    only: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    **members: Any,
+) -> int | None:
+    """Restores members from any region, also one that a trainer is writing, without saving to it: for evaluation and
+    for starting from another run's weights.
+
+    Arguments, result and errors are those of :meth:`Checkpointer.restore`; what the checkpoint holds beyond the
+    members is left alone. The global random-number generators are not touched.
+    """
+    with Store(path, read_only=True, durability="process") as store:
+        found = restore_newest(
+            store,
+            members_of(members),
+            step=step,
+            generation=generation,
+            strict=strict,
+            only=(only,) if isinstance(only, str) else tuple(only) or tuple(members),
+            device=torch.device(device),
+            gradients=None,
+        )
+    return None if found is None else found.step
+
+
+def restore_newest(
+    store: Store,
+    members: Mapping[str, Member],
+    *,
+    step: int | None,
+    generation: int | None,
+    strict: bool,
+    only: tuple[str, ...],
+    device: torch.device,
+    gradients: Mapping[str, torch.nn.Parameter] | None,
+) -> Restored | None:
+    """Restores from the newest checkpoint that fits the arguments and is intact; None where the region holds none."""
+    damaged: errors.PccheckError | None = None
+    for checkpoint in _candidates(store, step, generation):
+        with checkpoint:
+            try:
+                _restore(checkpoint, members, ReadPlan(device, strict, only), gradients)
+            except (errors.Corrupt, errors.Reclaimed) as why:
+                warnings.warn(
+                    f"the checkpoint of step {checkpoint.step} cannot be read, taking another one: {why}", stacklevel=3
+                )
+                damaged = why
+            else:
+                return Restored(checkpoint.step, checkpoint.generation)
+    if damaged is not None:
+        raise damaged
+    if step is not None or generation is not None:
+        wanted = f"step {step}" if step is not None else f"generation {generation}"
+        held = ", ".join(str(info.step) for info in store.checkpoints()) or "none"
+        raise errors.NotFound(f"no checkpoint of {wanted}; the steps held are: {held}", path=store.path)
+    return None
+
+
+def _candidates(store: Store, step: int | None, generation: int | None) -> Iterator[Checkpoint]:
+    for info in store.checkpoints():
+        if step not in (None, info.step) or generation not in (None, info.generation):
+            continue
+        try:
+            yield store.open(generation=info.generation, verify=False)
+        except (errors.NotFound, errors.Reclaimed):
+            # Since it was listed.
+            continue
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    members: Mapping[str, Member],
+    plan: ReadPlan,
+    gradients: Mapping[str, torch.nn.Parameter] | None,
+) -> None:
+    saved = _tree(checkpoint)
+    wanted = {name: member for name, member in members.items() if _concerns(plan, name)}
+    plan.missing += [name for name in wanted if name not in saved]
+    known = {*members, GRADIENTS, RNG}
+    plan.unexpected += [name for name in saved if name not in known and plan.wanted(name)]
+    filled = {name: member.plan(saved[name], plan) for name, member in wanted.items() if name in saved}
+    if gradients is not None and GRADIENTS in saved and not plan.only:
+        filled[GRADIENTS] = plan.fill(saved[GRADIENTS], None, GRADIENTS)
+    plan.raise_mismatches(checkpoint.path)
+    plan.read(checkpoint)
+    # Generators last: loading may draw numbers.
+    for name in sorted(filled, key=lambda name: name == RNG):
+        if name in wanted:
+            wanted[name].load(filled[name], plan)
+    for name, gradient in filled.get(GRADIENTS, {}).items():
+        if gradients is not None and name in gradients:
+            gradients[name].grad = gradient.to(gradients[name].device)
+
+
+def _concerns(plan: ReadPlan, member: str) -> bool:
+    """A prefix may name a member, or a part of one."""
+    return plan.wanted(member) or any(prefix.startswith(f"{member}.") for prefix in plan.only)
+
+
+def _tree(checkpoint: Checkpoint) -> dict[str, Any]:
+    text = checkpoint.metadata.get(TREE_KEY)
+    if text is None:
+        raise errors.StateMismatch(
+            f"the checkpoint of step {checkpoint.step} was not made by a Checkpointer: it holds no tree",
+            path=checkpoint.path,
+            advice="read it with pccheck.Store, or convert it with python -m pccheck convert",
+        )
+    try:
+        shardings = json.loads(checkpoint.metadata[TRAINER_KEY]).get("shardings", {})
+    except (KeyError, ValueError, AttributeError):
+        shardings = {}
+
+    def leaf(name: str, kind: str) -> Leaf:
+        if name not in checkpoint.tensors:
+            raise errors.Corrupt(
+                f"the tree names the tensor {name!r}, which the checkpoint lacks", path=checkpoint.path
+            )
+        return Leaf(checkpoint.tensors[name], kind, shardings.get(name))
+
+    tree = trees.unflatten(text, leaf)
+    if not isinstance(tree, dict):
+        raise errors.Corrupt("the tree is no dict of members", path=checkpoint.path)
+    return tree
