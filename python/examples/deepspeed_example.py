@@ -6,13 +6,13 @@ On a machine without accelerators: DS_ACCELERATOR=cpu python deepspeed_example.p
 import os
 import sys
 
-ONE_PROCESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-os.environ |= {**ONE_PROCESS, **os.environ}
-
 import deepspeed
 import torch
 
 from pccheck.deepspeed import RegionCheckpointEngine
+
+ONE_PROCESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+os.environ |= {**ONE_PROCESS, **os.environ}
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 16,

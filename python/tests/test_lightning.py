@@ -1,4 +1,4 @@
-"""Prevents Lightning runs that resume to something else, or whose checkpoints vanish, are torn or are not where they belong."""
+"""Prevents Lightning runs that resume to something else, or whose checkpoints vanish or are not where they belong."""
 
 from __future__ import annotations
 

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.accelerator import get_accelerator  # type: ignore[import-untyped, unused-ignore]
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (  # type: ignore[import-untyped, unused-ignore]
+    CheckpointCommitInfo,
+    CheckpointEngine,
+)
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # type: ignore[import-untyped, unused-ignore]
+from deepspeed.runtime.zero.config import ZeroStageEnum  # type: ignore[import-untyped, unused-ignore]
+from deepspeed.utils.tensor_fragment import fragment_address  # type: ignore[import-untyped, unused-ignore]
 
 from . import errors, files
 from .torch.paths import PathStore, default_rank, load_reference
@@ -156,7 +159,7 @@ _TAG = "pccheck.deepspeed"
 
 def _object(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     def make(attributes: Any) -> Any:
-        made = object.__new__(kind)
+        made: Any = object.__new__(kind)
         made.__dict__.update(attributes)
         return made
 
@@ -203,7 +206,7 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         changed = {key: change(element) for key, element in value.items()}
         if all(changed[key] is element for key, element in value.items()):
             return value
-        made = kind(changed)
+        made: Any = kind(changed)
         if kind is OrderedDict:
             made.__dict__.update(vars(value))
         return made

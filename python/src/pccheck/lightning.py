@@ -19,7 +19,7 @@ from typing import Any, Literal
 try:
     from lightning.fabric.plugins import TorchCheckpointIO
 except ImportError:
-    from lightning_fabric.plugins import TorchCheckpointIO
+    from lightning_fabric.plugins import TorchCheckpointIO  # type: ignore[assignment]
 
 from . import errors
 from .torch import references
@@ -77,7 +77,7 @@ class RegionCheckpointIO(TorchCheckpointIO):
             store.wait()
         if not references.is_reference(path) and Path(path).exists():
             trusted = True if weights_only is None else weights_only
-            ordinary: dict[str, Any] = super().load_checkpoint(path, map_location, trusted)
+            ordinary: dict[str, Any] = super().load_checkpoint(Path(path), map_location, trusted)
             return ordinary
         store_open = self._stores.get(self._folder_of(path))
         found: dict[str, Any] = (
@@ -92,7 +92,7 @@ class RegionCheckpointIO(TorchCheckpointIO):
             store.remove(path)
         except errors.NotARegion:
             store.wait()
-            super().remove_checkpoint(path)
+            super().remove_checkpoint(Path(path))
         except errors.NotFound:
             # As Lightning's own plugins: it is gone, which is what was wanted.
             pass

@@ -30,7 +30,8 @@ from ..store import Store
 from . import references
 from .folders import REFERENCE_KEY, FolderOptions, RegionFolder
 from .references import Reference
-from .states import TREE_KEY, MapLocation, host_tensors, read_state
+from .restoring import TREE_KEY
+from .states import MapLocation, host_tensors, read_state
 
 __all__ = ["PathStore", "load_reference", "opened_reference"]
 

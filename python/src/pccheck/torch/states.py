@@ -10,11 +10,9 @@ import torch
 
 from .. import dtypes, errors, trees
 from ..checkpoint import Checkpoint
+from .restoring import TREE_KEY
 
-__all__ = ["TREE_KEY", "MapLocation", "host_tensors", "read_state"]
-
-#: metadata key of a checkpoint's tree: the JSON text of :mod:`pccheck.trees`. A checkpoint without it is flat.
-TREE_KEY = "pccheck_tree"
+__all__ = ["MapLocation", "as_kind", "host_tensors", "read_state"]
 
 #: As ``torch.load`` knows it: a device, a mapping of device names, or a function of storage and device name.
 MapLocation = Any
@@ -24,18 +22,23 @@ def host_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors as the engine takes them: contiguous and in host memory, copied only where they are not.
 
     What shared all of its memory does so afterwards, so that it is stored once.
+
+    Raises:
+        UnsupportedValue: of a tensor without values or plain memory, naming it.
     """
     copies: dict[Any, Any] = {}
-    return {name: _on_host(value, copies) for name, value in tensors.items()}
+    return {name: _on_host(name, value, copies) for name, value in tensors.items()}
 
 
-def _on_host(value: Any, copies: dict[Any, Any]) -> Any:
+def _on_host(name: str, value: Any, copies: dict[Any, Any]) -> Any:
     if not isinstance(value, torch.Tensor):
         return value if value.flags.c_contiguous else value.copy(order="C")
     tensor = value.detach()
-    if tensor.layout is not torch.strided:
-        # Refused by the engine, with the tensor's name.
-        return tensor
+    if tensor.is_meta:
+        raise errors.UnsupportedValue("a tensor on the meta device has no values; materialise it first", at=name)
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise errors.UnsupportedValue(f"a {kind} tensor cannot be stored; save its plain parts", at=name)
     flags = (tensor.is_conj(), tensor.is_neg())
     if tensor.device.type == "cpu" and tensor.is_contiguous() and flags == (False, False):
         return tensor
@@ -69,7 +72,7 @@ def read_state(checkpoint: Checkpoint, map_location: MapLocation = None) -> Any:
         tensors = {name: moved.get(id(value), value) for name, value in tensors.items()}
     if text is None:
         return tensors
-    return trees.unflatten(text, lambda name, kind: _as_kind(tensors[name], kind))
+    return trees.unflatten(text, lambda name, kind: as_kind(tensors[name], kind))
 
 
 def _read(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> dict[str, Any]:
@@ -98,9 +101,10 @@ def _empty(dtype: str, shape: tuple[int, ...], array: bool) -> Any:
     return torch.empty(shape, dtype=dtypes.to_torch(dtype))
 
 
-def _as_kind(value: Any, kind: str) -> Any:
+def as_kind(value: Any, kind: str) -> Any:
+    """A tensor, or array, as the kind that :mod:`pccheck.trees` calls for."""
     if kind == "numpy":
-        return value
+        return value.numpy() if isinstance(value, torch.Tensor) else value
     # A name each, and one memory, as two tensors that share it.
     tensor = value.detach()
     if kind == "parameter":
