@@ -22,6 +22,10 @@ _SLACK_BYTES = 1 << 20
 _SLACK_SHARE = 50
 _DEFAULT_CHUNK_BYTES = 4 << 20
 _MAX_STAGING_BYTES = 256 << 20
+# For looking at a region without reading it: the default pool would cost more than the look.
+_LOOK_BYTES = 4 << 20
+# The format's own limit.
+_MAX_SLOTS = 240
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,24 @@ class HomeOptions:
     lock_timeout: float | None = 10.0
     drain_timeout: float | None = 600.0
 
+    def __post_init__(self) -> None:
+        for name, number in (("max_in_flight", self.max_in_flight), ("keep", self.keep)):
+            if not isinstance(number, int) or number < 1:
+                raise errors.InvalidArgument(f"{name}={number!r}: expected a number of checkpoints, 1 or more")
+        if self.slots > _MAX_SLOTS:
+            raise errors.InvalidArgument(
+                f"max_in_flight={self.max_in_flight}, keep={self.keep} and {self.pinned} to pin: a region has "
+                f"{_MAX_SLOTS} slots at most"
+            )
+
     @property
     def slots(self) -> int:
         """Slots that a new region gets: N in flight, K kept, and the pinned ones."""
         return self.max_in_flight + self.keep + self.pinned
+
+    def slots_beside(self, pinned: int) -> int:
+        """Slots that a region with so many pinned checkpoints needs at least."""
+        return self.max_in_flight + self.keep + pinned
 
 
 class Home:
@@ -61,6 +79,8 @@ class Home:
         self._state_bytes = state_bytes
         self._failure: errors.PccheckError | None = None
         self._slot_count = 0
+        #: pinned saves that may still be in flight
+        self._pinning: list[Save] = []
         self._store: Store | None = None
         self._make_or_widen()
         self._store = self._open()
@@ -77,16 +97,20 @@ class Home:
                 path=str(folder),
                 errno=why.errno or 0,
             ) from None
-        if not Path(self.path).exists():
+        if not Path(self.path).exists() or (Path(self.path).is_file() and not Path(self.path).stat().st_size):
             # Another trainer may make it meanwhile: opening then says whose it is.
             with contextlib.suppress(errors.AlreadyExists):
                 format_region(
                     self.path, slots=options.slots, payload_bytes=_roomy(self._state_bytes), medium=options.medium
                 )
-        with Store(self.path, read_only=True, durability="process") as found:
+        with Store(
+            self.path, read_only=True, durability="process", staging_bytes=_LOOK_BYTES, chunk_bytes=_LOOK_BYTES // 4
+        ) as found:
             slots, payload = found.got().slot_count, found.got().slot_bytes
-        if slots < options.slots:
-            grow_region(self.path, slots=options.slots, payload_bytes=payload, lock_timeout=options.lock_timeout)
+            pinned = sum(info.pinned for info in found.checkpoints())
+        needed = max(options.slots, options.slots_beside(pinned))
+        if slots < needed:
+            grow_region(self.path, slots=needed, payload_bytes=payload, lock_timeout=options.lock_timeout)
 
     @property
     def store(self) -> Store:
@@ -132,17 +156,44 @@ class Home:
         confirm: bool,
         timeout: float | None,
     ) -> Save:
-        """Begins a save; grows the region first where the state or its pins do not fit."""
-        # One more pin must leave N + K slots.
-        pinned = sum(info.pinned for info in self.store.checkpoints()) if pin else 0
-        needed = self._options.max_in_flight + self._options.keep + pinned + 1
-        if pin and needed > self._slot_count:
-            self._grow(needed + pinned // 2, 0)
+        """Begins a save; grows the region first where the state or its pins do not fit.
+
+        Where there is no room for one more pinned checkpoint the save is not pinned, with a warning.
+        """
+        if pin:
+            pin = self._room_for_pin(step)
         try:
-            return self._save(step, tensors, metadata, pin, confirm, timeout)
+            save = self._save(step, tensors, metadata, pin, confirm, timeout)
         except errors.TooLarge:
             self._grow(self._slot_count, payload_bytes(tensors, metadata))
-        return self._save(step, tensors, metadata, pin, confirm, timeout)
+            save = self._save(step, tensors, metadata, pin, confirm, timeout)
+        if pin:
+            self._pinning.append(save)
+        return save
+
+    def _room_for_pin(self, step: int) -> bool:
+        """Whether N + K slots are left beside one more pinned checkpoint, if need be after growing."""
+        # In this order: a save that ends meanwhile counts twice rather than not at all.
+        self._pinning = [save for save in self._pinning if not save.done()]
+        pinned = len(self._pinning) + sum(info.pinned for info in self.store.checkpoints()) + 1
+        needed = self._options.slots_beside(pinned)
+        if needed <= self._slot_count:
+            return True
+        try:
+            if needed > _MAX_SLOTS:
+                raise errors.NoSlot(
+                    f"{pinned - 1} checkpoints are pinned, and a region has {_MAX_SLOTS} slots at most",
+                    path=self.path,
+                    advice="unpin some, or give a larger keep_every",
+                )
+            # Some more at once, as each growing copies what is kept.
+            self._grow(min(needed + pinned // 2, _MAX_SLOTS), 0)
+        except (errors.NoSlot, errors.NoSpace) as why:
+            warnings.warn(
+                f"the checkpoint of step {step} is not kept for good, as there is no room for it: {why}", stacklevel=2
+            )
+            return False
+        return True
 
     def _save(
         self,

@@ -9,15 +9,22 @@ from __future__ import annotations
 import random
 import sys
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 
 from .. import errors
-from .planning import Leaf, ReadPlan, describe
+from .planning import Leaf, ReadPlan, describe, laid_out_as
 
 __all__ = ["Member", "members_of"]
+
+# Entries of an optimizer's parameter groups that others than the optimizer made: schedulers, and named parameters.
+_ADDED_HYPERPARAMETERS = frozenset(
+    ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "param_names")
+)
 
 
 class Member(ABC):
@@ -58,7 +65,10 @@ class ModuleMember(Member):
             plan.mismatch(self.name, "a module here, something else in the checkpoint")
             return None
         live = self.target.state_dict()
-        filled: dict[str, Any] = {}
+        filled: OrderedDict[str, Any] = OrderedDict()
+        if hasattr(saved, "_metadata"):
+            # Versions of the modules, by which they convert what an older one saved.
+            filled._metadata = saved._metadata  # type: ignore[attr-defined]
         for key, value in saved.items():
             where = f"{self.name}.{key}"
             if not plan.wanted(where):
@@ -70,26 +80,33 @@ class ModuleMember(Member):
             else:
                 filled[key] = plan.fill(value, live[key], where)
         plan.missing += [f"{self.name}.{key}" for key in live if key not in saved and plan.wanted(f"{self.name}.{key}")]
+        # Tensors on the meta device have no memory that would tell.
+        for names in self._meta().values():
+            stored = {leaf.info.tied_to or leaf.info.name for leaf in map(saved.get, names) if isinstance(leaf, Leaf)}
+            if len(stored) > 1:
+                plan.tied(f"{self.name}.{names[0]}", *sorted(stored)[:2])
         return filled
 
     def load(self, filled: Any, plan: ReadPlan) -> None:
-        # Live tensors are filled already; this also runs the module's own hooks and sets what is no tensor.
-        groups: dict[int, list[str]] = {}
-        for name, parameter in self.target.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(parameter), []).append(name)
-        on_meta = any(t.is_meta for t in self.target.state_dict().values() if isinstance(t, torch.Tensor))
-        # What is missing or unexpected was reported, or allowed, by the plan.
+        for tensor, names in self._meta().items():
+            found = next((filled[name] for name in names if name in filled), None)
+            if found is not None:
+                _materialise(tensor, found)
+        live = self.target.state_dict()
+        # Those that the module's own hooks save under other names than it has them.
+        on_meta = any(isinstance(live[key], torch.Tensor) and live[key].is_meta for key in filled)
+        # Live tensors are filled already; this also runs the module's own hooks and sets what is no tensor. What is
+        # missing or unexpected was reported, or allowed, by the plan.
         self.target.load_state_dict(filled, strict=False, assign=on_meta)
-        if on_meta:
-            for names in groups.values():
-                self._tie(names)
 
-    def _tie(self, names: list[str]) -> None:
-        """Assigning gives each name a parameter of its own: make tied names one again."""
-        first = self.target.get_parameter(names[0])
-        for name in names[1:]:
-            owner, _, attribute = name.rpartition(".")
-            setattr(self.target.get_submodule(owner), attribute, first)
+    def _meta(self) -> dict[torch.Tensor, list[str]]:
+        """Parameters and buffers on the meta device, with all their names."""
+        found: dict[torch.Tensor, list[str]] = {}
+        parameters = self.target.named_parameters(remove_duplicate=False)
+        for name, tensor in chain(parameters, self.target.named_buffers(remove_duplicate=False)):
+            if tensor.is_meta:
+                found.setdefault(tensor, []).append(name)
+        return found
 
 
 class OptimizerMember(Member):
@@ -112,22 +129,43 @@ class OptimizerMember(Member):
         if found != expected:
             plan.mismatch(self.name, f"parameter groups of {expected} parameters here, of {found} in the checkpoint")
             return None
-        live = self.target.state_dict()
-        return plan.fill(dict(saved), {"state": live["state"], "param_groups": None}, self.name)
+        if plan.strict:
+            self._compare_kinds(saved["param_groups"], plan)
+        live = self.target.state_dict()["state"]
+        parameters = dict(enumerate(self._parameters()))
+        state = {
+            key: plan.fill(value, live.get(key), f"{self.name}.state.{key}", like=parameters.get(key))
+            for key, value in saved["state"].items()
+        }
+        rest = {key: value for key, value in saved.items() if key != "state"}
+        return {"state": state, **plan.fill(rest, None, self.name)}
+
+    def _compare_kinds(self, saved_groups: list[dict[str, Any]], plan: ReadPlan) -> None:
+        for index, (group, saved) in enumerate(zip(self.target.param_groups, saved_groups, strict=True)):
+            missing = group.keys() - saved.keys() - _ADDED_HYPERPARAMETERS
+            unexpected = saved.keys() - group.keys() - _ADDED_HYPERPARAMETERS
+            # A version of torch may add some, or drop some; another kind of optimizer does both.
+            if missing and unexpected:
+                plan.mismatch(
+                    f"{self.name}.param_groups.{index}",
+                    f"another kind of optimizer: hyperparameters {sorted(missing)} here, {sorted(unexpected)} in the "
+                    "checkpoint",
+                )
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.target.param_groups for p in group["params"]]
 
     def load(self, filled: Any, plan: ReadPlan) -> None:
         self.target.load_state_dict(filled)
-        # torch casts floating-point state to the parameter's dtype, which would round moments kept in a wider one.
+        # torch casts state to a floating-point parameter's dtype, which would round moments kept in a wider one.
         ids = [key for group in filled["param_groups"] for key in group["params"]]
-        parameters = [p for group in self.target.param_groups for p in group["params"]]
-        for key, parameter in zip(ids, parameters, strict=True):
+        for key, parameter in zip(ids, self._parameters(), strict=True):
             values = filled["state"].get(key)
-            if not isinstance(values, Mapping):
-                continue
-            state = self.target.state[parameter]
-            for name, value in values.items():
-                if isinstance(value, torch.Tensor) and state[name].dtype != value.dtype:
-                    state[name] = value.to(state[name].device)
+            if isinstance(values, Mapping):
+                state = self.target.state[parameter]
+                for name in values.keys() & state.keys():
+                    value = _as_saved(state[name], values[name])
+                    state[name] = laid_out_as(parameter, value) if isinstance(value, torch.Tensor) else value
 
 
 class StatefulMember(Member):
@@ -153,6 +191,9 @@ class TensorMember(Member):
         if not isinstance(saved, Leaf):
             plan.mismatch(self.name, f"a tensor here, {describe(saved)} in the checkpoint")
             return None
+        if self.target.is_meta:
+            plan.mismatch(self.name, "a tensor on the meta device; materialise it first")
+            return None
         return plan.fill(saved, self.target.detach(), self.name)
 
     def load(self, filled: Any, plan: ReadPlan) -> None:
@@ -160,7 +201,8 @@ class TensorMember(Member):
 
 
 class PlainMember(Member):
-    """A dict or list of plain values and tensors, restored in place."""
+    """A dict or list of plain values, tensors and arrays. It is restored in place, and so are its tensors, and its
+    arrays of unchanged shape; containers inside it are replaced."""
 
     target: Any
 
@@ -189,6 +231,8 @@ class GeneratorMember(Member):
             return self.target.get_state()
         if isinstance(self.target, random.Random):
             return self.target.getstate()
+        if hasattr(self.target, "set_state"):
+            return self.target.get_state(legacy=False)
         return self.target.bit_generator.state
 
     def plan(self, saved: Any, plan: ReadPlan) -> Any:
@@ -199,6 +243,8 @@ class GeneratorMember(Member):
             self.target.set_state(filled)
         elif isinstance(self.target, random.Random):
             self.target.setstate(filled)
+        elif hasattr(self.target, "set_state"):
+            self.target.set_state(filled)
         else:
             self.target.bit_generator.state = filled
 
@@ -222,7 +268,7 @@ def members_of(named: Mapping[str, Any]) -> dict[str, Member]:
 
 def _member(name: str, target: Any) -> Member:
     numpy = sys.modules.get("numpy")
-    numpy_generator = numpy is not None and isinstance(target, numpy.random.Generator)
+    numpy_generator = numpy is not None and isinstance(target, (numpy.random.Generator, numpy.random.RandomState))
     if isinstance(target, torch.nn.Module):
         return ModuleMember(name, target)
     if isinstance(target, torch.optim.Optimizer):
@@ -258,3 +304,22 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _tensors(part)
+
+
+def _materialise(tensor: torch.Tensor, memory: torch.Tensor) -> None:
+    """Gives memory to a tensor on the meta device, which stays the object that optimizers and tied names refer to."""
+    real = torch.Tensor._make_subclass(type(tensor), memory.detach(), tensor.requires_grad)
+    real.__dict__.update(tensor.__dict__)
+    torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
+
+
+def _as_saved(loaded: Any, saved: Any) -> Any:
+    """What torch loaded, on the device that it chose, with the dtypes and texts that were saved."""
+    if isinstance(saved, torch.Tensor) and isinstance(loaded, torch.Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict) and isinstance(loaded, dict):
+        return {key: _as_saved(loaded.get(key), value) for key, value in saved.items()}
+    if isinstance(saved, (list, tuple)) and isinstance(loaded, (list, tuple)) and len(saved) == len(loaded):
+        return type(saved)(_as_saved(part, value) for part, value in zip(loaded, saved, strict=True))
+    # torch takes a text apart like a list.
+    return saved if isinstance(saved, str) else loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from .. import dtypes, errors
 from ..checkpoint import Checkpoint, TensorInfo
 
-__all__ = ["Leaf", "ReadPlan", "describe", "local_part"]
+__all__ = ["Leaf", "ReadPlan", "describe", "laid_out_as", "local_part", "sharding_of"]
 
 
 @dataclass(frozen=True)
@@ -44,50 +45,72 @@ class ReadPlan:
     _reads: list[_Read] = field(default_factory=list)
     #: (target, what was read), to be copied after the read
     _copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    #: (address, bytes) -> stored tensor that is read there
-    _targets: dict[tuple[int, int], str] = field(default_factory=dict)
+    #: memory, as device, address, dtype, shape and strides -> stored tensor that is read there
+    _targets: dict[Any, str] = field(default_factory=dict)
+    #: prefixes of ``only`` that named something
+    _found: set[str] = field(default_factory=set)
     #: (stored tensor, shape) -> the new tensor that it is read into, so that what was tied is tied again
     _made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
     def wanted(self, name: str) -> bool:
         """Whether a partial restore includes this name."""
-        return not self.only or any(name == p or name.startswith(p if p.endswith(".") else f"{p}.") for p in self.only)
+        found = [p for p in self.only if name == p or name.startswith(p if p.endswith(".") else f"{p}.")]
+        self._found.update(found)
+        return not self.only or bool(found)
 
     def mismatch(self, name: str, reason: str) -> None:
         self.mismatched.append(f"{name}: {reason}")
 
-    def fill(self, saved: Any, live: Any, where: str) -> Any:
-        """``saved`` with leaves replaced by tensors to read into: those of ``live`` at the same place, or new ones."""
+    def fill(self, saved: Any, live: Any, where: str, *, like: torch.Tensor | None = None) -> Any:
+        """``saved`` with leaves replaced by tensors to read into: those of ``live`` at the same place, or new ones.
+
+        ``like``: new tensors are sharded as this one, where they were when they were saved.
+        """
         if isinstance(saved, Leaf):
-            return self._tensor(saved, live if isinstance(live, torch.Tensor) else None, where)
+            if saved.kind == "numpy":
+                return self._array(saved.info, live)
+            return self._tensor(saved, live if isinstance(live, torch.Tensor) else None, where, like)
         if isinstance(saved, Mapping):
             known = live if isinstance(live, Mapping) else {}
-            filled = {key: self.fill(value, known.get(key), f"{where}.{key}") for key, value in saved.items()}
+            filled = {
+                key: self.fill(value, known.get(key), f"{where}.{key}", like=like) for key, value in saved.items()
+            }
             if type(saved) is dict:
                 return filled
-            # OrderedDict, Counter, defaultdict: keep the type and its own settings.
-            same = saved.copy()  # type: ignore[attr-defined]
+            # OrderedDict, Counter, defaultdict: keep the type and its own settings, such as versions of modules.
+            same: Any = copy.copy(saved)
             same.clear()
             same.update(filled)
             return same
         if type(saved) in (list, tuple):
             beside = live if isinstance(live, Sequence) and len(live) == len(saved) else [None] * len(saved)
             parts = [
-                self.fill(value, part, f"{where}.{i}")
+                self.fill(value, part, f"{where}.{i}", like=like)
                 for i, (value, part) in enumerate(zip(saved, beside, strict=True))
             ]
             return parts if type(saved) is list else tuple(parts)
         return saved
 
-    def _tensor(self, leaf: Leaf, live: torch.Tensor | None, where: str) -> Any:
-        info = leaf.info
-        if leaf.kind == "numpy":
-            import numpy as np
+    def _array(self, info: TensorInfo, live: Any) -> Any:
+        """A numpy array to read into: that of ``live`` where it fits."""
+        import numpy as np
 
-            array = np.empty(info.shape, dtypes.to_numpy(info.dtype))
-            self._reads.append(_Read(info, array))
-            return array
+        dtype = dtypes.to_numpy(info.dtype)
+        fits = type(live) is np.ndarray and (live.dtype, live.shape) == (dtype, info.shape)
+        if not (fits and live.flags.c_contiguous and live.flags.writeable):
+            live = np.empty(info.shape, dtype)
+        place = (live.__array_interface__["data"][0], info.nbytes) if info.nbytes else None
+        self._reads.append(_Read(info, live, place))
+        return live
+
+    def _tensor(self, leaf: Leaf, live: torch.Tensor | None, where: str, like: torch.Tensor | None) -> Any:
+        info = leaf.info
         dtype = dtypes.to_torch(info.dtype)
+        if live is None and leaf.sharding is not None:
+            live = _sharded_like(like, leaf, dtype)
+            if live is None:
+                self.mismatch(where, f"nothing here that is {_shown(leaf.sharding)}, as it is in the checkpoint")
+                return None
         if live is None:
             key = (info.tied_to or info.name, info.shape)
             made = self._made.get(key)
@@ -99,15 +122,16 @@ class ReadPlan:
                 self._made[key] = made
             return made
         part = local_part(live)
-        if tuple(part.shape) != info.shape:
+        if sharding_of(live) != leaf.sharding:
+            here, there = _shown(sharding_of(live)), _shown(leaf.sharding)
+            self.mismatch(where, f"{here} here, {there} in the checkpoint; pccheck.dcp can reshard, this cannot")
+        elif tuple(part.shape) != info.shape:
             self.mismatch(where, f"shape {list(part.shape)} here, {list(info.shape)} in the checkpoint")
         elif part.dtype != dtype and self.strict:
             self.mismatch(where, f"{part.dtype} here, {dtype} in the checkpoint")
-        elif sharding_of(live) != leaf.sharding:
-            self.mismatch(where, f"sharded as {sharding_of(live)} here, as {leaf.sharding} in the checkpoint")
+        elif part.is_meta and part is not live:
+            self.mismatch(where, "a sharded tensor on the meta device; materialise it with to_empty() first")
         elif part.is_meta:
-            if part is not live:
-                self.mismatch(where, "a sharded tensor on the meta device; materialise it with to_empty() first")
             made = torch.empty(info.shape, dtype=part.dtype, device=self.device)
             self._read(info, made, where)
             return made
@@ -118,24 +142,39 @@ class ReadPlan:
     def _read(self, info: TensorInfo, target: torch.Tensor, where: str) -> None:
         """Reads straight into the target where that can be; else into new memory that is copied afterwards."""
         target = target.detach()
+        if not info.nbytes:
+            return
         dtype = dtypes.to_torch(info.dtype)
+        memory = (target.device, target.data_ptr(), target.dtype, target.shape, target.stride(), target.is_conj())
+        stored = info.tied_to or info.name
+        other = self._targets.get(memory)
+        if other is not None:
+            if other != stored:
+                self.tied(where, other, stored)
+            return
+        self._targets[memory] = stored
         direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
-        direct = direct and not target.is_conj() and not target.is_neg()
-        if not direct:
+        if direct and not target.is_conj() and not target.is_neg():
+            self._reads.append(_Read(info, target, (target.data_ptr(), info.nbytes)))
+        else:
             fresh = torch.empty(info.shape, dtype=dtype)
             self._reads.append(_Read(info, fresh))
             self._copies.append((target, fresh))
-        elif info.nbytes:
-            place, stored = (target.data_ptr(), info.nbytes), info.tied_to or info.name
-            if place not in self._targets:
-                self._targets[place] = stored
-                self._reads.append(_Read(info, target, place))
-            elif self._targets[place] != stored:
-                other = self._targets[place]
-                self.mismatch(where, f"tied to another tensor here; {other} and {stored} differ in the checkpoint")
+
+    def tied(self, name: str, one: str, other: str) -> None:
+        """Two stored tensors are to be read into one memory."""
+        self.mismatch(name, f"tied to another tensor here; {one} and {other} differ in the checkpoint")
 
     def raise_mismatches(self, path: str) -> None:
-        """Raises StateMismatch where something does not fit. Nothing was changed."""
+        """Raises StateMismatch where something does not fit, InvalidArgument where ``only`` names nothing.
+
+        Nothing was changed.
+        """
+        unknown = [prefix for prefix in self.only if prefix not in self._found]
+        if unknown:
+            raise errors.InvalidArgument(
+                f"only={unknown!r}: neither the state nor the checkpoint has such names", operation="restore", path=path
+            )
         missing, unexpected = (self.missing, self.unexpected) if self.strict else ([], [])
         if missing or unexpected or self.mismatched:
             raise errors.StateMismatch(
@@ -144,7 +183,8 @@ class ReadPlan:
                 missing=missing,
                 unexpected=unexpected,
                 mismatched=self.mismatched,
-                advice="is it the region of another model? strict=False restores what fits",
+                advice="is it the region of another model?"
+                + (" strict=False leaves out what is missing or unexpected" if missing or unexpected else ""),
             )
 
     def read(self, checkpoint: Checkpoint) -> None:
@@ -192,6 +232,41 @@ def sharding_of(tensor: torch.Tensor) -> Any:
         "coordinate": list(mesh.get_coordinate() or []),
         "placements": [repr(p) for p in placements],
     }
+
+
+def laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, moved to the memory format of its parameter (such as channels_last) where it is of the same shape.
+
+    Optimizers make their state so, and fused ones go by memory, not by index: with another layout they would pair the
+    wrong elements, without a word.
+    """
+    plain = sharding_of(parameter) is None and sharding_of(tensor) is None
+    if not plain or tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
+
+
+def _sharded_like(like: torch.Tensor | None, leaf: Leaf, dtype: torch.dtype) -> torch.Tensor | None:
+    """An empty tensor laid out as the leaf was, on the mesh of ``like``; None where that is laid out otherwise."""
+    layout = sharding_of(like) if like is not None else None
+    if layout is None or layout | {"shape": leaf.sharding["shape"]} != leaf.sharding:
+        return None
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    shape = torch.Size(leaf.sharding["shape"])
+    local = torch.empty(leaf.info.shape, dtype=dtype, device=like.to_local().device)
+    stride = torch.empty(shape, device="meta").stride()
+    made: torch.Tensor = DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+    return made
+
+
+def _shown(sharding: Any) -> str:
+    if sharding is None:
+        return "not sharded"
+    return f"{' '.join(sharding['placements'])} of {sharding['shape']} over ranks {sharding['mesh']}"
 
 
 def describe(value: Any) -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import errors, trees
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, CheckpointInfo
 from ..store import Store
-from .members import Member, members_of
-from .planning import Leaf, ReadPlan
+from .members import Member, ModuleMember, members_of
+from .planning import Leaf, ReadPlan, laid_out_as
 from .retention import TRAINER_KEY
 from .rng import RNG
+from .sizing import region_path
 
 __all__ = ["GRADIENTS", "TREE_KEY", "Restored", "restore", "restore_newest"]
 
@@ -25,6 +26,9 @@ __all__ = ["GRADIENTS", "TREE_KEY", "Restored", "restore", "restore_newest"]
 TREE_KEY = "tree"
 #: member that holds gradients, where they are saved
 GRADIENTS = "gradients"
+
+# So many checkpoints are tried: a region has at most 240 slots, and a live writer may overwrite what is being read.
+_ATTEMPTS = 300
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def restore(
     Arguments, result and errors are those of :meth:`Checkpointer.restore`; what the checkpoint holds beyond the
     members is left alone. The global random-number generators are not touched.
     """
-    with Store(path, read_only=True, durability="process") as store:
+    with Store(region_path(path), read_only=True, durability="process") as store:
         found = restore_newest(
             store,
             members_of(members),
@@ -77,20 +81,23 @@ def restore_newest(
     gradients: Mapping[str, torch.nn.Parameter] | None,
 ) -> Restored | None:
     """Restores from the newest checkpoint that fits the arguments and is intact; None where the region holds none."""
-    damaged: errors.PccheckError | None = None
-    for checkpoint in _candidates(store, step, generation):
-        with checkpoint:
-            try:
+    unread: errors.PccheckError | None = None
+    tried: set[int] = set()
+    while (info := _newest(store, step, generation, tried)) is not None and len(tried) < _ATTEMPTS:
+        tried.add(info.generation)
+        try:
+            with store.open(generation=info.generation, verify=False) as checkpoint:
                 _restore(checkpoint, members, ReadPlan(device, strict, only), gradients)
-            except (errors.Corrupt, errors.Reclaimed) as why:
-                warnings.warn(
-                    f"the checkpoint of step {checkpoint.step} cannot be read, taking another one: {why}", stacklevel=3
-                )
-                damaged = why
-            else:
-                return Restored(checkpoint.step, checkpoint.generation)
-    if damaged is not None:
-        raise damaged
+        except (errors.NotFound, errors.Reclaimed) as why:
+            # Overwritten since it was listed, by a writer that has made newer ones.
+            unread = unread or why
+        except errors.Corrupt as why:
+            warnings.warn(f"the checkpoint of step {info.step} cannot be read, taking another one: {why}", stacklevel=3)
+            unread = why
+        else:
+            return Restored(info.step, info.generation)
+    if unread is not None:
+        raise unread
     if step is not None or generation is not None:
         wanted = f"step {step}" if step is not None else f"generation {generation}"
         held = ", ".join(str(info.step) for info in store.checkpoints()) or "none"
@@ -98,15 +105,13 @@ def restore_newest(
     return None
 
 
-def _candidates(store: Store, step: int | None, generation: int | None) -> Iterator[Checkpoint]:
+def _newest(store: Store, step: int | None, generation: int | None, tried: set[int]) -> CheckpointInfo | None:
+    """The newest checkpoint that is asked for and was not tried; listed anew, as a live writer goes on meanwhile."""
     for info in store.checkpoints():
-        if step not in (None, info.step) or generation not in (None, info.generation):
-            continue
-        try:
-            yield store.open(generation=info.generation, verify=False)
-        except (errors.NotFound, errors.Reclaimed):
-            # Since it was listed.
-            continue
+        asked = step in (None, info.step) and generation in (None, info.generation)
+        if asked and info.generation not in tried:
+            return info
+    return None
 
 
 def _restore(
@@ -117,6 +122,11 @@ def _restore(
 ) -> None:
     saved = _tree(checkpoint)
     wanted = {name: member for name, member in members.items() if _concerns(plan, name)}
+    for name, member in wanted.items():
+        if not plan.wanted(name) and not isinstance(member, ModuleMember):
+            raise errors.InvalidArgument(
+                f"only={list(plan.only)!r}: a part of {name}, which is no module, cannot be restored alone; name all of it"
+            )
     plan.missing += [name for name in wanted if name not in saved]
     known = {*members, GRADIENTS, RNG}
     plan.unexpected += [name for name in saved if name not in known and plan.wanted(name)]
@@ -125,13 +135,13 @@ def _restore(
         filled[GRADIENTS] = plan.fill(saved[GRADIENTS], None, GRADIENTS)
     plan.raise_mismatches(checkpoint.path)
     plan.read(checkpoint)
-    # Generators last: loading may draw numbers.
-    for name in sorted(filled, key=lambda name: name == RNG):
+    # Modules first: optimizers put their state where the parameters are. Generators last: loading may draw numbers.
+    for name in sorted(filled, key=lambda name: (name == RNG, not isinstance(wanted.get(name), ModuleMember))):
         if name in wanted:
             wanted[name].load(filled[name], plan)
     for name, gradient in filled.get(GRADIENTS, {}).items():
         if gradients is not None and name in gradients:
-            gradients[name].grad = gradient.to(gradients[name].device)
+            gradients[name].grad = laid_out_as(gradients[name], gradient.to(gradients[name].device))
 
 
 def _concerns(plan: ReadPlan, member: str) -> bool:

@@ -32,7 +32,7 @@ class Best:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if self.mode not in ("min", "max") or self.count < 1:
+        if self.mode not in ("min", "max") or not isinstance(self.count, int) or self.count < 1:
             raise errors.InvalidArgument(f"{self}: expected mode 'min' or 'max' and a count of 1 or more")
 
     def order(self, value: float) -> float:
@@ -50,8 +50,10 @@ class Retention:
     """Decides which saves are pinned when they begin, and unpins what a better one displaced."""
 
     def __init__(self, every: int | None, best: Best | None) -> None:
-        if every is not None and every < 1:
-            raise errors.InvalidArgument(f"keep_every={every}: expected a number of steps, 1 or more")
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise errors.InvalidArgument(f"keep_every={every!r}: expected a number of steps, 1 or more")
+        if best is not None and not isinstance(best, Best):
+            raise errors.InvalidArgument(f"keep_best={best!r}: expected a Best, such as Best('loss')")
         self._every = every
         self._best = best
         self._kept: list[_Kept] = []
@@ -62,17 +64,27 @@ class Retention:
         return (self._best.count + 1 if self._best else 0) + (2 if self._every else 0)
 
     def adopt(self, store: Store) -> None:
-        """Learns which pinned checkpoints are the best ones from what the region holds."""
+        """Learns which pinned checkpoints are the best ones from what the region holds, and unpins surplus ones, such
+        as those of a process that was killed before it could.
+        """
         self._kept = []
         if self._best is None:
             return
         for info in store.checkpoints():
             if not info.pinned or self._is_periodic(info.step):
                 continue
-            with store.open(generation=info.generation, verify=False) as checkpoint:
-                value = _metric(checkpoint.metadata, self._best.metric)
-            if value is not None:
+            try:
+                with store.open(generation=info.generation, verify=False) as checkpoint:
+                    value = _metric(checkpoint.metadata, self._best.metric)
+            except errors.Corrupt as why:
+                warnings.warn(
+                    f"the pinned checkpoint of step {info.step} is damaged, and not counted among the best: {why}",
+                    stacklevel=2,
+                )
+                continue
+            if value is not None and not math.isnan(value):
                 self._kept.append(_Kept(self._best.order(value), info.generation))
+        self._unpin_surplus(store, self._best.count)
 
     def wants_pin(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether the save of this step is pinned from its commit on."""
@@ -83,9 +95,12 @@ class Retention:
         if self._best is None or self._is_periodic(step) or self._best.metric not in metrics:
             return
         self._kept.append(_Kept(self._best.order(metrics[self._best.metric]), generation))
+        self._unpin_surplus(store, self._best.count)
+
+    def _unpin_surplus(self, store: Store, count: int) -> None:
         # Among equals the older one stays.
         self._kept.sort(key=lambda kept: (kept.order, kept.generation))
-        while len(self._kept) > self._best.count:
+        while len(self._kept) > count:
             displaced = self._kept.pop()
             try:
                 store.unpin(displaced.generation)

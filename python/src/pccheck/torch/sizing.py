@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from .. import dtypes, errors, trees
 from .members import Member, OptimizerMember
-from .snapshot import sizes_of
+from .planning import local_part
 
 __all__ = ["estimate", "region_path"]
 
@@ -26,10 +29,14 @@ def region_path(path: str | os.PathLike[str]) -> str:
 
 
 def estimate(members: Iterable[Member], gradients: bool) -> int:
-    """Payload bytes of the complete state. Where it is too low, the region grows at the first save."""
+    """Payload bytes of the complete state. Where it is too low, the region grows at the first save.
+
+    Raises:
+        UnsupportedValue: the state holds something that cannot be represented; names where.
+    """
     total = 0
     for member in members:
-        count, nbytes = sizes_of(member.state())
+        count, nbytes = _sizes_of({member.name: member.state()})
         total += nbytes + count * _BYTES_PER_TENSOR
         if isinstance(member, OptimizerMember):
             total += _to_come(member.target)
@@ -59,3 +66,37 @@ def _copies_per_parameter(group: dict[str, object]) -> int:
     if "momentum" in group:
         return (1 if group["momentum"] else 0) + (2 if "centered" in group else 0)
     return 2
+
+
+def _sizes_of(tree: Any) -> tuple[int, int]:
+    """Number of leaves of a tree and their bytes, tied tensors counted once."""
+    flat = trees.flatten(tree, is_tensor=lambda value: isinstance(value, torch.Tensor))
+    sizes: dict[Any, int] = {}
+    for name, value in flat.tensors.items():
+        key: Any = name
+        if isinstance(value, torch.Tensor):
+            _check_kind(name, value)
+            value = local_part(value)
+            if value.nbytes and not value.is_meta:
+                key = (value.data_ptr(), value.nbytes)
+        _check_dtype(name, value)
+        sizes[key] = value.nbytes
+    return len(flat.tensors), sum(sizes.values()) + len(flat.json.encode())
+
+
+def _check_kind(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise errors.UnsupportedValue(
+            f"a tensor of {tensor.dtype} and layout {tensor.layout} cannot be stored; save its plain parts", at=name
+        )
+
+
+def _check_dtype(name: str, array: Any) -> None:
+    numpy = sys.modules.get("numpy")
+    try:
+        if numpy is not None and isinstance(array, numpy.ndarray):
+            dtypes.from_numpy(array.dtype)
+        else:
+            dtypes.from_torch(array.dtype)
+    except errors.InvalidArgument as why:
+        raise errors.UnsupportedValue(why.message, at=name) from None

@@ -45,6 +45,11 @@ class Snapshot:
         """Names of tensors that were changed since, as far as version counters (and hashes, where made) tell."""
         return [live.name for live in self.live if live.changed()]
 
+    def release(self) -> None:
+        """Lets go of all tensors: they are copied."""
+        self.live.clear()
+        self.tensors.clear()
+
 
 @dataclass(slots=True)
 class Live:
@@ -122,17 +127,3 @@ def _crc(tensor: torch.Tensor) -> int:
     if not tensor.nbytes:
         return 0
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def sizes_of(tree: Any) -> tuple[int, int]:
-    """Number of leaves of a tree and their bytes, tied tensors counted once."""
-    flat = trees.flatten(tree, is_tensor=lambda value: isinstance(value, torch.Tensor))
-    sizes: dict[Any, int] = {}
-    for name, value in flat.tensors.items():
-        if isinstance(value, torch.Tensor):
-            value = local_part(value)
-            key: Any = (value.data_ptr(), value.nbytes) if value.device.type != "meta" and value.nbytes else name
-        else:
-            key = name
-        sizes[key] = value.nbytes
-    return len(flat.tensors), sum(sizes.values()) + len(flat.json)
