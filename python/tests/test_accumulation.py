@@ -28,7 +28,9 @@ class Run:
 
     def __init__(self, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2), nn.Flatten(), nn.Linear(288, 4))
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2), nn.Flatten(), nn.Linear(288, 4)
+        )
         self.model.to(memory_format=memory_format)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 

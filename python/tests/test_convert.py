@@ -55,9 +55,10 @@ def same(a: Any, b: Any, at: str = "state") -> None:
     assert type(a) is type(b), at
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape, at
-        assert a.contiguous().reshape(-1).view(torch.uint8).tolist() == b.contiguous().reshape(-1).view(
-            torch.uint8
-        ).tolist(), at
+        assert (
+            a.contiguous().reshape(-1).view(torch.uint8).tolist()
+            == b.contiguous().reshape(-1).view(torch.uint8).tolist()
+        ), at
     elif isinstance(a, dict):
         assert list(a) == list(b), at
         for key in a:

@@ -94,9 +94,7 @@ def test_the_comparison_notices_one_wrong_bit_and_a_missing_step(monkeypatch: py
     assert kill_and_resume.differences(expected, [(0, 1.0)]) == ["step 1: missing"]
 
 
-def test_the_sampler_goes_on_where_it_was_also_across_epochs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sampler_goes_on_where_it_was_also_across_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
     import data
 

@@ -92,7 +92,9 @@ def main(optimizer: str, steps: int, path: str | None, n: int, rng: bool = True)
     first, ckpt = 0, None
     if path is not None:
         more = {"optimizer": optimizers, "scheduler": schedulers}
-        ckpt = Checkpointer(path, model=model, max_in_flight=n, staging_bytes=12 << 20, chunk_bytes=1 << 20, rng=rng, **more)
+        ckpt = Checkpointer(
+            path, model=model, max_in_flight=n, staging_bytes=12 << 20, chunk_bytes=1 << 20, rng=rng, **more
+        )
         last = ckpt.restore()
         print(f"restored {last}", flush=True)
         first = 0 if last is None else last + 1

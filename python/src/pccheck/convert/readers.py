@@ -188,5 +188,3 @@ def _read_dcp(source: Path) -> _Read:
 
 def _first_line(why: BaseException) -> str:
     return (str(why) or repr(why)).strip().splitlines()[0]
-
-

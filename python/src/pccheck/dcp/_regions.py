@@ -135,9 +135,7 @@ class Region:
             reader[0].close()
 
     def _make(self, options: Options, payload_bytes: int) -> None:
-        format_region(
-            self.path, slots=options.slots, payload_bytes=_with_spare(payload_bytes), medium=options.medium
-        )
+        format_region(self.path, slots=options.slots, payload_bytes=_with_spare(payload_bytes), medium=options.medium)
 
     def _grow(self, options: Options, slots: int, payload_bytes: int) -> None:
         grow_region(self.path, slots=slots, payload_bytes=payload_bytes, lock_timeout=options.lock_timeout)

@@ -27,9 +27,7 @@ VERSION = 1
 MAX_BYTES = 4096
 
 _START = f'{{"{KEY}":'.encode()
-_NOTE = (
-    "The checkpoint is in the region. To get a file of its own: python -m pccheck convert THIS_FILE checkpoint.pt"
-)
+_NOTE = "The checkpoint is in the region. To get a file of its own: python -m pccheck convert THIS_FILE checkpoint.pt"
 
 
 @dataclass(frozen=True, slots=True)
