@@ -19,6 +19,8 @@ from torch import nn
 from pccheck.errors import InvalidState
 from pccheck.torch import Checkpointer
 
+pytestmark = pytest.mark.filterwarnings("error::pccheck.torch.CheckpointWarning")
+
 EVERY, STEPS = 4, 16
 POOL: Any = {"chunk_bytes": 128 << 10, "staging_bytes": 1 << 20, "max_in_flight": 2}
 

@@ -213,7 +213,8 @@ class Checkpointer:
         self._outcomes.begun(flight)
         self._settler.submit(flight)
         if snapshot.urgent or self._gradients:
-            self._settler.settle(self._update_timeout)
+            # All is copied then: no update that comes later is missed.
+            self._settler.before_update()
         return save
 
     def _check_may_save(self) -> None:

@@ -139,9 +139,11 @@ def _restore(
     for name in sorted(filled, key=lambda name: (name == RNG, not isinstance(wanted.get(name), ModuleMember))):
         if name in wanted:
             wanted[name].load(filled[name], plan)
-    for name, gradient in filled.get(GRADIENTS, {}).items():
-        if gradients is not None and name in gradients:
-            gradients[name].grad = laid_out_as(gradients[name], gradient.to(gradients[name].device))
+    if gradients is not None and GRADIENTS in filled:
+        for name, parameter in gradients.items():
+            # Without a saved one it had none then, whatever has been gathered since.
+            gradient = filled[GRADIENTS].get(name)
+            parameter.grad = None if gradient is None else laid_out_as(parameter, gradient.to(parameter.device))
 
 
 def _concerns(plan: ReadPlan, member: str) -> bool:
