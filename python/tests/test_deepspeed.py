@@ -80,7 +80,11 @@ def run(tmp_path: Path, script: str, *arguments: object, world: int = 1) -> str:
         command = [sys.executable, "-c", script, str(tmp_path), *map(str, arguments)]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env))
-    outputs = [process.communicate(timeout=300) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (out, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, out + err
     return outputs[0][0]
