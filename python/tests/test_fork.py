@@ -19,6 +19,12 @@ from conftest import MIB, SMALL, MakeRegion, OpenStore
 import pccheck
 from pccheck import errors
 
+# That other threads run at the fork is the point of these tests.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:os.fork"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
+]
+
 StartPython = Callable[..., "subprocess.Popen[str]"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,10 @@ def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, queue.Queue
     return thread, outcome
 
 
-def until_used(handle: Any) -> None:
-    """Returns once another thread's call uses the handle."""
-    while not handle._users:
-        pass
+def until_used(handle: Any, thread: threading.Thread) -> None:
+    """Returns once the thread's call uses the handle, or has ended."""
+    while not handle._users and thread.is_alive():
+        time.sleep(0.001)
 
 
 def native_threads() -> set[str]:
@@ -72,7 +73,7 @@ def test_closing_a_store_ends_the_waits_of_other_threads(store: pccheck.Store, w
     }
     thread, outcome = in_thread(waits[what])
     if what != "raw_save":
-        until_used(store._handle)
+        until_used(store._handle, thread)
     store.close()
     thread.join(30)
     assert not thread.is_alive()
@@ -87,7 +88,7 @@ def test_closing_a_store_ends_the_waits_of_other_threads(store: pccheck.Store, w
 def test_closing_a_store_ends_the_wait_for_its_saves(store: pccheck.Store) -> None:
     save = store.save(1, {"x": np.ones(10)}, confirm=True)
     thread, outcome = in_thread(save.durable)
-    until_used(save._handle)
+    until_used(save._handle, thread)
     store.close()
     thread.join(30)
     assert isinstance(outcome.get(), errors.Cancelled)
@@ -96,7 +97,7 @@ def test_closing_a_store_ends_the_wait_for_its_saves(store: pccheck.Store) -> No
 def test_closing_a_save_ends_the_wait_of_another_thread(store: pccheck.Store) -> None:
     save = store.save(1, {"x": np.ones(10)}, confirm=True)
     thread, outcome = in_thread(save.durable)
-    until_used(save._handle)
+    until_used(save._handle, thread)
     save.close()
     thread.join(30)
     assert isinstance(outcome.get(), errors.InvalidState)
@@ -217,7 +218,7 @@ def test_a_call_of_another_thread_ends_the_wait(store: pccheck.Store) -> None:
     """With the GIL held by the wait, nobody could confirm, and this test would hang."""
     save = store.save(1, {"x": np.ones(10)}, confirm=True)
     thread, outcome = in_thread(lambda: save.durable(None))
-    until_used(save._handle)
+    until_used(save._handle, thread)
     save.confirm()
     thread.join(60)
     assert outcome.get().step == 1
