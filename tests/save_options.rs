@@ -3,13 +3,10 @@
 //! crashes leave of them is in tests/crash.
 #![cfg(feature = "sim")]
 
-mod common;
-
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::WAIT;
 use pccheck::engine::{HostTensor, Select, Store, Tensor};
 use pccheck::format::{Dtype, MARK_PINNED};
 use pccheck::medium::sim::{AttemptKind, SimMedium, SimModel};
@@ -22,7 +19,8 @@ const CHUNK: u64 = 8192;
 const STATE_BYTES: usize = 40_000;
 const RUN_ID: u64 = 5;
 /// Nothing here takes this long unless it hangs.
-const PROMPT: Duration = Duration::from_secs(10);
+const PROMPT: Duration = Duration::from_secs(20);
+const WAIT: Option<Duration> = Some(PROMPT);
 const SHORT: Option<Duration> = Some(Duration::from_millis(50));
 const CONFIRM: SaveOptions = SaveOptions { wait: WAIT, confirm: true, pin: false };
 const PIN: SaveOptions = SaveOptions { wait: WAIT, confirm: false, pin: true };
@@ -139,6 +137,20 @@ fn a_confirmation_may_come_before_anything_else() {
     sim.release(hold);
     save.wait_durable(WAIT).expect("durable");
     check_newest(&store, 1);
+    // Too late: cancelled, though not ended while an operation is under way. A plain save has nothing to be told.
+    let hold = sim.hold(|attempt| attempt.barrier == Some(Barrier::WritingMark));
+    // SAFETY: as above.
+    let [failed, plain] = [CONFIRM, SaveOptions::default()]
+        .map(|options| unsafe { store.begin_save(1, &[tensor], &[], options) }.expect("begin"));
+    assert!(sim.wait_held(hold, 1, PROMPT));
+    failed.cancel();
+    plain.cancel();
+    assert!(!failed.progress().ended);
+    assert_eq!(kind(failed.confirm()), ErrorKind::Cancelled);
+    plain.confirm().expect("it never waited for this");
+    sim.release(hold);
+    assert_eq!(kind(plain.wait_durable(WAIT)), ErrorKind::Cancelled);
+    assert_eq!(kind(failed.wait_durable(WAIT)), ErrorKind::Cancelled);
     let mut raw = store.begin_raw(2, 100, &[], CONFIRM).expect("begin raw");
     raw.write_at(0, &[7; 100]).expect("write");
     let raw = raw.commit().expect("commit");
