@@ -234,6 +234,8 @@ fn bad_options_and_paths_are_refused() {
     assert!(!text_of(|buf, cap| c!(pcc_last_error_operation(buf, cap))).is_empty());
     fails(c!(pcc_open(c"".as_ptr(), null(), &mut store)), PCC_INVALID_ARGUMENT, &["path is empty"]);
     fails(c!(pcc_format(region.path.as_ptr(), 4, 1 << 20, null())), PCC_ALREADY_EXISTS, &["force"]);
+    let advice = text_of(|buf, cap| c!(pcc_last_error_advice(buf, cap)));
+    assert!(advice.contains("force") && last_error().ends_with(&format!("({advice})")), "{advice}");
     fails(c!(pcc_format(region.path.as_ptr(), 1, 1 << 20, null())), PCC_INVALID_ARGUMENT, &["slot_count"]);
     let writer = open(&region);
     let mut options = open_options();
