@@ -754,6 +754,16 @@ uint64_t pcc_last_error_operation(char *buf, uint64_t cap);
 uint64_t pcc_last_error_path(char *buf,
                              uint64_t cap);
 
+// Copies what this thread's last error advises to do next, as `pcc_last_error` does with the whole text; 0 where it
+// advises nothing.
+//
+// Durability: none.
+// Threads: any; every thread has its own last error.
+// Ownership: the text is copied to `buf` (`cap` bytes); NULL or 0 only ask for the size.
+// Errors: none.
+uint64_t pcc_last_error_advice(char *buf,
+                               uint64_t cap);
+
 // Initialises options for `pcc_format`; `struct_bytes` is sizeof(pcc_format_options).
 //
 // Durability: none.

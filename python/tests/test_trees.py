@@ -4,7 +4,7 @@ a list, an order lost."""
 from __future__ import annotations
 
 import math
-import pathlib
+import os
 import random
 import struct
 import subprocess
@@ -93,47 +93,42 @@ def test_random_trees_come_back() -> None:
     assert tensors > 1000
 
 
+def run(code: str, **environment: str) -> str:
+    """What a new Python prints that finds modules where this one does."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_equal_sets_give_equal_texts_whatever_the_hash_seed() -> None:
     code = "from pccheck.trees import flatten; print(flatten({'abc', 'def', 'ghi', 1, ('x', 'y')}).json)"
-    source = str(pathlib.Path(__file__).parents[1] / "src")
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, {source!r}); {code}"],
-            env={"PYTHONHASHSEED": seed},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2", "3", "4")
-    }
-    assert len(outputs) == 1
+    assert len({run(code, PYTHONHASHSEED=seed) for seed in ("1", "2", "3", "4")}) == 1
 
 
 # Without numpy and torch
 
 
 def test_neither_torch_nor_numpy_is_imported() -> None:
-    source = str(pathlib.Path(__file__).parents[1] / "src")
-    code = f"""
+    code = """
 import sys
-sys.path.insert(0, {source!r})
 sys.modules["numpy"] = sys.modules["torch"] = None
 from pccheck.errors import UnsupportedValue
 from pccheck.trees import flatten, unflatten
-flat = flatten({{"a": [1, (2.5, None)], 3: object}}, is_tensor=lambda value: value is object)
-assert unflatten(flat.json, lambda name, kind: (name, kind)) == {{"a": [1, (2.5, None)], 3: ("3", "array")}}
+flat = flatten({"a": [1, (2.5, None)], 3: object}, is_tensor=lambda value: value is object)
+assert unflatten(flat.json, lambda name, kind: (name, kind)) == {"a": [1, (2.5, None)], 3: ("3", "array")}
 del sys.modules["numpy"], sys.modules["torch"]
-values = [("numpy", '"dtype":"<f8","v":"{"00" * 8}"'), ("torch.Size", '"v":[]'), ("numpy.str", '"v":""')]
-for tag, rest in values:
+number = '"dtype":"<f8","v":"0000000000000000"'
+for tag, rest in [("numpy", number), ("torch.Size", '"v":[]'), ("numpy.str", '"v":""')]:
     try:
-        unflatten('{{"pccheck.tree":1,"root":{{"a":[{{"$":"%s",%s}}]}}}}' % (tag, rest), None)
+        unflatten('{"pccheck.tree":1,"root":{"a":[{"$":"%s",%s}]}}' % (tag, rest), None)
     except UnsupportedValue as error:
         assert "a[0]" in str(error) and "import " + tag.split(".")[0] in str(error), error
     else:
         raise AssertionError(tag)
 assert "numpy" not in sys.modules and "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run(code)
 
 
 # The text itself

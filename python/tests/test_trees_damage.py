@@ -14,6 +14,7 @@ from trees_samples import (
     LONG_INT,
     SCALARS,
     T,
+    chain,
     come_back,
     no_tensors,
     random_tree,
@@ -50,6 +51,7 @@ HOSTILE = [
     '{"pccheck.tree": 1, "root": ' + "[" * 100_000 + "]" * 100_000 + "}",
     '{"pccheck.tree": 1, "root": ' + '{"a":' * 100_000,
     '{"pccheck.tree": 1, "root": ' + "[" * (DEPTH_LIMIT + 1) + "]" * (DEPTH_LIMIT + 1) + "}",
+    text(chain(lambda value: {"$": "OrderedDict", "of": {}, "_metadata": value}, DEPTH_LIMIT + 1)),
     text(1, 2),
     text(1, 0),
     text(1, True),
@@ -147,6 +149,14 @@ HOSTILE += [text({"a": [root]}) for root in HOSTILE_ROOTS]
 def test_a_damaged_tree_is_refused(json_text: str) -> None:
     with pytest.raises(Corrupt):
         unflatten(json_text, no_tensors)
+
+
+def test_a_dtype_is_not_looked_up_where_looking_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "__getattr__", asked.append)
+    with pytest.raises(Corrupt):
+        unflatten(text({"$": "torch.dtype", "v": "a_lazy_module"}), no_tensors)
+    assert asked == []
 
 
 def test_a_deep_text_is_refused_even_where_the_stack_would_allow_it() -> None:

@@ -93,7 +93,7 @@ def test_long_names_are_shortened_and_stay_unique(character: str) -> None:
         assert len(set(names)) == 4
         assert all(len(name.encode()) <= 4096 for name in names)
         assert all(name.startswith(character * (4000 // size)) for name in names)
-        assert names == list(flatten(tree).tensors)
+        assert names[:2] == [flatten({base + end: T}).tensors.popitem()[0] for end in "ab"], "named by content"
         assert same(come_back(tree), tree)
     assert list(flatten({character * (4000 // size): T}).tensors) == [character * (4000 // size)]
 

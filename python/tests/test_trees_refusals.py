@@ -1,4 +1,4 @@
-"""Prevents values that are dropped or changed in silence, and refusals that say neither where nor what to do."""
+"""Prevents values that are dropped or changed in silence, and refusals without a place or advice."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 from trees_samples import (
     LONG_INT,
     T,
+    chain,
     come_back,
     no_tensors,
     same,
@@ -155,6 +156,13 @@ def test_errors_name_the_place(tree: Any, prefix: str, place: str) -> None:
     assert f"{place}: " in str(caught.value)
 
 
+def test_a_long_place_is_shown_by_its_ends() -> None:
+    with pytest.raises(UnsupportedValue) as caught:
+        flatten({"x" * 100_000: [{"lr_fn": object()}]})
+    assert len(str(caught.value)) < 1000
+    assert "[0]['lr_fn']" in str(caught.value)
+
+
 def test_a_prefix_that_is_no_text_is_refused() -> None:
     with pytest.raises(UnsupportedValue):
         flatten(1, prefix="\ud800")
@@ -193,13 +201,6 @@ def test_a_container_that_contains_itself_is_refused(tree: Any) -> None:
         flatten({"x": tree})
 
 
-def chain(link: Any, levels: int) -> Any:
-    tree: Any = 1
-    for _ in range(levels):
-        tree = link(tree)
-    return tree
-
-
 def with_metadata(value: Any) -> Any:
     od: Any = OrderedDict()
     od._metadata = value
@@ -230,11 +231,17 @@ def test_nesting_up_to_the_limit_comes_back_and_more_is_refused(link: Any) -> No
 
 
 def test_the_deepest_values_fit_too() -> None:
-    for leaf in (complex(math.inf, 1), 2**100, torch.Size([1]), T, {(): 1}):
-        tree = leaf
-        for _ in range(DEPTH_LIMIT - 2):
+    values = [(complex(math.inf, 1), 0), (2**100, 0), (torch.Size([1]), 0), (T, 0), ({((),): T}, 3)]
+    for tree, containers in values:
+        for _ in range(DEPTH_LIMIT - containers):
             tree = {1: tree}
         assert same(come_back(tree), tree)
+
+
+def test_only_depth_is_limited_not_how_many_containers_there_are() -> None:
+    part = [link(1) for link in LINKS.values()]
+    tree = [part] * (3 * DEPTH_LIMIT)
+    assert same(come_back(tree), tree)
 
 
 def test_values_whose_text_python_refuses_to_write_are_named_all_the_same() -> None:

@@ -34,6 +34,13 @@ def put_together(flat: Flat) -> Any:
     return unflatten(flat.json, lambda name, kind: flat.tensors[name])
 
 
+def chain(link: Any, levels: int) -> Any:
+    tree: Any = 1
+    for _ in range(levels):
+        tree = link(tree)
+    return tree
+
+
 def text(root: Any, version: Any = 1) -> str:
     return json.dumps({"pccheck.tree": version, "root": root})
 

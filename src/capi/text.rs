@@ -178,6 +178,20 @@ pub unsafe extern "C" fn pcc_last_error_path(buf: *mut c_char, cap: u64) -> u64 
     unsafe { guard::text_out(buf, cap, text) }
 }
 
+/// Copies what this thread's last error advises to do next, as `pcc_last_error` does with the whole text; 0 where it
+/// advises nothing.
+///
+/// Durability: none.
+/// Threads: any; every thread has its own last error.
+/// Ownership: the text is copied to `buf` (`cap` bytes); NULL or 0 only ask for the size.
+/// Errors: none.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_last_error_advice(buf: *mut c_char, cap: u64) -> u64 {
+    let text = last(None, |fault| fault.error.advice().map(str::to_owned));
+    // SAFETY: the header binds the caller.
+    unsafe { guard::text_out(buf, cap, text) }
+}
+
 /// The longest prefix of `text` that fits in `room` bytes and ends at a character.
 pub(super) fn cut(text: &str, room: usize) -> &str {
     let mut end = room.min(text.len());

@@ -18,7 +18,7 @@ from typing import Any
 from . import dtypes, errors
 from ._abi import ffi
 
-__all__ = ["Memory", "memory_of", "pack_pairs", "pack_tensors"]
+__all__ = ["Memory", "memories_of", "memory_of", "pack_pairs", "pack_tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,17 @@ class Memory:
     dtype: str
     shape: tuple[int, ...]
     owner: Any
+
+
+def memories_of(tensors: Mapping[str, Any], *, write: bool = False) -> dict[str, Memory]:
+    """:func:`memory_of` each of the named arrays."""
+    try:
+        named = list(tensors.items())
+    except (AttributeError, TypeError):
+        raise errors.InvalidArgument(
+            f"expected a mapping from names to arrays, found a {type(tensors).__name__}"
+        ) from None
+    return {name: memory_of(array, name, write=write) for name, array in named}
 
 
 def memory_of(array: Any, name: str, *, write: bool = False) -> Memory:
@@ -50,7 +61,10 @@ def memory_of(array: Any, name: str, *, write: bool = False) -> Memory:
         if hasattr(array, "__array_interface__"):
             import numpy as np
 
-            return _of_numpy(np.asarray(array), write)
+            view = np.asarray(array)
+            if write and view.__array_interface__["data"] != array.__array_interface__["data"]:
+                raise errors.InvalidArgument(f"numpy sees a copy of this {type(array).__name__}; restore into numpy")
+            return _of_numpy(view, write)
         if hasattr(array, "__dlpack__"):
             if write:
                 raise errors.InvalidArgument(
@@ -64,23 +78,37 @@ def memory_of(array: Any, name: str, *, write: bool = False) -> Memory:
 
 def _of_torch(tensor: Any, torch: Any) -> Memory:
     wrapper = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    if tensor.layout is not torch.strided or wrapper:
+    if tensor.layout is not torch.strided or tensor.is_nested or wrapper:
         raise errors.InvalidArgument(
             f"a {type(tensor).__name__} of layout {tensor.layout} has no plain memory; pass its plain parts"
         )
+    if tensor.device.type == "meta":
+        raise errors.Unsupported("it is on the device meta, which holds no data; pass a tensor that does")
     if tensor.device.type != "cpu":
         raise errors.Unsupported(f"it is on {tensor.device}; copy it to host memory first")
     if not tensor.is_contiguous():
         raise errors.InvalidArgument(_not_contiguous(tuple(tensor.stride())))
     if tensor.is_conj() or tensor.is_neg():
         raise errors.InvalidArgument("it is a lazy conjugate or negative; resolve it with resolve_conj().resolve_neg()")
-    nbytes = tensor.numel() * tensor.element_size()
-    return Memory(tensor.data_ptr(), nbytes, dtypes.from_torch(tensor.dtype), tuple(tensor.shape), tensor)
+    dtype, size = dtypes.from_torch(tensor.dtype), tensor.element_size()
+    nbytes = tensor.numel() * size
+    storage = tensor.untyped_storage()
+    if nbytes and storage.nbytes() < tensor.storage_offset() * size + nbytes:
+        raise errors.InvalidArgument(
+            f"its storage holds {storage.nbytes()} bytes, less than the tensor's {nbytes}: it was resized (as sharded "
+            "training does); gather the tensor first"
+        )
+    # The storage, not the tensor: `tensor.data = other` would let its memory go.
+    return Memory(tensor.data_ptr(), nbytes, dtype, tuple(tensor.shape), storage)
 
 
 def _of_numpy(array: Any, write: bool) -> Memory:
     import numpy as np
 
+    if isinstance(array, np.ma.MaskedArray):
+        raise errors.InvalidArgument("it is a masked array, whose mask would be lost; pass its data and its mask")
+    if write and isinstance(array, np.generic):
+        raise errors.InvalidArgument("it is a numpy scalar, which is immutable; pass an array of shape ()")
     array = np.asarray(array)
     if not array.flags.c_contiguous:
         raise errors.InvalidArgument(_not_contiguous(array.strides))
@@ -125,20 +153,28 @@ _DLPACK = {
 _DLPACK_HOST = (1, 3, 11, 13)
 
 
+# Of our own: prototypes set on ctypes.pythonapi are shared with everybody.
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
 def _of_dlpack(array: Any) -> Memory:
-    device_type, device_id = array.__dlpack_device__()
-    if device_type not in _DLPACK_HOST:
-        raise errors.Unsupported(
-            f"it is on DLPack device ({int(device_type)}, {device_id}); copy it to host memory first"
-        )
     try:
+        device_type, device_id = array.__dlpack_device__()
+        if device_type not in _DLPACK_HOST:
+            raise errors.Unsupported(
+                f"it is on DLPack device ({int(device_type)}, {device_id}); copy it to host memory first"
+            )
         capsule = array.__dlpack__()
-    except (BufferError, TypeError, RuntimeError, ValueError) as why:
-        raise errors.InvalidArgument(f"it gives no DLPack capsule: {why}") from None
-    get = ctypes.pythonapi.PyCapsule_GetPointer
-    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    # The capsule is not consumed: it frees what it holds when `owner` is gone.
-    tensor = ctypes.cast(get(capsule, b"dltensor"), ctypes.POINTER(_DLTensor)).contents
+        # The capsule is not consumed: it frees what it holds when `owner` is gone.
+        address = _capsule_pointer(capsule, b"dltensor")
+    except errors.PccheckError:
+        raise
+    except Exception as why:
+        # Each library has exceptions of its own for arrays that it cannot export.
+        raise errors.InvalidArgument(f"it gives no DLPack capsule: {type(why).__name__}: {why}") from None
+    tensor = ctypes.cast(address, ctypes.POINTER(_DLTensor)).contents
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     name = _DLPACK.get((tensor.code, tensor.bits))
     if name is None or tensor.lanes != 1:
@@ -151,8 +187,7 @@ def _of_dlpack(array: Any) -> Memory:
             if size != 1 and stride != expected:
                 raise errors.InvalidArgument(_not_contiguous(strides))
             expected *= size
-    address = (tensor.data or 0) + tensor.byte_offset
-    return Memory(address, count * tensor.bits // 8, name, shape, (array, capsule))
+    return Memory((tensor.data or 0) + tensor.byte_offset, count * tensor.bits // 8, name, shape, (array, capsule))
 
 
 _BUFFER_KINDS = {"?": "BOOL", "e": "F", "f": "F", "d": "F", "Zf": "C", "Zd": "C", "c": "U"}
@@ -214,6 +249,8 @@ def pack_tensors(tensors: Mapping[str, Memory]) -> Packed:
 
 def pack_pairs(metadata: Mapping[str, str] | None) -> Packed:
     """``pcc_pair[]`` of metadata."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise errors.InvalidArgument(f"metadata: expected a mapping of texts, found a {type(metadata).__name__}")
     texts = _Texts()
     at = [
         (texts.add(key, "metadata key"), texts.add(value, f"metadata value of {key!r}"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import arrays, dtypes, errors
-from ._abi import Handle, check, ffi, lib, new_struct, string, text_of
+from ._abi import Handle, check, ffi, lib, new_struct, string, text_of, whole
 
 __all__ = ["Checkpoint", "CheckpointInfo", "TensorInfo"]
 
@@ -81,8 +81,8 @@ class Checkpoint(Mapping[str, Any]):
     All methods may be called from any thread.
     """
 
-    def __init__(self, pointer: Any, path: str) -> None:
-        self._handle = Handle("checkpoint", pointer, lib.pcc_checkpoint_close)
+    def __init__(self, handle: Handle, path: str) -> None:
+        self._handle = handle
         self.path = path
         info = new_struct("pcc_checkpoint_info")
         with self._handle.use() as checkpoint:
@@ -102,6 +102,11 @@ class Checkpoint(Mapping[str, Any]):
     @property
     def generation(self) -> int:
         return self.info.generation
+
+    @staticmethod
+    def handle() -> Handle:
+        """For the library to store a checkpoint's pointer in."""
+        return Handle("pcc_checkpoint", lib.pcc_checkpoint_close)
 
     @staticmethod
     def _read_metadata(checkpoint: Any) -> Iterator[tuple[str, str]]:
@@ -135,19 +140,22 @@ class Checkpoint(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def read(self, name: str) -> Any:
-        """One tensor as a new numpy array. Dtypes that numpy lacks need ml_dtypes.
+    def read(self, name: str, out: Any = None) -> Any:
+        """One tensor as a new numpy array, or in ``out``, as by :meth:`read_into`. Returns the array.
+
+        Dtypes that numpy lacks need the package ml_dtypes, or an ``out`` of torch.
 
         Raises:
             NotFound: there is no such tensor.
             Corrupt: its stored bytes are damaged.
         """
-        import numpy as np
-
         tensor = self._tensor(name)
-        array = np.empty(tensor.shape, dtypes.to_numpy(tensor.dtype))
-        self.read_into({name: array})
-        return array
+        if out is None:
+            import numpy as np
+
+            out = np.empty(tensor.shape, dtypes.to_numpy(tensor.dtype))
+        self.read_into({name: out})
+        return out
 
     def read_into(self, targets: Mapping[str, Any]) -> None:
         """Fills writable arrays with the tensors of these names, in one parallel, verified read.
@@ -155,7 +163,7 @@ class Checkpoint(Mapping[str, Any]):
         Each must be contiguous and of the tensor's dtype and shape. On failure they hold unspecified bytes, unless it
         is NotFound or InvalidArgument: then nothing was written.
         """
-        memories = {name: arrays.memory_of(array, name, write=True) for name, array in targets.items()}
+        memories = arrays.memories_of(targets, write=True)
         for name, memory in memories.items():
             tensor = self._tensor(name)
             if (memory.dtype, memory.shape) != (tensor.dtype, tensor.shape):
@@ -175,7 +183,7 @@ class Checkpoint(Mapping[str, Any]):
     def read_ranges(self, ranges: list[tuple[str, int, Any]]) -> None:
         """Several :meth:`read_bytes` (name, byte offset, target) in one parallel read; targets must not overlap."""
         self._read(
-            (self._tensor(name).index, offset, arrays.memory_of(target, name, write=True))
+            (self._tensor(name).index, whole("offset", offset), arrays.memory_of(target, name, write=True))
             for name, offset, target in ranges
         )
 
@@ -194,15 +202,20 @@ class Checkpoint(Mapping[str, Any]):
 
         The whole payload (``info.payload_bytes``) is a complete safetensors file.
         """
-        memory = arrays.memory_of(target, "payload", write=True)
+        memory, offset = arrays.memory_of(target, "payload", write=True), whole("offset", offset)
+        address = ffi.cast("void *", memory.address)
         with self._handle.use() as checkpoint:
-            address = ffi.cast("void *", memory.address)
             check(lib.pcc_checkpoint_read_payload(checkpoint, offset, address, memory.nbytes))
 
     def verify(self) -> None:
         """Reads and verifies every byte. Raises Corrupt where one is damaged."""
         with self._handle.use() as checkpoint:
             check(lib.pcc_checkpoint_verify(checkpoint))
+
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`."""
+        return self._handle.closed
 
     def close(self) -> None:
         """Lets the checkpoint be overwritten again. Arrays that were read stay valid."""

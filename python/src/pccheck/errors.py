@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AlreadyExists",
     "BadPointer",
@@ -27,7 +29,9 @@ __all__ = [
     "TimedOut",
     "TooLarge",
     "Unsupported",
+    "UnsupportedFeature",
     "UnsupportedValue",
+    "UnsupportedVersion",
 ]
 
 
@@ -36,7 +40,7 @@ class PccheckError(Exception):
 
     Attributes:
         message: what failed, with what was expected and found, and what to do next.
-        status: name of the C ABI's status, such as ``"PCC_NO_SLOT"``; ``None`` for errors found by Python code.
+        status: name of the C ABI's status, such as ``"PCC_NO_SLOT"``; ``None`` where the C ABI has none.
         code: its number; ``None`` likewise.
         operation: what was being done, ``""`` where that is not known.
         path: the file concerned, ``None`` where none is.
@@ -224,6 +228,17 @@ class UnsupportedValue(PccheckError, TypeError):
     def __init__(self, message: str, *, at: str) -> None:
         super().__init__(f"{at or 'the state'}: {message}")
         self.at = at
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross to other processes (of worker pools) by this; `args` hold the composed text.
+        return _unsupported_value, (self.message, self.__dict__)
+
+
+def _unsupported_value(message: str, attributes: dict[str, Any]) -> UnsupportedValue:
+    error = UnsupportedValue(message, at="")
+    error.args = (message,)
+    error.__dict__.update(attributes)
+    return error
 
 
 class StateMismatch(PccheckError):

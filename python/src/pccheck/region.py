@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import arrays, errors
-from ._abi import check, deadline_ms, ffi, lib, options, path_bytes
+from ._abi import check, ffi, lib, options, path_bytes, wait, whole
 
 __all__ = ["MEDIA", "format_region", "grow_region", "payload_bytes"]
 
@@ -52,8 +52,8 @@ def format_region(
         prewrite=int(prewrite),
         medium=number_of("medium", medium, MEDIA),
     )
-    slots = _in_range("slots", slots, 2**32)
-    check(lib.pcc_format(path_bytes(path), slots, _in_range("payload_bytes", payload_bytes, 2**64), chosen))
+    slots = whole("slots", slots, 2**32)
+    check(lib.pcc_format(path_bytes(path), slots, whole("payload_bytes", payload_bytes), chosen))
 
 
 def grow_region(
@@ -76,22 +76,14 @@ def grow_region(
         Unsupported: it is a device.
     """
     left_out = ffi.new("uint64_t *")
-    slots = _in_range("slots", slots, 2**32)
-    payload_bytes = _in_range("payload_bytes", payload_bytes, 2**64)
-    check(lib.pcc_grow(path_bytes(path), slots, payload_bytes, deadline_ms(lock_timeout), left_out))
+    name, slots, payload_bytes = path_bytes(path), whole("slots", slots, 2**32), whole("payload_bytes", payload_bytes)
+    wait(lambda ms: int(lib.pcc_grow(name, slots, payload_bytes, ms, left_out)), lock_timeout, again=lib.PCC_IN_USE)
     return int(left_out[0])
 
 
 def payload_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> int:
     """Bytes that a save of these arrays and this metadata takes: the ``payload_bytes`` to format a region for."""
-    memories = {name: arrays.memory_of(array, name) for name, array in tensors.items()}
-    packed, pairs = arrays.pack_tensors(memories), arrays.pack_pairs(metadata)
+    packed, pairs = arrays.pack_tensors(arrays.memories_of(tensors)), arrays.pack_pairs(metadata)
     out = ffi.new("uint64_t *")
     check(lib.pcc_payload_bytes(packed.array, packed.count, pairs.array, pairs.count, out))
     return int(out[0])
-
-
-def _in_range(what: str, value: int, limit: int) -> int:
-    if not isinstance(value, int) or not 0 <= value < limit:
-        raise errors.InvalidArgument(f"{what}={value!r}: expected a whole number, 0 or more")
-    return value

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from . import arrays, errors
-from ._abi import Handle, check, ffi, lib, new_struct, text_of, wait
+from ._abi import Handle, check, ffi, lib, new_struct, text_of, whole
 
 __all__ = ["Durable", "Progress", "RawSave", "Save"]
 
@@ -53,20 +54,22 @@ class Save:
     until they are copied. All methods may be called from any thread; ``await save`` gives what :meth:`durable` gives.
     """
 
-    def __init__(self, pointer: Any, owners: Any, path: str) -> None:
-        self._handle = Handle("save", pointer, self._free)
-        # Released once they are copied; the library reads them until then.
-        self._owners = owners
+    def __init__(self, handle: Handle, store: Handle, path: str, unconfirmed: bool = False) -> None:
+        # It keeps the arrays until they are copied.
+        self._handle = handle
+        # A store that nobody closed stays open as long as it has saves whose end nobody has seen.
+        self._store: Handle | None = store
         self._path = path
+        self._event: int | None = None
+        self._unconfirmed = unconfirmed
         progress = self._progress()
         self.generation: int = progress.generation
         self.step: int = progress.step
 
     @staticmethod
-    def _free(pointer: Any) -> None:
-        # Arrays may go once this object does: a save that still reads them would read freed memory.
-        lib.pcc_save_wait_copied(pointer, -1)
-        lib.pcc_save_free(pointer)
+    def handle(owners: Any) -> Handle:
+        """For the library to store a save's pointer in; ``owners`` keep alive what it reads."""
+        return Handle("pcc_save", _free, owners)
 
     def _progress(self) -> Any:
         progress = new_struct("pcc_progress")
@@ -84,15 +87,7 @@ class Save:
             TimedOut: it goes on, and the arrays must still not change.
             PccheckError: why the save failed; the arrays may change again.
         """
-        try:
-            with self._handle.use() as save:
-                wait(lambda ms: int(lib.pcc_save_wait_copied(save, ms)), timeout)
-        except errors.TimedOut:
-            raise
-        except errors.PccheckError as why:
-            self._owners = None
-            raise self._failure(why) from None
-        self._owners = None
+        self._wait(lambda save, ms: int(lib.pcc_save_wait_copied(save, ms)), timeout)
 
     def durable(self, timeout: float | None = None) -> Durable:
         """Waits until the checkpoint will be found after a crash of the kind that the store's durability names.
@@ -105,15 +100,8 @@ class Save:
             PccheckError: why the save failed; earlier checkpoints are intact.
         """
         found = new_struct("pcc_durable")
-        try:
-            with self._handle.use() as save:
-                wait(lambda ms: int(lib.pcc_save_wait_durable(save, ms, found)), timeout)
-        except errors.TimedOut:
-            raise
-        except errors.PccheckError as why:
-            self._owners = None
-            raise self._failure(why) from None
-        self._owners = None
+        self._wait(lambda save, ms: int(lib.pcc_save_wait_durable(save, ms, found)), timeout)
+        self._store = None
         return Durable(
             generation=found.generation,
             step=self.step,
@@ -122,6 +110,20 @@ class Save:
             durable_seconds=found.durable_ns / 1e9,
             slot=found.slot,
         )
+
+    def _wait(self, call: Callable[[Any, int], int], timeout: float | None) -> None:
+        def slice_(save: Any, milliseconds: int) -> int:
+            status = call(save, milliseconds)
+            if status not in (lib.PCC_TIMED_OUT, lib.PCC_FORKED, lib.PCC_BAD_POINTER):
+                # Nothing reads the arrays any more, however the save goes on.
+                self._handle.keep = None
+            return status
+
+        try:
+            self._handle.wait(slice_, timeout)
+        except errors.PccheckError as why:
+            why.path = why.path or self._path
+            raise
 
     def progress(self) -> Progress:
         """How far it is, without waiting."""
@@ -137,6 +139,14 @@ class Save:
         with self._handle.use() as save:
             return text_of(lambda buffer, size: int(lib.pcc_save_error(save, buffer, size))) or None
 
+    def awaits_confirmation(self) -> bool:
+        """True where all is written, and only :meth:`confirm` is missing."""
+        try:
+            now = self._progress()
+        except errors.InvalidState:
+            return False
+        return self._unconfirmed and not now.ended and bool(now.written_bytes == now.total_bytes)
+
     def confirm(self) -> None:
         """Lets a save that was begun with ``confirm=True`` become durable. Other saves need none.
 
@@ -145,27 +155,43 @@ class Save:
         """
         with self._handle.use() as save:
             check(lib.pcc_save_confirm(save))
+        self._unconfirmed = False
+
+    def cancel_unconfirmed(self) -> None:
+        """Gives the save up where nobody has confirmed it."""
+        if self._unconfirmed:
+            with suppress(errors.InvalidState):
+                self.cancel()
 
     def cancel(self) -> None:
         """Gives the save up, unless it is already durable or being committed. Returns at once: wait for its end."""
         with self._handle.use() as save:
             check(lib.pcc_save_cancel(save))
 
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`."""
+        return self._handle.closed
+
     def close(self) -> None:
         """Frees the handle after waiting until the save is copied. The save goes on, but for one unconfirmed."""
+        # Here Ctrl-C can end the wait, which it cannot while the handle is freed.
+        with suppress(errors.PccheckError):
+            self.copied()
+        if self._event is not None and not self._handle.inherited:
+            # A freed save tells nobody of its end: wake who awaits it.
+            with suppress(errors.InvalidState), self._handle.use():
+                os.eventfd_write(self._event, 1)
         self._handle.close()
-        self._owners = None
-
-    def _failure(self, why: errors.PccheckError) -> errors.PccheckError:
-        why.path = why.path or self._path
-        return why
+        self._store = None
 
     def fileno(self) -> int:
         """Readable when the save has ended, for ``select`` and event loops; do not close it."""
         fd = ffi.new("int32_t *")
         with self._handle.use() as save:
             check(lib.pcc_save_event_fd(save, fd))
-        return int(fd[0])
+            self._event = int(fd[0])
+        return self._event
 
     def __await__(self) -> Generator[Any, None, Durable]:
         return self._ended().__await__()
@@ -173,11 +199,10 @@ class Save:
     async def _ended(self) -> Durable:
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
-        fd = self.fileno()
         # Several tasks may await one save, and a loop knows one reader per descriptor.
-        own = os.dup(fd)
-        loop.add_reader(own, ended.set)
+        own = os.dup(self.fileno())
         try:
+            loop.add_reader(own, ended.set)
             await ended.wait()
         finally:
             loop.remove_reader(own)
@@ -185,11 +210,18 @@ class Save:
         return self.durable(0)
 
     def __repr__(self) -> str:
-        if self._handle.closed:
-            return f"<pccheck.Save step={self.step} generation={self.generation} closed>"
-        p = self.progress()
-        state = ("failed" if self.error() else "durable") if p.ended else ("copied" if p.copied else "copying")
+        try:
+            p = self.progress()
+            state = ("failed" if self.error() else "durable") if p.ended else ("copied" if p.copied else "copying")
+        except errors.PccheckError as why:
+            state = type(why).__name__ if isinstance(why, errors.Forked) else "closed"
         return f"<pccheck.Save step={self.step} generation={self.generation} {state}>"
+
+
+def _free(pointer: Any) -> None:
+    # One that is not copied would be cancelled; the arrays may go once it is freed.
+    lib.pcc_save_wait_copied(pointer, -1)
+    lib.pcc_save_free(pointer)
 
 
 class RawSave:
@@ -198,27 +230,38 @@ class RawSave:
     Made by :meth:`pccheck.Store.raw_save`. Leaving a ``with`` block without :meth:`commit` cancels it.
     """
 
-    def __init__(self, pointer: Any, path: str) -> None:
-        self._handle = Handle("raw save", pointer, lib.pcc_raw_free)
+    def __init__(self, handle: Handle, store: Handle, path: str) -> None:
+        self._handle = handle
+        self._store = store
         self._path = path
+
+    @staticmethod
+    def handle() -> Handle:
+        """For the library to store a raw save's pointer in."""
+        return Handle("pcc_raw", lib.pcc_raw_free)
 
     def write_at(self, offset: int, data: Any) -> None:
         """Copies the bytes of an array or buffer to ``offset`` of the stream; they may change again on return.
 
-        Each byte is written once, in any order, by any threads. Blocks while the staging pool is full.
+        Each byte is written once, in any order, by any threads. Blocks while the staging pool is full, for as long as
+        the save's timeout says; Ctrl-C works only afterwards.
         """
+        offset = whole("offset", offset)
         memory = arrays.memory_of(data, f"raw bytes at {offset}")
-        if not 0 <= offset < 2**64:
-            raise errors.InvalidArgument(f"offset={offset}: expected a byte offset")
         with self._handle.use() as raw:
             check(lib.pcc_raw_write(raw, offset, ffi.cast("void *", memory.address), memory.nbytes))
 
     def commit(self) -> Save:
-        """Lets the save commit once every byte is written; wait for the returned :class:`Save`."""
-        out = ffi.new("pcc_save **")
-        with self._handle.use() as raw:
-            check(lib.pcc_raw_commit(raw, out))
-        return Save(out[0], None, self._path)
+        """Lets the save commit: every byte must have been written. Wait for the returned :class:`Save`.
+
+        Raises:
+            InvalidState: bytes are missing, which may still be written; or it was committed before.
+        """
+        save = Save.handle(None)
+        # The library allows no other call meanwhile.
+        with self._handle.alone() as raw:
+            check(lib.pcc_raw_commit(raw, save.out))
+        return Save(save, self._store, self._path)
 
     def close(self) -> None:
         """Cancels it, unless it was committed."""

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
+import time
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from . import arrays, errors
-from ._abi import Handle, check, deadline_ms, ffi, lib, new_struct, options, path_bytes, string, text_of, wait
+from ._abi import (
+    Handle,
+    check,
+    deadline_ms,
+    ffi,
+    lib,
+    new_struct,
+    options,
+    path_bytes,
+    string,
+    text_of,
+    wait,
+    whole,
+)
 from .checkpoint import Checkpoint, CheckpointInfo
 from .region import MEDIA, number_of
 from .save import RawSave, Save
@@ -17,6 +33,11 @@ __all__ = ["Got", "Stats", "Store", "Verified"]
 
 _DURABILITIES = {"process": 1, "power": 2}
 _BACKENDS = {"auto": 0, "uring": 1, "threads": 2}
+
+# Longest wait for the saves in flight when a `with` block ends by an exception.
+_DRAIN_AFTER_ERROR_S = 60.0
+# How often it is looked whether a raw save may begin.
+_LOOK_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +97,11 @@ class Verified:
 
 
 class Store:
-    """An open region and its threads. A context manager; all methods may be called from any thread.
+    """An open region and its threads. All methods may be called from any thread.
+
+    Leaving a ``with`` block waits for the saves in flight. Where one then waits for :meth:`Save.confirm` alone, it is
+    cancelled and InvalidState says so. After an exception the wait is 60 seconds at most, unconfirmed saves are
+    cancelled, and the exception goes on.
 
     Args:
         path: a region made by :func:`pccheck.format_region`.
@@ -133,17 +158,21 @@ class Store:
             readers=readers,
             queue_depth=queue_depth,
             lock_memory=int(lock_memory),
-            run_id=run_id,
+            run_id=whole("run_id", run_id),
             staging_bytes=staging_bytes,
             chunk_bytes=chunk_bytes,
-            lock_wait_ms=deadline_ms(lock_timeout),
         )
-        out = ffi.new("pcc_store **")
-        check(lib.pcc_open(path_bytes(path), chosen, out))
-        self._handle = Handle("store", out[0], lib.pcc_close)
         #: path of the region as it was given
-        self.path: str = os.fspath(path)
-        self._run_id = run_id
+        self.path: str = os.fsdecode(path)
+        self._run_id = chosen.run_id
+        self._unconfirmed: weakref.WeakValueDictionary[int, Save] = weakref.WeakValueDictionary()
+        name, self._handle = path_bytes(path), Handle("pcc_store", lib.pcc_close)
+
+        def attempt(milliseconds: int) -> int:
+            chosen.lock_wait_ms = milliseconds
+            return int(lib.pcc_open(name, chosen, self._handle.out))
+
+        wait(attempt, lock_timeout, again=lib.PCC_IN_USE)
 
     @property
     def closed(self) -> bool:
@@ -178,14 +207,19 @@ class Store:
             TooLarge: a slot is too small for the state: grow the region.
             InvalidArgument, Unsupported: of an array; nothing was saved.
         """
-        memories = {name: arrays.memory_of(array, name) for name, array in tensors.items()}
-        packed, pairs = arrays.pack_tensors(memories), arrays.pack_pairs(metadata)
-        chosen = self._save_options(timeout, confirm, pin)
-        out = ffi.new("pcc_save **")
-        arguments = (packed.array, packed.count, pairs.array, pairs.count, chosen, out)
-        with self._handle.use() as store:
-            check(lib.pcc_save_begin(store, _step(step), *arguments))
-            return Save(out[0], packed.owners, self.path)
+        packed, pairs = arrays.pack_tensors(arrays.memories_of(tensors)), arrays.pack_pairs(metadata)
+        chosen, step, save = _save_options(confirm, pin), whole("step", step), Save.handle(packed.owners)
+
+        def attempt(store: Any, milliseconds: int) -> int:
+            chosen.wait_ms = milliseconds
+            named = (packed.array, packed.count, pairs.array, pairs.count)
+            return int(lib.pcc_save_begin(store, step, *named, chosen, save.out))
+
+        self._handle.wait(attempt, timeout, again=lib.PCC_NO_SLOT)
+        begun = Save(save, self._handle, self.path, confirm)
+        if confirm:
+            self._unconfirmed[begun.generation] = begun
+        return begun
 
     def raw_save(
         self,
@@ -199,19 +233,20 @@ class Store:
         """Begins a save of exactly ``data_bytes`` bytes that the caller writes piece by piece; see :class:`RawSave`.
 
         ``timeout`` also bounds each wait for room in the staging pool.
-        """
-        pairs = arrays.pack_pairs(metadata)
-        out = ffi.new("pcc_raw **")
-        if not 0 <= data_bytes < 2**64:
-            raise errors.InvalidArgument(f"data_bytes={data_bytes}: expected a number of bytes")
-        chosen = self._save_options(timeout, False, pin)
-        with self._handle.use() as store:
-            check(lib.pcc_raw_begin(store, _step(step), data_bytes, pairs.array, pairs.count, chosen, out))
-            return RawSave(out[0], self.path)
 
-    @staticmethod
-    def _save_options(timeout: float | None, confirm: bool, pin: bool) -> Any:
-        return options("pcc_save_options", wait_ms=deadline_ms(timeout), confirm=int(confirm), pin=int(pin))
+        Raises:
+            NoSlot, TooLarge, InvalidArgument: as :meth:`save`.
+        """
+        data_bytes, step, pairs = whole("data_bytes", data_bytes), whole("step", step), arrays.pack_pairs(metadata)
+        chosen, raw = _save_options(False, pin), RawSave.handle()
+        chosen.wait_ms = deadline_ms(timeout)
+        begun, in_flight_at_most = time.monotonic(), self.got().max_in_flight
+        # The library's own wait cannot be cut into slices, since it bounds those of the writes, too: Ctrl-C works here.
+        while self.stats().in_flight >= in_flight_at_most and not _over(begun, timeout):
+            time.sleep(_LOOK_S)
+        with self._handle.use() as store:
+            check(lib.pcc_raw_begin(store, step, data_bytes, pairs.array, pairs.count, chosen, raw.out))
+        return RawSave(raw, self._handle, self.path)
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The durable checkpoints, newest first."""
@@ -248,11 +283,10 @@ class Store:
             NotFound: there is no such checkpoint.
             Corrupt: every candidate is damaged.
         """
-        chosen = _select(generation, step, older_than, verify)
-        out = ffi.new("pcc_checkpoint **")
+        chosen, checkpoint = _select(generation, step, older_than, verify), Checkpoint.handle()
         with self._handle.use() as store:
-            check(lib.pcc_checkpoint_open(store, chosen, out))
-            return Checkpoint(out[0], self.path)
+            check(lib.pcc_checkpoint_open(store, chosen, checkpoint.out))
+        return Checkpoint(checkpoint, self.path)
 
     def restore(
         self,
@@ -270,14 +304,11 @@ class Store:
         Raises:
             NotFound, InvalidArgument: nothing was written. After other errors the arrays hold unspecified bytes.
         """
-        chosen = _select(generation, step, older_than, True)
-        packed = arrays.pack_tensors(
-            {name: arrays.memory_of(array, name, write=True) for name, array in tensors.items()}
-        )
-        out = ffi.new("pcc_checkpoint **")
+        chosen, checkpoint = _select(generation, step, older_than, True), Checkpoint.handle()
+        packed = arrays.pack_tensors(arrays.memories_of(tensors, write=True))
         with self._handle.use() as store:
-            check(lib.pcc_restore(store, chosen, packed.array, packed.count, out))
-            return Checkpoint(out[0], self.path)
+            check(lib.pcc_restore(store, chosen, packed.array, packed.count, checkpoint.out))
+        return Checkpoint(checkpoint, self.path)
 
     def pin(self, generation: int) -> None:
         """Keeps a checkpoint until it is unpinned, also across restarts. Durable on return.
@@ -287,32 +318,34 @@ class Store:
             NotFound: there is no such checkpoint.
         """
         with self._handle.use() as store:
-            check(lib.pcc_pin(store, generation))
+            check(lib.pcc_pin(store, whole("generation", generation)))
 
     def unpin(self, generation: int) -> None:
         """Lets a checkpoint be reclaimed once it is not among the newest K. Durable on return."""
         with self._handle.use() as store:
-            check(lib.pcc_unpin(store, generation))
+            check(lib.pcc_unpin(store, whole("generation", generation)))
 
     def mark_global(self, step: int) -> int:
         """Says that ``step`` of this run is durable on all ranks, so that older ones may go. Returns its generation."""
         generation = ffi.new("uint64_t *")
         with self._handle.use() as store:
-            check(lib.pcc_mark_global(store, self._run_id, _step(step), generation))
+            check(lib.pcc_mark_global(store, self._run_id, whole("step", step), generation))
         return int(generation[0])
 
     def abandon(self, step: int, timeout: float | None = None) -> int:
         """Gives up ``step``, which some rank skipped, lost or failed. Returns how many checkpoints went."""
-        discarded = ffi.new("uint32_t *")
-        with self._handle.use() as store:
-            wait(lambda ms: int(lib.pcc_abandon(store, self._run_id, _step(step), ms, discarded)), timeout)
+        discarded, step = ffi.new("uint32_t *"), whole("step", step)
+        self._handle.wait(
+            lambda store, ms: int(lib.pcc_abandon(store, self._run_id, step, ms, discarded)),
+            timeout,
+        )
         return int(discarded[0])
 
     def discard_newer(self, generation: int) -> int:
         """Discards every checkpoint newer than ``generation`` (0: all). Returns how many went; durable on return."""
         discarded = ffi.new("uint32_t *")
         with self._handle.use() as store:
-            check(lib.pcc_discard_newer(store, generation, discarded))
+            check(lib.pcc_discard_newer(store, whole("generation", generation), discarded))
         return int(discarded[0])
 
     def verify(self, generation: int = 0) -> Verified:
@@ -321,7 +354,7 @@ class Store:
         with self._handle.use() as store:
             # The text's size is known only afterwards; a line takes well below this.
             text = ffi.new("char[]", 240 * 4096)
-            status = lib.pcc_verify(store, generation, report, text, ffi.sizeof(text))
+            status = lib.pcc_verify(store, whole("generation", generation), report, text, ffi.sizeof(text))
             if status != lib.PCC_CORRUPT:
                 check(status)
             found = bytes(ffi.string(text)).decode("utf-8", "replace")
@@ -338,9 +371,29 @@ class Store:
         """Waits until no save is in flight; says nothing of how they ended. Raises TimedOut.
 
         Saves that wait for :meth:`Save.confirm` are in flight.
+
+        Raises:
+            InvalidState: without a timeout, only such saves are left: nobody could end this wait but another thread.
         """
-        with self._handle.use() as store:
-            wait(lambda ms: int(lib.pcc_drain(store, ms)), timeout)
+        self._handle.wait(
+            lambda store, ms: int(lib.pcc_drain(store, ms)),
+            timeout,
+            between=self._check_confirmed if timeout is None else None,
+        )
+
+    def _check_confirmed(self) -> None:
+        waiting = [save.generation for save in self._unconfirmed_saves() if save.awaits_confirmation()]
+        if waiting and len(waiting) == self.stats().in_flight:
+            raise errors.InvalidState(
+                f"drain: generation {', '.join(map(str, waiting))} waits for Save.confirm(); confirm or cancel it, or "
+                "drain with a timeout",
+                operation="drain",
+                path=self.path,
+            )
+
+    def _unconfirmed_saves(self) -> list[Save]:
+        found = [reference() for reference in self._unconfirmed.valuerefs()]
+        return [save for save in found if save is not None]
 
     def stats(self) -> Stats:
         """Counters since open, and gauges of this moment."""
@@ -385,10 +438,17 @@ class Store:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._handle.inherited or self.closed:
+            return self.close()
         try:
-            # After an error too: what was begun is wanted, and an exception must not lose it.
-            if not self.closed and not self.got().read_only:
-                self.drain(None if kind is None else 60.0)
+            if kind is None:
+                self.drain()
+            else:
+                # What was begun is wanted all the same, but must not hide the exception.
+                with suppress(errors.PccheckError):
+                    for save in self._unconfirmed_saves():
+                        save.cancel_unconfirmed()
+                    self.drain(_DRAIN_AFTER_ERROR_S)
         finally:
             self.close()
 
@@ -396,10 +456,12 @@ class Store:
         return f"<pccheck.Store {self.path!r}{' closed' if self.closed else ''}>"
 
 
-def _step(step: int) -> int:
-    if not isinstance(step, int) or not 0 <= step < 2**64:
-        raise errors.InvalidArgument(f"step={step!r}: expected a whole number, 0 to 2^64 - 1")
-    return step
+def _save_options(confirm: bool, pin: bool) -> Any:
+    return options("pcc_save_options", confirm=int(confirm), pin=int(pin))
+
+
+def _over(begun: float, timeout: float | None) -> bool:
+    return timeout is not None and time.monotonic() - begun >= timeout
 
 
 def _select(generation: int | None, step: int | None, older_than: int | None, verify: bool) -> Any:
@@ -415,4 +477,4 @@ def _select(generation: int | None, step: int | None, older_than: int | None, ve
     if len(given) > 1:
         raise errors.InvalidArgument("expected at most one of generation, step and older_than")
     select, value = given[0] if given else (lib.PCC_SELECT_NEWEST, 0)
-    return options("pcc_select_options", select=select, value=value, verify=int(verify))
+    return options("pcc_select_options", select=select, value=whole("value", value), verify=int(verify))

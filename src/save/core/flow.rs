@@ -260,11 +260,13 @@ impl SaveCore {
                     state.committing = true;
                     (Next::End(error), state.source.take())
                 }
-                None if state.awaits_confirmation() => (Next::AwaitConfirmation, None),
-                None if idle && state.table_queued && !state.held_open && !state.unconfirmed => {
-                    state.committing = true;
-                    (Next::Commit, None)
-                }
+                None if idle && state.table_queued && !state.held_open => match state.unconfirmed {
+                    true => (Next::AwaitConfirmation, None),
+                    false => {
+                        state.committing = true;
+                        (Next::Commit, None)
+                    }
+                },
                 _ => (Next::Nothing, None),
             }
         };

@@ -287,14 +287,8 @@ impl Region {
         }
         let withheld = self.withhold(op, &targets)?;
         let marked = self.change_control(|control, medium| {
-            // Those whose slots a save has durably marked since need no entry any more, and it would replace that save's
-            // pin. Marks are written under the lock of short barriers, which is held here: none comes between.
-            let records = self.records.lock();
-            let still = |record: &&SlotRecord| records[record.slot as usize].as_ref() == Some(*record);
-            let marked: Vec<&SlotRecord> = targets.iter().filter(still).collect();
-            drop(records);
             control.update(medium, |c| {
-                for record in marked {
+                for record in &targets {
                     set_flags(c, record.slot, record.generation, MARK_DISCARDED);
                 }
                 let is_target = |generation| targets.iter().any(|r| r.generation == generation);

@@ -146,7 +146,8 @@ class Checkpointer:
         self._retention.adopt(self._home.store)
         #: False while the region holds checkpoints that were neither restored nor given up
         self._may_save = not self._home.store.checkpoints()
-        self._watch = GradientWatch()
+        targets = [member.target for member in self._members.values()]
+        self._watch = GradientWatch(target for target in targets if isinstance(target, torch.optim.Optimizer))
         self._told_of_missed_updates = False
         self._closed = False
         self._settler = Settler(update_timeout)
@@ -212,7 +213,8 @@ class Checkpointer:
         self._outcomes.begun(flight)
         self._settler.submit(flight)
         if snapshot.urgent or self._gradients:
-            self._settler.settle(self._update_timeout)
+            # All is copied then: no update that comes later is missed.
+            self._settler.before_update()
         return save
 
     def _check_may_save(self) -> None:
@@ -300,7 +302,7 @@ class Checkpointer:
         if self._closed or self._home.closed:
             return True
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._settler.settle(timeout)
+        self._settler.settle(timeout, give_up=False)
         ended = self._outcomes.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         self._collect()
         return ended
@@ -326,15 +328,17 @@ class Checkpointer:
         if self._closed:
             return
         self._hooks.remove()
-        exits.forget(self)
         if self.pid != os.getpid():
             # The saves are the parent's.
             self._closed = True
+            exits.forget(self)
             return
         self.finish(self.exit_timeout if timeout is None else timeout)
+        exits.forget(self)
         self._closed = True
-        self._settler.close()
+        # Cancels what could not finish in time, which the settling thread may be waiting for.
         self._home.close()
+        self._settler.close()
         # What could not finish in time was cancelled by closing.
         self._outcomes.collect()
         self._outcomes.raise_unraised()

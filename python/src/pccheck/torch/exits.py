@@ -7,7 +7,9 @@ import os
 import signal
 import threading
 import time
+import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 __all__ = ["finish_at_exit", "forget"]
@@ -21,27 +23,26 @@ class Finishable(Protocol):
 
     def finish(self, timeout: float | None) -> bool: ...
 
+    def close(self, timeout: float | None) -> None: ...
+
 
 _open: weakref.WeakSet[Any] = weakref.WeakSet()
-_previous: Any = None
-_handling = False
 
 
 def finish_at_exit(trainer: Finishable, *, on_sigterm: bool) -> None:
-    """Finishes what is in flight when the interpreter exits and, where asked for, on SIGTERM.
+    """Closes the trainer when the interpreter exits and, where asked for, finishes what is in flight on SIGTERM.
 
-    The signal's handler is set in the main thread only, and only once; it then calls the one that was there before, so
-    that a program's own handling, or the end by the signal, follows.
+    The signal's handler is set in the main thread only, unless it is set already; it then calls the one that was there
+    before, so that a program's own handling, or the end by the signal, follows. A program that sets one afterwards
+    replaces it, until the next trainer is made.
     """
-    global _previous, _handling
     _open.add(trainer)
-    if not on_sigterm or _handling or threading.current_thread() is not threading.main_thread():
+    if not on_sigterm or threading.current_thread() is not threading.main_thread():
         return
     previous = signal.getsignal(signal.SIGTERM)
     # None: set by something that is not Python, which could not be called from here. Ignored stays ignored.
-    if previous is not None and previous != signal.SIG_IGN:
-        _previous, _handling = previous, True
-        signal.signal(signal.SIGTERM, _on_sigterm)
+    if previous is not None and previous != signal.SIG_IGN and not isinstance(previous, _OnSigterm):
+        signal.signal(signal.SIGTERM, _OnSigterm(previous))
 
 
 def forget(trainer: Finishable) -> None:
@@ -49,21 +50,38 @@ def forget(trainer: Finishable) -> None:
     _open.discard(trainer)
 
 
-def _finish_all() -> None:
+def _for_each(end: Callable[[Any, float], object]) -> None:
     # Forked children have copies of the trainers, but not their saves.
     trainers = [trainer for trainer in _open if trainer.pid == os.getpid()]
     deadline = time.monotonic() + max((trainer.exit_timeout for trainer in trainers), default=0.0)
     for trainer in trainers:
-        trainer.finish(max(0.0, min(trainer.exit_timeout, deadline - time.monotonic())))
+        try:
+            end(trainer, max(0.0, min(trainer.exit_timeout, deadline - time.monotonic())))
+        except Exception as why:
+            # The others, and the end of the process, must follow.
+            warnings.warn(f"{trainer!r} while the process ends: {why}", stacklevel=2)
 
 
-def _on_sigterm(number: int, frame: Any) -> None:
-    _finish_all()
-    if callable(_previous):
-        _previous(number, frame)
-    else:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+class _OnSigterm:
+    """Finishes, then does what was done before on this signal."""
+
+    def __init__(self, previous: Any) -> None:
+        self._previous = previous
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            _for_each(lambda trainer, timeout: trainer.finish(timeout))
+        finally:
+            if callable(self._previous):
+                self._previous(number, frame)
+            else:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
 
 
-atexit.register(_finish_all)
+def _close_all() -> None:
+    # Closed and not only finished: once the interpreter is torn down, its threads cannot be waited for any more.
+    _for_each(lambda trainer, timeout: trainer.close(timeout))
+
+
+atexit.register(_close_all)

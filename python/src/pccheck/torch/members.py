@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import errors
-from .planning import Leaf, ReadPlan, describe
+from .planning import Leaf, ReadPlan, describe, laid_out_as
 
 __all__ = ["Member", "members_of"]
 
@@ -164,7 +164,8 @@ class OptimizerMember(Member):
             if isinstance(values, Mapping):
                 state = self.target.state[parameter]
                 for name in values.keys() & state.keys():
-                    state[name] = _as_saved(state[name], values[name])
+                    value = _as_saved(state[name], values[name])
+                    state[name] = laid_out_as(parameter, value) if isinstance(value, torch.Tensor) else value
 
 
 class StatefulMember(Member):

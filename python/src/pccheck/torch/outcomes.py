@@ -36,16 +36,25 @@ class Outcomes:
 
     def collect(self) -> list[tuple[InFlight, Durable]]:
         """Takes note of the saves that have ended, and warns of failures. Returns those that became durable."""
-        flights, self._flights = self._flights, []
         durable = []
-        for flight in flights:
+        # A signal's handler may do this too, in the middle: each flight stays listed until its end is known, and the
+        # one who takes it off the list reports it.
+        for flight in list(self._flights):
+            outcome: Durable | errors.PccheckError
             try:
-                durable.append((flight, flight.save.durable(0)))
-                self._streak = None
+                outcome = flight.save.durable(0)
             except errors.TimedOut:
-                self._flights.append(flight)
+                continue
             except errors.PccheckError as why:
-                self.failed(flight.step, flight.verdict or why)
+                outcome = flight.verdict or why
+            if flight not in self._flights:
+                continue
+            self._flights.remove(flight)
+            if isinstance(outcome, Durable):
+                durable.append((flight, outcome))
+                self._streak = None
+            else:
+                self.failed(flight.step, outcome)
         return durable
 
     def failed(self, step: int, why: errors.PccheckError) -> None:

@@ -12,7 +12,7 @@ import torch
 from .. import dtypes, errors
 from ..checkpoint import Checkpoint, TensorInfo
 
-__all__ = ["Leaf", "ReadPlan", "describe", "local_part"]
+__all__ = ["Leaf", "ReadPlan", "describe", "laid_out_as", "local_part", "sharding_of"]
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,18 @@ def sharding_of(tensor: torch.Tensor) -> Any:
         "coordinate": list(mesh.get_coordinate() or []),
         "placements": [repr(p) for p in placements],
     }
+
+
+def laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, moved to the memory format of its parameter (such as channels_last) where it is of the same shape.
+
+    Optimizers make their state so, and fused ones go by memory, not by index: with another layout they would pair the
+    wrong elements, without a word.
+    """
+    plain = sharding_of(parameter) is None and sharding_of(tensor) is None
+    if not plain or tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
 
 
 def _sharded_like(like: torch.Tensor | None, leaf: Leaf, dtype: torch.dtype) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from .. import errors, trees
 from ..checkpoint import Checkpoint, CheckpointInfo
 from ..store import Store
 from .members import Member, ModuleMember, members_of
-from .planning import Leaf, ReadPlan
+from .planning import Leaf, ReadPlan, laid_out_as
 from .retention import TRAINER_KEY
 from .rng import RNG
 from .sizing import region_path
@@ -139,9 +139,11 @@ def _restore(
     for name in sorted(filled, key=lambda name: (name == RNG, not isinstance(wanted.get(name), ModuleMember))):
         if name in wanted:
             wanted[name].load(filled[name], plan)
-    for name, gradient in filled.get(GRADIENTS, {}).items():
-        if gradients is not None and name in gradients:
-            gradients[name].grad = gradient.to(gradients[name].device)
+    if gradients is not None and GRADIENTS in filled:
+        for name, parameter in gradients.items():
+            # Without a saved one it had none then, whatever has been gathered since.
+            gradient = filled[GRADIENTS].get(name)
+            parameter.grad = None if gradient is None else laid_out_as(parameter, gradient.to(parameter.device))
 
 
 def _concerns(plan: ReadPlan, member: str) -> bool:

@@ -36,6 +36,10 @@ class RngMember(Member):
         return plan.fill(saved, None, self.name)
 
     def load(self, filled: Any, plan: ReadPlan) -> None:
+        self.set_state(filled)
+
+    def set_state(self, filled: Any) -> None:
+        """Sets what :meth:`state` gave."""
         random.setstate(filled["python"])
         torch.set_rng_state(filled["torch"])
         if "numpy" in filled:

@@ -21,11 +21,11 @@ from .snapshot import Snapshot
 
 __all__ = ["InFlight", "Settler"]
 
-# So many tensors of a snapshot stand for all in telling whether an update was missed.
+# So many tensors of a snapshot, evenly spread, stand for all in telling whether an update was missed.
 _WITNESSES = 8
 
 
-@dataclass
+@dataclass(eq=False)
 class InFlight:
     """A save that was begun and whose outcome is not known yet."""
 
@@ -45,17 +45,16 @@ class InFlight:
         with self.lock:
             if self.settled:
                 return
-            self.settled = True
-            if self.verdict is not None:
-                return
-            changed = self.snapshot.changed()
-            self.snapshot.live.clear()
+            changed = [] if self.verdict is not None else self.snapshot.changed()
             # Where the save has failed its outcome says why.
             with contextlib.suppress(errors.PccheckError):
                 if changed:
                     self.give_up(_torn(self.step, changed))
-                else:
+                elif self.verdict is None:
                     self.save.confirm()
+            # Not before: that handler must find it confirmed, or do it, for it will wait until it is durable.
+            self.settled = True
+            self.snapshot.release()
 
     def give_up(self, why: errors.PccheckError) -> None:
         """Cancels the save, for this reason."""
@@ -78,7 +77,8 @@ class Settler:
     def __init__(self, update_timeout: float | None) -> None:
         self._update_timeout = update_timeout
         self._pending: InFlight | None = None
-        self._witnesses: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        #: some tensors of the last snapshot and their version counters
+        self._witnesses: list[tuple[torch.Tensor, int]] = []
         self._queue: queue.SimpleQueue[InFlight | None] = queue.SimpleQueue()
         # It refers to the queue alone, so that it keeps nothing else alive.
         self._thread = threading.Thread(target=_settle_all, args=(self._queue,), name="pccheck-settle", daemon=True)
@@ -88,7 +88,8 @@ class Settler:
     def submit(self, flight: InFlight) -> None:
         """The engine has begun to copy this snapshot."""
         self._pending = flight
-        self._witnesses = [(weakref.ref(live.tensor), live.version) for live in flight.snapshot.live[:_WITNESSES]]
+        live = flight.snapshot.live
+        self._witnesses = [(one.tensor, one.version) for one in live[:: max(1, len(live) // _WITNESSES)]]
         self._queue.put(flight)
 
     def before_update(self) -> None:
@@ -96,14 +97,16 @@ class Settler:
         self._witnesses = []
         self.settle(self._update_timeout)
 
-    def settle(self, timeout: float | None) -> None:
-        """As :meth:`before_update`. Gives the save up where its copying takes longer than ``timeout`` seconds."""
+    def settle(self, timeout: float | None, *, give_up: bool = True) -> None:
+        """As :meth:`before_update`, for at most ``timeout`` seconds; then the save is given up, or goes on."""
         flight = self._pending
         if flight is None:
             return
         try:
             flight.save.copied(timeout)
         except errors.TimedOut:
+            if not give_up:
+                return
             flight.give_up(
                 errors.TimedOut(
                     f"step {flight.step} was not copied within {timeout} s; the save was cancelled, so that training "
@@ -124,8 +127,7 @@ class Settler:
     def missed_update(self) -> bool:
         """True where saved tensors changed although :meth:`before_update` was not called; said once per snapshot."""
         witnesses, self._witnesses = self._witnesses, []
-        alive = [(tensor(), version) for tensor, version in witnesses]
-        if any(tensor is not None and tensor._version != version for tensor, version in alive):
+        if any(tensor._version != version for tensor, version in witnesses):
             return True
         self._witnesses = witnesses
         return False

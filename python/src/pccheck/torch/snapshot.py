@@ -45,6 +45,11 @@ class Snapshot:
         """Names of tensors that were changed since, as far as version counters (and hashes, where made) tell."""
         return [live.name for live in self.live if live.changed()]
 
+    def release(self) -> None:
+        """Lets go of all tensors: they are copied."""
+        self.live.clear()
+        self.tensors.clear()
+
 
 @dataclass(slots=True)
 class Live:

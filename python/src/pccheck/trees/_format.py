@@ -32,7 +32,9 @@ PATHS: dict[str, type[pathlib.PurePath]] = {
     "WindowsPath": pathlib.WindowsPath,
 }
 
-NUMPY_SCALAR = re.compile(r"\|[biu]1|<[iuf][248]|<c(8|16)|<[mM]8(\[[0-9]{0,9}(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?")
+NUMPY_SCALAR = re.compile(
+    r"\|[biu]1|<[iuf][248]|<c(8|16)|<[mM]8(\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?"
+)
 """The dtypes of numpy scalars that are stored by their bytes: those that mean the same on every machine."""
 
 _SHOWN_CHARACTERS = 400
