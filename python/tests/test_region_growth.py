@@ -137,19 +137,21 @@ def test_a_state_that_shrinks_and_grows_again(tmp_path: Path) -> None:
 
 
 def test_saves_in_flight_outlive_the_growing(tmp_path: Path) -> None:
-    state = {"x": torch.zeros(500_000), "more": torch.zeros(1)}
-    with checkpointer(tmp_path / "r", keep=4, max_in_flight=3, state=state) as made:
+    state = {"x": torch.zeros(8_000_000), "more": torch.zeros(1)}
+    # A pool that takes all at once, so that much is still to be written when the region grows.
+    options: dict[str, Any] = {"staging_bytes": 128 << 20, "medium": "auto"}
+    with checkpointer(tmp_path / "r", keep=4, max_in_flight=3, state=state, **options) as made:
         saves = []
         for step in range(3):
             state["x"].fill_(step)
             saves.append(made.step(step))
-        state["more"] = torch.ones(3_000_000)
+        state["more"] = torch.ones(9_000_000)
         saves.append(made.step(3))
         assert [save.durable(60).step for save in saves if save is not None] == [0, 1, 2, 3]
         made.wait(60)
         assert made.failures == 0 and steps(made) == [3, 2, 1, 0]
         for step in range(3):
-            target = {"x": torch.zeros(500_000), "more": torch.zeros(1)}
+            target = {"x": torch.zeros(8_000_000), "more": torch.zeros(1)}
             pccheck.torch.restore(tmp_path / "r", step=step, state=target)
             assert bool((target["x"] == step).all())
 

@@ -377,11 +377,13 @@ class Checkpointer:
             step: restore the newest checkpoint of this step instead.
             generation: restore exactly this checkpoint.
             strict: refuse where names or dtypes differ; else what fits is restored. Shapes must always agree.
-            only: prefixes of names, such as ``["model.encoder"]``: restore these alone, and leave the rest.
+            only: prefixes of names, such as ``["model.encoder"]``: restore these alone, and leave the rest. Of members
+                that are no modules only all can be restored.
             device: where parameters on the meta device get their memory.
 
         Raises:
             StateMismatch: lists missing, unexpected and mismatched names. Nothing was changed.
+            InvalidArgument: ``only`` names nothing that there is. Nothing was changed.
             NotFound: the asked-for checkpoint does not exist.
             Corrupt: every candidate is damaged; the state is unspecified then.
         """
