@@ -1,4 +1,4 @@
-"""Prevents: groups of ranks that restore pieces of different saves, or lose a checkpoint when a rank fails or is gone."""
+"""Prevents: groups of ranks that restore pieces of different saves, or lose a checkpoint when a rank fails or goes."""
 
 from __future__ import annotations
 

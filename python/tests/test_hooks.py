@@ -331,7 +331,7 @@ def test_waiting_in_vain_does_not_give_a_save_up(tmp_path: Path) -> None:
 
 def threads() -> set[int]:
     """Of this process, the library's own included."""
-    return {int(thread) for thread in os.listdir("/proc/self/task")}
+    return {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
 
 
 def children() -> str:
