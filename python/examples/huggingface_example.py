@@ -25,7 +25,7 @@ class Bytes(torch.utils.data.Dataset):
 region = sys.argv[1] if len(sys.argv) > 1 else "huggingface.pccheck"
 torch.manual_seed(0)
 config = GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-args = TrainingArguments(output_dir=f"{region}.out", max_steps=40, save_strategy="no", logging_steps=5, report_to=[])
+args = TrainingArguments(output_dir=f"{region}.out", max_steps=20, save_strategy="no", logging_steps=5, report_to=[])
 
 callback = RegionCallback(region, every=1, max_in_flight=2)
 trainer = Trainer(model=GPT2LMHeadModel(config), args=args, train_dataset=Bytes(), callbacks=[callback])
