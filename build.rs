@@ -36,7 +36,9 @@ fn cffi_declarations(header: &str) -> String {
             _ if depth_cplusplus && line.starts_with("#endif") => depth_cplusplus = false,
             _ if depth_cplusplus => {}
             _ if line.starts_with('#') && !line.starts_with("#define PCC_") => {}
-            "#define PCC_NO_OFFSET UINT64_MAX" => declarations += "#define PCC_NO_OFFSET 0xFFFFFFFFFFFFFFFF\n",
+            "#define PCC_NO_OFFSET UINT64_MAX" => {
+                declarations += "#define PCC_NO_OFFSET 0xFFFFFFFFFFFFFFFF\n"
+            }
             _ => {
                 declarations += line;
                 declarations.push('\n');

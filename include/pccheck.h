@@ -172,7 +172,7 @@
 #define PCC_ABI_MAJOR 1
 
 // Raised with every addition to the ABI; additions never change what was there.
-#define PCC_ABI_MINOR 0
+#define PCC_ABI_MINOR 1
 
 // `offset` of an error that concerns no byte offset: all bits set.
 #define PCC_NO_OFFSET UINT64_MAX
@@ -370,6 +370,13 @@ typedef struct pcc_save_options {
     int64_t wait_ms;
     // Reserved for a device's stream: NULL.
     void *stream;
+    // 1: the save does not commit before `pcc_save_confirm`, and is cancelled when it is freed without. Until then it
+    // is one of the N in flight and keeps its slot, though no staging memory once it is written; later saves may commit
+    // before it. Default 0.
+    uint32_t confirm;
+    // 1: the checkpoint is pinned from the instant it commits. Refused at begin (PCC_NO_SLOT) where pins, those of saves
+    // in flight among them, would leave fewer than N slots to save into. Default 0.
+    uint32_t pin;
 } pcc_save_options;
 
 // Which checkpoint to open. Initialise with `pcc_select_options_init`; NULL means the newest.
@@ -747,6 +754,16 @@ uint64_t pcc_last_error_operation(char *buf, uint64_t cap);
 uint64_t pcc_last_error_path(char *buf,
                              uint64_t cap);
 
+// Copies what this thread's last error advises to do next, as `pcc_last_error` does with the whole text; 0 where it
+// advises nothing.
+//
+// Durability: none.
+// Threads: any; every thread has its own last error.
+// Ownership: the text is copied to `buf` (`cap` bytes); NULL or 0 only ask for the size.
+// Errors: none.
+uint64_t pcc_last_error_advice(char *buf,
+                               uint64_t cap);
+
 // Initialises options for `pcc_format`; `struct_bytes` is sizeof(pcc_format_options).
 //
 // Durability: none.
@@ -866,12 +883,14 @@ pcc_status pcc_open(const char *path,
 // Errors: none.
 void pcc_close(struct pcc_store *store);
 
-// Waits until no save is in flight, for at most `timeout_ms` (negative: for ever). Says nothing of how they ended.
+// Waits until no save is in flight, for at most `timeout_ms` (negative: for ever). Says nothing of how they ended. A save
+// that waits only for `pcc_save_confirm` is in flight: with a timeout it is waited for like any other; for ever, and
+// nothing else in flight, this returns PCC_INVALID_STATE at once, lest it never return.
 //
 // Durability: saves that ended with PCC_OK are durable, as ever.
 // Threads: any number at once.
 // Ownership: none.
-// Errors: PCC_TIMED_OUT, PCC_FORKED, PCC_BAD_POINTER.
+// Errors: PCC_TIMED_OUT, PCC_INVALID_STATE, PCC_FORKED, PCC_BAD_POINTER.
 pcc_status pcc_drain(const struct pcc_store *store,
                      int64_t timeout_ms);
 
@@ -1013,7 +1032,8 @@ uint64_t pcc_recovery_text(const struct pcc_store *store,
 // Ownership: the memory of every tensor must stay valid and unchanged until `pcc_save_wait_copied` has returned
 // anything but PCC_TIMED_OUT, or the save is freed, or the store is closed. Names, shapes, metadata and the arrays are
 // copied at once. `save` receives a handle to be given to `pcc_save_free`, or NULL on failure. `options` may be NULL.
-// Errors: PCC_NO_SLOT; PCC_TOO_LARGE; PCC_INVALID_ARGUMENT for empty, duplicate or reserved names and wrong sizes;
+// Errors: PCC_NO_SLOT, also at once where there is no room for `options->pin`; PCC_TOO_LARGE; PCC_INVALID_ARGUMENT for
+// empty, duplicate or reserved names, wrong sizes, and options that are neither 0 nor 1;
 // PCC_UNSUPPORTED for memory of a device; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
 // PCC_BAD_POINTER.
 pcc_status pcc_save_begin(const struct pcc_store *store,
@@ -1051,7 +1071,8 @@ pcc_status pcc_save_wait_copied(const struct pcc_save *save,
 
 // Waits until the save has ended, for at most `timeout_ms` (negative: for ever, 0: only looks). PCC_OK means that the
 // checkpoint will be found after a crash of the kind that the store's durability names. `durable` (may be NULL, else
-// with its `struct_bytes` set) receives the particulars.
+// with its `struct_bytes` set) receives the particulars. A save that was begun with `confirm` ends only after
+// `pcc_save_confirm`, or by being cancelled: waiting for it for ever is for another thread than the one that confirms.
 //
 // Durability: durable on PCC_OK, and only then.
 // Threads: any number at once; all get the same outcome.
@@ -1061,6 +1082,17 @@ pcc_status pcc_save_wait_copied(const struct pcc_save *save,
 pcc_status pcc_save_wait_durable(const struct pcc_save *save,
                                  int64_t timeout_ms,
                                  struct pcc_durable *durable);
+
+// Lets a save commit that was begun with `confirm`: before it is copied or after it, at any time; calling it again does
+// no harm. PCC_OK without any effect for every other save. If a newer save is durable by then, this one ends superseded
+// unless it is to be pinned or still among the newest K.
+//
+// Durability: none yet: see `pcc_save_wait_durable`. A save that is not confirmed is never found after a crash.
+// Threads: any number at once.
+// Ownership: none.
+// Errors: why the save has failed, as `pcc_save_wait_durable`: PCC_CANCELLED also where the store was closed;
+// PCC_FORKED, PCC_BAD_POINTER.
+pcc_status pcc_save_confirm(const struct pcc_save *save);
 
 // How far the save is. Never blocks. Set `progress->struct_bytes` before.
 //
@@ -1112,8 +1144,9 @@ pcc_status pcc_save_on_end(const struct pcc_save *save,
                            pcc_end_callback callback,
                            void *user);
 
-// Frees a save's handle; NULL is fine. A save that is copied goes on to durable by itself; one that is not is
-// cancelled, and this waits until the library has stopped reading the caller's memory.
+// Frees a save's handle; NULL is fine. A save that is copied (and confirmed, where it was begun with `confirm`) goes on
+// to durable by itself; any other is cancelled, and this waits until the library has stopped reading the caller's
+// memory.
 //
 // Durability: commits nothing, and takes nothing back.
 // Threads: no other call may use the handle meanwhile or later.
@@ -1124,14 +1157,15 @@ void pcc_save_free(struct pcc_save *save);
 // Begins a raw save of exactly `data_bytes` bytes with `metadata_count` entries of metadata; waits for a slot as long
 // as `options->wait_ms` says, which also bounds each wait for room to copy to, here and in `pcc_raw_write` (negative:
 // for ever; 0 is said of the slot, the others then take 10 s at most). It is stored as one tensor of bytes
-// (PCC_DTYPE_U8) called "raw".
+// (PCC_DTYPE_U8) called "raw". `options->confirm` and `pin` are those of any save: after `pcc_raw_commit` the save is
+// still to be confirmed.
 //
 // Durability: none yet.
 // Threads: any number at once; raw saves count among the N in flight.
 // Ownership: `raw` receives a handle to be given to `pcc_raw_free`, or NULL on failure. Nothing else is kept; `options`
 // may be NULL.
-// Errors: PCC_NO_SLOT, PCC_TIMED_OUT where the staging pool stayed full, PCC_TOO_LARGE, PCC_INVALID_ARGUMENT,
-// PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED, PCC_BAD_POINTER.
+// Errors: PCC_NO_SLOT as `pcc_save_begin`, PCC_TIMED_OUT where the staging pool stayed full, PCC_TOO_LARGE,
+// PCC_INVALID_ARGUMENT, PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED, PCC_BAD_POINTER.
 pcc_status pcc_raw_begin(const struct pcc_store *store,
                          uint64_t step,
                          uint64_t data_bytes,
@@ -1168,8 +1202,9 @@ pcc_status pcc_raw_write(const struct pcc_raw *raw,
                          const void *data,
                          uint64_t bytes);
 
-// Lets the save commit; every byte must have been written. `save` receives the save that can be waited for, cancelled
-// and freed like any other. The raw handle remains to be freed.
+// Lets the save commit (once it is confirmed, where it was begun with `confirm`); every byte must have been written.
+// `save` receives the save that can be waited for, confirmed, cancelled and freed like any other. The raw handle remains
+// to be freed.
 //
 // Durability: none yet: see `pcc_save_wait_durable`.
 // Threads: no other call may use `raw` meanwhile.

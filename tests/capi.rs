@@ -6,6 +6,8 @@
 mod arguments;
 #[path = "capi/bed.rs"]
 mod bed;
+#[path = "capi/begin.rs"]
+mod begin;
 mod common;
 #[path = "capi/content.rs"]
 mod content;

@@ -11,6 +11,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
+use pccheck::capi::text::PCC_ABI_MINOR;
+
 use bench::{command, install, needed, prefix, root, run, scratch, shell};
 
 const SIGKILL: i32 = 9;
@@ -39,8 +41,8 @@ fn install_lays_out_header_libraries_packages_and_tool() {
         "lib/cmake/pccheck/pccheckConfigVersion.cmake".to_owned(),
         "lib/libpccheck.a".to_owned(),
         format!("lib/libpccheck.so {LIBRARY}"),
-        format!("lib/libpccheck.so.1 libpccheck.so.1.0.{patch}"),
-        format!("lib/libpccheck.so.1.0.{patch}"),
+        format!("lib/libpccheck.so.1 libpccheck.so.1.{PCC_ABI_MINOR}.{patch}"),
+        format!("lib/libpccheck.so.1.{PCC_ABI_MINOR}.{patch}"),
         "lib/pkgconfig/pccheck.pc".to_owned(),
     ];
     assert_eq!(tree(prefix()), expected);

@@ -69,22 +69,6 @@ def test_a_refusal_has_all_particulars(region: MakeRegion) -> None:
     pccheck.format_region(path, slots=4, payload_bytes=MIB, force=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "advice"),
-    [
-        ("open /x: it is so (do this)", "do this"),
-        ("open /x: no (os error 2)", ""),
-        ("open /x: no (os error 2) (make (it) first)", "make (it) first"),
-        ("open /x: nothing", ""),
-        ("open /x: 1) first", ""),
-        ("", ""),
-        (")", ""),
-    ],
-)
-def test_advice_is_the_last_parenthesis(text: str, advice: str) -> None:
-    assert _abi._advice_in(text) == advice
-
-
 def test_anothers_failure_on_this_thread_does_not_lend_its_text(tmp_path: Path) -> None:
     with pytest.raises(errors.NotFound):
         pccheck.Store(tmp_path / "nothing")

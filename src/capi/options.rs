@@ -3,13 +3,13 @@
 #![expect(clippy::missing_safety_doc, reason = "the contract of exported functions is the header")]
 
 use core::ffi::{c_char, c_void};
-use std::time::Duration;
 
 use super::codes::*;
 use super::guard::{self, versioned, Caller, Outcome};
 use super::status::pcc_status;
 use crate::engine::Select;
 use crate::error::{Error, ErrorKind};
+use crate::save::SaveOptions;
 use crate::store::{FormatOptions, OpenOptions};
 
 /// How a region is formatted. Initialise with `pcc_format_options_init`.
@@ -84,6 +84,13 @@ pub struct pcc_save_options {
     pub wait_ms: i64,
     /// Reserved for a device's stream: NULL.
     pub stream: *mut c_void,
+    /// 1: the save does not commit before `pcc_save_confirm`, and is cancelled when it is freed without. Until then it
+    /// is one of the N in flight and keeps its slot, though no staging memory once it is written; later saves may commit
+    /// before it. Default 0.
+    pub confirm: u32,
+    /// 1: the checkpoint is pinned from the instant it commits. Refused at begin (PCC_NO_SLOT) where pins, those of saves
+    /// in flight among them, would leave fewer than N slots to save into. Default 0.
+    pub pin: u32,
 }
 
 /// One tensor: what a save reads, and what `pcc_restore` writes. The same array serves both. In an array every
@@ -200,7 +207,9 @@ versioned!(pcc_open_options, 88, {
     chunk_bytes: OpenOptions::default().chunk_bytes,
     lock_wait_ms: OpenOptions::default().lock_wait.map_or(-1, |wait| wait.as_millis() as i64),
 });
-versioned!(pcc_save_options, 24, { wait_ms: 60_000 });
+versioned!(pcc_save_options, 32, {
+    wait_ms: SaveOptions::default().wait.map_or(-1, |wait| wait.as_millis() as i64),
+});
 versioned!(pcc_tensor, 56, {});
 versioned!(pcc_select_options, 24, { verify: 1 });
 versioned!(pcc_read, 56, {});
@@ -318,14 +327,18 @@ impl Caller {
         })
     }
 
-    /// How long a save may wait for a slot.
-    pub fn save_wait(&self, options: *const pcc_save_options) -> Outcome<Option<Duration>> {
+    /// How a save begins.
+    pub fn save_options(&self, options: *const pcc_save_options) -> Outcome<SaveOptions> {
         let options = self.options(options)?;
         if !options.stream.is_null() {
             let message = "stream is not NULL: this build knows no devices";
             return Err(Error::new(ErrorKind::Unsupported, self.op(), message).into());
         }
-        Ok(wait_of(options.wait_ms))
+        Ok(SaveOptions {
+            wait: wait_of(options.wait_ms),
+            confirm: self.flag("confirm", options.confirm)?,
+            pin: self.flag("pin", options.pin)?,
+        })
     }
 
     /// Which checkpoint, and whether its payload is verified at once.

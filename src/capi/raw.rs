@@ -42,14 +42,15 @@ impl Opaque for pcc_raw {
 /// Begins a raw save of exactly `data_bytes` bytes with `metadata_count` entries of metadata; waits for a slot as long
 /// as `options->wait_ms` says, which also bounds each wait for room to copy to, here and in `pcc_raw_write` (negative:
 /// for ever; 0 is said of the slot, the others then take 10 s at most). It is stored as one tensor of bytes
-/// (PCC_DTYPE_U8) called "raw".
+/// (PCC_DTYPE_U8) called "raw". `options->confirm` and `pin` are those of any save: after `pcc_raw_commit` the save is
+/// still to be confirmed.
 ///
 /// Durability: none yet.
 /// Threads: any number at once; raw saves count among the N in flight.
 /// Ownership: `raw` receives a handle to be given to `pcc_raw_free`, or NULL on failure. Nothing else is kept; `options`
 /// may be NULL.
-/// Errors: PCC_NO_SLOT, PCC_TIMED_OUT where the staging pool stayed full, PCC_TOO_LARGE, PCC_INVALID_ARGUMENT,
-/// PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED, PCC_BAD_POINTER.
+/// Errors: PCC_NO_SLOT as `pcc_save_begin`, PCC_TIMED_OUT where the staging pool stayed full, PCC_TOO_LARGE,
+/// PCC_INVALID_ARGUMENT, PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_raw_begin(
     store: *const pcc_store,
@@ -62,9 +63,9 @@ pub unsafe extern "C" fn pcc_raw_begin(
 ) -> pcc_status {
     let body = |caller: &Caller, inner: &StoreInner| {
         let out = caller.out_handle("raw", raw)?;
-        let wait = caller.save_wait(options)?;
+        let options = caller.save_options(options)?;
         let metadata = caller.metadata(metadata, metadata_count)?;
-        let raw = inner.store.begin_raw(step, data_bytes, &metadata, wait)?;
+        let raw = inner.store.begin_raw(step, data_bytes, &metadata, options)?;
         let generation = raw.generation();
         out.set(guard::new_handle(RawInner { raw, generation, step, store: Arc::downgrade(&inner.store) }));
         Ok(())
@@ -122,8 +123,9 @@ pub unsafe extern "C" fn pcc_raw_write(
     unsafe { guard::on("pcc_raw_write", raw, body) }
 }
 
-/// Lets the save commit; every byte must have been written. `save` receives the save that can be waited for, cancelled
-/// and freed like any other. The raw handle remains to be freed.
+/// Lets the save commit (once it is confirmed, where it was begun with `confirm`); every byte must have been written.
+/// `save` receives the save that can be waited for, confirmed, cancelled and freed like any other. The raw handle remains
+/// to be freed.
 ///
 /// Durability: none yet: see `pcc_save_wait_durable`.
 /// Threads: no other call may use `raw` meanwhile.

@@ -171,7 +171,8 @@ fn signal(event: &OwnedFd) {
 /// Ownership: the memory of every tensor must stay valid and unchanged until `pcc_save_wait_copied` has returned
 /// anything but PCC_TIMED_OUT, or the save is freed, or the store is closed. Names, shapes, metadata and the arrays are
 /// copied at once. `save` receives a handle to be given to `pcc_save_free`, or NULL on failure. `options` may be NULL.
-/// Errors: PCC_NO_SLOT; PCC_TOO_LARGE; PCC_INVALID_ARGUMENT for empty, duplicate or reserved names and wrong sizes;
+/// Errors: PCC_NO_SLOT, also at once where there is no room for `options->pin`; PCC_TOO_LARGE; PCC_INVALID_ARGUMENT for
+/// empty, duplicate or reserved names, wrong sizes, and options that are neither 0 nor 1;
 /// PCC_UNSUPPORTED for memory of a device; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
 /// PCC_BAD_POINTER.
 #[no_mangle]
@@ -187,12 +188,12 @@ pub unsafe extern "C" fn pcc_save_begin(
 ) -> pcc_status {
     let body = |caller: &Caller, inner: &StoreInner| {
         let out = caller.out_handle("save", save)?;
-        let wait = caller.save_wait(options)?;
+        let options = caller.save_options(options)?;
         let tensors = caller.tensors(tensors, tensor_count)?;
         let host: Vec<HostTensor<'_>> = tensors.iter().map(TensorArg::host).collect();
         let metadata = caller.metadata(metadata, metadata_count)?;
         // SAFETY: the header asks the caller to keep the memory valid and unchanged until the save is copied.
-        let save = unsafe { inner.store.begin_save(step, &host, &metadata, wait) }?;
+        let save = unsafe { inner.store.begin_save(step, &host, &metadata, options) }?;
         out.set(guard::new_handle(SaveInner::new(save, Arc::downgrade(&inner.store))));
         Ok(())
     };
@@ -243,7 +244,8 @@ pub unsafe extern "C" fn pcc_save_wait_copied(save: *const pcc_save, timeout_ms:
 
 /// Waits until the save has ended, for at most `timeout_ms` (negative: for ever, 0: only looks). PCC_OK means that the
 /// checkpoint will be found after a crash of the kind that the store's durability names. `durable` (may be NULL, else
-/// with its `struct_bytes` set) receives the particulars.
+/// with its `struct_bytes` set) receives the particulars. A save that was begun with `confirm` ends only after
+/// `pcc_save_confirm`, or by being cancelled: waiting for it for ever is for another thread than the one that confirms.
 ///
 /// Durability: durable on PCC_OK, and only then.
 /// Threads: any number at once; all get the same outcome.
@@ -271,6 +273,22 @@ pub unsafe extern "C" fn pcc_save_wait_durable(
     };
     // SAFETY: the header binds the caller.
     unsafe { guard::on("pcc_save_wait_durable", save, body) }
+}
+
+/// Lets a save commit that was begun with `confirm`: before it is copied or after it, at any time; calling it again does
+/// no harm. PCC_OK without any effect for every other save. If a newer save is durable by then, this one ends superseded
+/// unless it is to be pinned or still among the newest K.
+///
+/// Durability: none yet: see `pcc_save_wait_durable`. A save that is not confirmed is never found after a crash.
+/// Threads: any number at once.
+/// Ownership: none.
+/// Errors: why the save has failed, as `pcc_save_wait_durable`: PCC_CANCELLED also where the store was closed;
+/// PCC_FORKED, PCC_BAD_POINTER.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_save_confirm(save: *const pcc_save) -> pcc_status {
+    let body = |_: &Caller, inner: &SaveInner| Ok(inner.save.confirm()?);
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_save_confirm", save, body) }
 }
 
 /// How far the save is. Never blocks. Set `progress->struct_bytes` before.
@@ -388,8 +406,9 @@ pub unsafe extern "C" fn pcc_save_on_end(
     unsafe { guard::call(OP, set) }
 }
 
-/// Frees a save's handle; NULL is fine. A save that is copied goes on to durable by itself; one that is not is
-/// cancelled, and this waits until the library has stopped reading the caller's memory.
+/// Frees a save's handle; NULL is fine. A save that is copied (and confirmed, where it was begun with `confirm`) goes on
+/// to durable by itself; any other is cancelled, and this waits until the library has stopped reading the caller's
+/// memory.
 ///
 /// Durability: commits nothing, and takes nothing back.
 /// Threads: no other call may use the handle meanwhile or later.

@@ -142,12 +142,14 @@ pub unsafe extern "C" fn pcc_close(store: *mut pcc_store) {
     unsafe { guard::free("pcc_close", store) }
 }
 
-/// Waits until no save is in flight, for at most `timeout_ms` (negative: for ever). Says nothing of how they ended.
+/// Waits until no save is in flight, for at most `timeout_ms` (negative: for ever). Says nothing of how they ended. A save
+/// that waits only for `pcc_save_confirm` is in flight: with a timeout it is waited for like any other; for ever, and
+/// nothing else in flight, this returns PCC_INVALID_STATE at once, lest it never return.
 ///
 /// Durability: saves that ended with PCC_OK are durable, as ever.
 /// Threads: any number at once.
 /// Ownership: none.
-/// Errors: PCC_TIMED_OUT, PCC_FORKED, PCC_BAD_POINTER.
+/// Errors: PCC_TIMED_OUT, PCC_INVALID_STATE, PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_drain(store: *const pcc_store, timeout_ms: i64) -> pcc_status {
     // SAFETY: the header binds the caller.

@@ -12,7 +12,7 @@ use crate::error::Error;
 /// Version of the C ABI: the number in the SONAME. A library of another major is another library.
 pub const PCC_ABI_MAJOR: u32 = 1;
 /// Raised with every addition to the ABI; additions never change what was there.
-pub const PCC_ABI_MINOR: u32 = 0;
+pub const PCC_ABI_MINOR: u32 = 1;
 /// `offset` of an error that concerns no byte offset: all bits set.
 pub const PCC_NO_OFFSET: u64 = u64::MAX;
 
@@ -174,6 +174,20 @@ pub unsafe extern "C" fn pcc_last_error_operation(buf: *mut c_char, cap: u64) ->
 #[no_mangle]
 pub unsafe extern "C" fn pcc_last_error_path(buf: *mut c_char, cap: u64) -> u64 {
     let text = last(None, |fault| fault.error.path().map(|path| path.to_string_lossy().into_owned()));
+    // SAFETY: the header binds the caller.
+    unsafe { guard::text_out(buf, cap, text) }
+}
+
+/// Copies what this thread's last error advises to do next, as `pcc_last_error` does with the whole text; 0 where it
+/// advises nothing.
+///
+/// Durability: none.
+/// Threads: any; every thread has its own last error.
+/// Ownership: the text is copied to `buf` (`cap` bytes); NULL or 0 only ask for the size.
+/// Errors: none.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_last_error_advice(buf: *mut c_char, cap: u64) -> u64 {
+    let text = last(None, |fault| fault.error.advice().map(str::to_owned));
     // SAFETY: the header binds the caller.
     unsafe { guard::text_out(buf, cap, text) }
 }

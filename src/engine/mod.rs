@@ -132,6 +132,9 @@ impl Store {
     }
 
     /// Waits until no save is in flight. Says nothing of how they ended.
+    ///
+    /// A save that waits only for its confirmation is in flight. With a timeout it is waited for like any other; without
+    /// one, `InvalidState` is returned as soon as nothing else is in flight, lest the wait never end.
     pub fn drain(&self, timeout: Option<Duration>) -> Result<()> {
         self.region.check_usable("drain", false)?;
         self.saver.as_ref().map_or(Ok(()), |saver| saver.drain(deadline_in(timeout)))

@@ -1,12 +1,11 @@
 //! Beginning saves: from named tensors in memory, or as a raw stream.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use super::Store;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{plan, plan_raw, Dtype, Layout, PayloadPlan, TensorSpec, RAW_STREAM};
-use crate::save::{deadline_in, Origin, RawChunks, RawSave, Save, SaveSpec};
+use crate::save::{deadline_in, Origin, RawChunks, RawSave, Save, SaveOptions, SaveSpec};
 use crate::source::{HostSegment, HostSource};
 use crate::sync::Arc;
 
@@ -39,7 +38,7 @@ pub struct Tensor<'a> {
 }
 
 impl Store {
-    /// Begins a save and returns at once, or when a slot is free (`wait`; `None` waits for ever).
+    /// Begins a save and returns at once, or when a slot is free.
     ///
     /// What is saved is the memory as it is now. Tensors with the same address, size, type and shape are stored once.
     ///
@@ -53,8 +52,9 @@ impl Store {
         step: u64,
         tensors: &[HostTensor<'_>],
         metadata: &[(&str, &str)],
-        wait: Option<Duration>,
+        options: impl Into<SaveOptions>,
     ) -> Result<Save> {
+        let options = options.into();
         let saver = self.writer("begin save")?;
         tensors.iter().try_for_each(check_memory)?;
         let specs = specs_of(tensors)?;
@@ -66,23 +66,25 @@ impl Store {
             header_bytes: plan.header.len() as u64,
             tensor_count: plan.tensor_count,
             flags: 0,
+            confirm: options.confirm,
+            pin: options.pin,
         };
         // SAFETY: the caller's promise is the one that `HostSource::new` asks for: the source is dropped before
         // `copied` is told, and on failure before `wait_copied` returns.
         let source = unsafe { source_of(plan, tensors) };
-        let core = saver.begin(spec, Origin::Source(Arc::new(source)), deadline_in(wait))?;
+        let core = saver.begin(spec, Origin::Source(Arc::new(source)), deadline_in(options.wait))?;
         Ok(Save::new(core))
     }
 
     /// Saves borrowed tensors: returns when they are copied, and may change again. Not yet durable.
     ///
-    /// `wait` bounds the wait for a slot.
+    /// With [`SaveOptions::confirm`] it goes on to durable only when the returned save is confirmed.
     pub fn save(
         &self,
         step: u64,
         tensors: &[Tensor<'_>],
         metadata: &[(&str, &str)],
-        wait: Option<Duration>,
+        options: impl Into<SaveOptions>,
     ) -> Result<Save> {
         let host: Vec<HostTensor<'_>> = tensors
             .iter()
@@ -97,37 +99,41 @@ impl Store {
         // SAFETY: the borrows outlive this call, which ends after `wait_copied`; were it to unwind, dropping
         // the save waits as well.
         #[expect(unsafe_code, reason = "waits for `copied` before the borrows end")]
-        let save = unsafe { self.begin_save(step, &host, metadata, wait) }?;
+        let save = unsafe { self.begin_save(step, &host, metadata, options) }?;
         save.wait_copied(None)?;
         Ok(save)
     }
 
     /// Begins a raw save of exactly `data_bytes` bytes, stored as one U8 tensor (see `format::payload::RAW_TENSOR_NAME`).
     ///
-    /// `wait` bounds the wait for a slot, and then each wait of [`RawSave::write_at`] for room to copy to (where it is 0,
+    /// `options.wait` bounds the wait for a slot, and then each wait of [`RawSave::write_at`] for room to copy to (where it is 0,
     /// those are bounded by 10 s): `TimedOut` is then the end of the save.
     pub fn begin_raw(
         &self,
         step: u64,
         data_bytes: u64,
         metadata: &[(&str, &str)],
-        wait: Option<Duration>,
+        options: impl Into<SaveOptions>,
     ) -> Result<RawSave> {
+        let how = options.into();
         let saver = self.writer("begin raw save")?;
         let plan = plan_raw(data_bytes, metadata)?;
         self.check_fits(plan.payload_bytes)?;
         let options = self.region().options();
         // One buffer always circulates, so that other saves and loads move on whatever raw writers do.
         let share = (self.region().pool().buffer_count() - 1) / options.max_in_flight as usize;
-        let chunks = Arc::new(RawChunks::new(share, wait, plan.payload_bytes.div_ceil(options.chunk_bytes)));
+        let chunks =
+            Arc::new(RawChunks::new(share, how.wait, plan.payload_bytes.div_ceil(options.chunk_bytes)));
         let spec = SaveSpec {
             step,
             payload_bytes: plan.payload_bytes,
             header_bytes: plan.header.len() as u64,
             tensor_count: plan.tensor_count,
             flags: RAW_STREAM,
+            confirm: how.confirm,
+            pin: how.pin,
         };
-        let core = saver.begin(spec, Origin::Raw(chunks.clone()), deadline_in(wait))?;
+        let core = saver.begin(spec, Origin::Raw(chunks.clone()), deadline_in(how.wait))?;
         RawSave::new(Save::new(core), saver.shared().clone(), chunks, &plan)
     }
 

@@ -40,6 +40,10 @@ fn commit_one(shared: &Shared, save: &SaveCore) -> Result<()> {
         return Ok(());
     }
     check_flushes(shared, save)?;
+    if save.spec.pin && !shared.faults.pin_after_commit() {
+        // Durable before the record: a crash finds the checkpoint pinned, or a pin that no checkpoint answers to.
+        shared.region.pin_before_commit(save.claim)?;
+    }
     let record = committed_record(shared, save);
     let superseded_by = if shared.faults.free_before_commit() {
         let superseded_by = shared.region.publish(record.clone());
@@ -49,6 +53,9 @@ fn commit_one(shared: &Shared, save: &SaveCore) -> Result<()> {
         shared.region.write_commit(&record)?;
         // A barrier of another thread may have failed while this one succeeded, and have taken this save's error.
         check_flushes(shared, save)?;
+        if save.spec.pin && shared.faults.pin_after_commit() {
+            shared.region.pin_before_commit(save.claim)?;
+        }
         shared.region.publish(record)
     };
     let (copied, durable) = save.ages();

@@ -16,6 +16,9 @@ pub struct Faults {
     /// Let the last chunk's completion commit the save although earlier chunks may be unwritten.
     #[cfg(feature = "sim")]
     pub commit_on_last_chunk: bool,
+    /// Write the pin of a save that is to be pinned only after its commit record.
+    #[cfg(feature = "sim")]
+    pub pin_after_commit: bool,
 }
 
 macro_rules! fault {
@@ -31,4 +34,4 @@ macro_rules! fault {
     };
 }
 
-fault! { skip_writing_mark commit_before_payload free_before_commit commit_on_last_chunk }
+fault! { skip_writing_mark commit_before_payload free_before_commit commit_on_last_chunk pin_after_commit }

@@ -19,6 +19,35 @@ pub(crate) use saver::Saver;
 use crate::error::Result;
 use crate::sync::Arc;
 
+/// How a save begins.
+///
+/// A wait alone is one, too: `Some(duration).into()`, `None.into()` for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SaveOptions {
+    /// Longest wait for a slot; `None` waits for ever. Default 60 s.
+    pub wait: Option<Duration>,
+    /// Not committed before [`Save::confirm`]: for a caller who has yet to check what was copied. Default false.
+    ///
+    /// Until then the save is one of the N in flight and keeps its slot, but no staging buffer once it is written; later
+    /// saves overtake it. Dropping the save or closing the store cancels it.
+    pub confirm: bool,
+    /// Its checkpoint is pinned from the instant it commits. Refused at begin (`NoSlot`) where pins, those of saves in
+    /// flight among them, would leave fewer than N slots to save into. Default false.
+    pub pin: bool,
+}
+
+impl Default for SaveOptions {
+    fn default() -> Self {
+        SaveOptions { wait: Some(Duration::from_secs(60)), confirm: false, pin: false }
+    }
+}
+
+impl From<Option<Duration>> for SaveOptions {
+    fn from(wait: Option<Duration>) -> Self {
+        SaveOptions { wait, ..SaveOptions::default() }
+    }
+}
+
 /// The moment `timeout` from now; `None` waits for ever.
 pub(crate) fn deadline_in(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
@@ -27,7 +56,8 @@ pub(crate) fn deadline_in(timeout: Option<Duration>) -> Option<Instant> {
 /// One save in flight, or ended.
 ///
 /// Dropping it before it is copied cancels it, and waits until the engine no longer reads the caller's memory
-/// (one chunk's copy at most). Dropping it later lets it go on to durable by itself.
+/// (one chunk's copy at most). Dropping it later lets it go on to durable by itself, unless it has yet to be confirmed
+/// ([`SaveOptions::confirm`]): that cancels it.
 ///
 /// In a forked child the save is its parent's: waits return `Forked`, everything else does nothing, at once.
 pub struct Save {
@@ -61,7 +91,17 @@ impl Save {
         self.core.wait_copied(deadline_in(timeout))
     }
 
-    /// Waits until the save has ended; `Ok` means that it will be found after a crash.
+    /// Lets a save commit that was begun with [`SaveOptions::confirm`]: before it is copied or after, and as often as one
+    /// likes. Any other save is not concerned.
+    ///
+    /// Nothing is durable yet on return. Where the save has failed or was cancelled, says why.
+    pub fn confirm(&self) -> Result<()> {
+        self.core.check_process("confirm save")?;
+        self.core.confirm()
+    }
+
+    /// Waits until the save has ended; `Ok` means that it will be found after a crash. Without a timeout, a save that
+    /// nobody confirms, cancels or drops is waited for for ever.
     pub fn wait_durable(&self, timeout: Option<Duration>) -> Result<Durable> {
         self.core.check_process("wait for durable")?;
         self.core.wait_durable(deadline_in(timeout))
@@ -99,8 +139,12 @@ impl Drop for Save {
             std::mem::forget(self.core.clone());
             return;
         }
-        if !self.core.progress().copied {
+        let copied = self.core.progress().copied;
+        if !copied || self.core.unconfirmed() {
+            // Where it has ended, in vain.
             self.cancel();
+        }
+        if !copied {
             // Ends after at most one chunk per copier: returns when nobody reads the caller's memory. A save that
             // has ended is asked, too: one that was ended by force may still be read.
             let _ = self.core.wait_copied(None);

@@ -126,12 +126,17 @@ impl Saver {
         Ok(save)
     }
 
-    /// Waits until no save is in flight.
+    /// Waits until no save is in flight. Without a deadline it refuses to wait for saves that wait only for their
+    /// confirmation: its caller may be the one who is to give it.
     pub fn drain(&self, deadline: Option<Instant>) -> Result<()> {
         loop {
             let ticket = self.shared.active_changed.ticket();
-            if self.shared.active.lock().is_empty() {
+            let active = self.active();
+            if active.is_empty() {
                 return Ok(());
+            }
+            if deadline.is_none() && active.iter().all(|save| save.awaits_confirmation()) {
+                return Err(unconfirmed(&active));
             }
             if self.shared.active_changed.wait(ticket, deadline) && !self.shared.active.lock().is_empty() {
                 return Err(Error::new(ErrorKind::TimedOut, "drain", "saves are still in flight"));
@@ -218,10 +223,12 @@ impl Shared {
     fn try_begin(self: &Arc<Self>, spec: &SaveSpec, origin: &Origin) -> Result<Option<Arc<SaveCore>>> {
         let mut active = self.active.lock();
         self.check_open()?;
+        // Before anything is waited for: what is full of pins stays so until one is lifted.
+        let _room = if spec.pin { Some(self.region.room_to_pin()?) } else { None };
         if active.len() >= self.region.options().max_in_flight as usize {
             return Ok(None);
         }
-        let Some(claim) = self.region.claim()? else { return Ok(None) };
+        let Some(claim) = self.region.claim(spec.pin)? else { return Ok(None) };
         let save = SaveCore::new(self, claim, spec.clone(), origin.clone());
         active.insert(claim.generation, save.clone());
         self.metrics.saves_begun();
@@ -278,6 +285,11 @@ impl Shared {
             }
             let _ = self.commit_work.wait(ticket, None);
         }
+    }
+
+    /// A save has come to wait for its confirmation alone: who drains must know.
+    pub fn tell_unconfirmed(&self) {
+        self.active_changed.notify_all();
     }
 
     /// Gives the slot of a failed save back, or quarantines it where its durability is unknown.
@@ -402,6 +414,13 @@ fn run_marker(shared: &Shared) {
         // Not fatal here: `claim` tries again when the lease has run out, and reports it to its caller.
         let _ = shared.region.extend_lease_early();
     }
+}
+
+fn unconfirmed(saves: &[Arc<SaveCore>]) -> Error {
+    let generations: Vec<String> = saves.iter().map(|save| save.claim.generation.to_string()).collect();
+    let message = format!("generation {} waits for its confirmation", generations.join(", "));
+    Error::new(ErrorKind::InvalidState, "drain", message)
+        .advise("confirm, cancel or free it, or drain with a timeout")
 }
 
 fn no_slot(region: &Region) -> Error {

@@ -43,7 +43,15 @@ fn saver() -> Saver {
 }
 
 fn begin(saver: &Saver, panics_at: Option<u64>, slow: Duration) -> Result<Arc<SaveCore>> {
-    let spec = SaveSpec { step: 1, payload_bytes: 5 * CHUNK, header_bytes: CHUNK, tensor_count: 1, flags: 0 };
+    let spec = SaveSpec {
+        step: 1,
+        payload_bytes: 5 * CHUNK,
+        header_bytes: CHUNK,
+        tensor_count: 1,
+        flags: 0,
+        confirm: false,
+        pin: false,
+    };
     saver.begin(spec, Origin::Source(Arc::new(Bytes { panics_at, slow })), None)
 }
 

@@ -17,10 +17,16 @@ trait Verbs: Sized + 'static {
     fn wrap(table: SlotTable) -> Self;
     fn table(&self) -> &SlotTable;
     fn claim(&self, generation: u64) -> Option<Claim> {
-        self.table().claim(generation)
+        self.table().claim(generation, false)
     }
     fn reclaim(&self) {
         let _freed = self.table().reclaim(1, None);
+    }
+    fn claim_pinned(&self, generation: u64) -> Option<Claim> {
+        self.table().claim(generation, true)
+    }
+    fn commit_pinned(&self, slot: u32, generation: u64) -> bool {
+        self.table().commit(slot, generation)
     }
 }
 
@@ -153,7 +159,7 @@ impl Verbs for TornClaim {
     fn claim(&self, generation: u64) -> Option<Claim> {
         let views = self.0.views();
         let slot = views.iter().position(|view| view.state == SlotState::Free)?;
-        let claimed = Word::of(&views[slot]).claim(generation)?;
+        let claimed = Word::of(&views[slot]).claim(generation, false)?;
         self.0.words[slot].store(claimed.bits(), Ordering::Release);
         Some(Claim { slot: slot as u32, previous_generation: views[slot].generation })
     }
@@ -305,4 +311,66 @@ impl Verbs for TornReclaim {
 #[should_panic(expected = "law: a ")]
 fn a_reclaim_by_load_and_store_is_caught() {
     held_slots_stay::<TornReclaim>(false);
+}
+
+/// Law: a checkpoint whose save was to be pinned is pinned when it is first seen committed, and stays until it is
+/// unpinned, however many newer ones are committed and reclaim meanwhile.
+fn pinned_saves_stay<V: Verbs>(watched: bool) {
+    explore(PREEMPTIONS, move || {
+        let slots = [(SlotState::Committed, 1), (SlotState::Free, 0), (SlotState::Free, 0)];
+        let region = Region::<V>::new(&slots, watched);
+        let keeper = region.verbs.claim_pinned(2).expect("a slot is free").slot;
+        let saver = spawn(&region, move |region| {
+            for generation in [3, 4] {
+                region.verbs.reclaim();
+                let Some(claim) = region.verbs.claim(generation) else { continue };
+                assert_ne!(claim.slot, keeper, "law: a pinned save's slot is never reused");
+                region.write(claim.slot);
+                assert!(
+                    region.table().commit(claim.slot, generation),
+                    "law: a slot being written stays its save's"
+                );
+                region.verbs.reclaim();
+            }
+        });
+        region.write(keeper);
+        assert!(region.verbs.commit_pinned(keeper, 2), "law: a slot being written stays its save's");
+        let view = region.table().view(keeper);
+        let held = (view.state, view.generation, view.pinned) == (SlotState::Committed, 2, true);
+        assert!(held, "law: a pinned save's checkpoint stays: {view:?}");
+        region.read(keeper);
+        join([saver]);
+        assert!(region.table().unpin(keeper, 2), "law: a pin stays until it is taken away");
+    });
+}
+
+#[test]
+fn a_pinned_save_is_never_reclaimed() {
+    pinned_saves_stay::<Shipped>(true);
+}
+
+/// Pins only after the commit.
+struct LatePin(SlotTable);
+
+impl Verbs for LatePin {
+    fn wrap(table: SlotTable) -> Self {
+        LatePin(table)
+    }
+    fn table(&self) -> &SlotTable {
+        &self.0
+    }
+    fn claim_pinned(&self, generation: u64) -> Option<Claim> {
+        self.0.claim(generation, false)
+    }
+    fn commit_pinned(&self, slot: u32, generation: u64) -> bool {
+        let committed = self.0.commit(slot, generation);
+        let _too_late = self.0.pin(slot, generation);
+        committed
+    }
+}
+
+#[test]
+#[should_panic(expected = "law: a pinned save")]
+fn a_pin_after_the_commit_is_caught() {
+    pinned_saves_stay::<LatePin>(false);
 }

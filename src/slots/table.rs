@@ -10,6 +10,7 @@
 //! 3. A COMMITTED slot leaves that state only by reclaim, discard and quarantine, all of which hold the
 //!    `retention` lock; reclaim and discard also fail, by the same exchange, while it is pinned or read.
 //! 4. Claim, commit, release, pins and readers take no lock.
+//! 5. A slot that was claimed with a pin becomes COMMITTED and pinned by one exchange: no reclaim comes between.
 //!
 //! # Why reclaim may look at the words one after the other
 //!
@@ -75,16 +76,17 @@ impl SlotTable {
     }
 
     /// Claims the free slot whose old content is oldest, for the save of `generation`, which must be new and
-    /// in `1..=GENERATION_MAX`. `None`: no slot is free (or the generation is out of range).
+    /// in `1..=GENERATION_MAX`. `None`: no slot is free (or the generation is out of range). With `pin` the checkpoint
+    /// is pinned from the commit on.
     ///
     /// Lock-free: it starts over only when another claim took the slot it had chosen.
-    pub fn claim(&self, generation: u64) -> Option<Claim> {
+    pub fn claim(&self, generation: u64, pin: bool) -> Option<Claim> {
         loop {
             let (slot, seen) = self
                 .snapshot()
                 .filter(|(_, word)| word.is_free())
                 .min_by_key(|(_, word)| word.generation())?;
-            let claimed = seen.claim(generation)?;
+            let claimed = seen.claim(generation, pin)?;
             if self.exchange(slot, seen, claimed).is_ok() {
                 return Some(Claim { slot, previous_generation: seen.generation() });
             }
@@ -112,7 +114,7 @@ impl SlotTable {
     }
 
     /// Takes a slot whose durability is unknown out of use: WRITING(g) or COMMITTED(g) to QUARANTINED(g).
-    /// Pins and readers stay and can be dropped. False if the slot holds something else.
+    /// Pins and readers of a checkpoint stay and can be dropped. False if the slot holds something else.
     #[must_use]
     pub fn quarantine(&self, slot: u32, generation: u64) -> bool {
         let _retained = self.retention.lock();
@@ -233,12 +235,13 @@ impl SlotTable {
     }
 
     /// How many slots serve saves: free, being written, or such that [`reclaim`](SlotTable::reclaim) would
-    /// free them. So neither quarantined, nor pinned, nor read, nor among the newest `keep`, nor held.
+    /// free them. So neither quarantined, nor pinned (or about to be), nor read, nor among the newest `keep`, nor held.
     pub fn claimable_count(&self, keep: usize, hold_floor: Option<u64>) -> usize {
         let _retained = self.retention.lock();
         let limit = self.reclaim_limit(keep, hold_floor);
         let reclaimable = |word: &Word| word.is_committed() && word.is_idle() && word.generation() < limit;
-        self.snapshot().filter(|(_, word)| word.is_free() || word.is_writing() || reclaimable(word)).count()
+        let serves = |word: &Word| word.is_free() || word.is_writing() && word.is_idle() || reclaimable(word);
+        self.snapshot().filter(|(_, word)| serves(word)).count()
     }
 
     /// Whether [`reclaim`](SlotTable::reclaim) would free this slot now. Where not, one more reader of its

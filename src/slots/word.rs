@@ -15,8 +15,9 @@
 //!                     +------> QUARANTINED(g) <---+
 //! ```
 //!
-//! Pins and readers are added while COMMITTED only; a slot with either leaves that state only for
-//! QUARANTINED, which keeps them. A transition is a pure function: the table applies it by
+//! Readers are added while COMMITTED only, pins there or by the claim: WRITING(g) with the pin becomes COMMITTED(g)
+//! with the pin in one step, and any other way out of WRITING drops it. A COMMITTED slot with a pin or readers leaves
+//! that state only for QUARANTINED, which keeps them. A transition is a pure function: the table applies it by
 //! compare-and-exchange.
 
 const STATE_MASK: u64 = 0b111;
@@ -61,7 +62,7 @@ pub struct SlotView {
     pub generation: u64,
     /// How many readers hold it.
     pub readers: u32,
-    /// Whether it is pinned.
+    /// Whether it is pinned; of a slot that is being written, whether its checkpoint will be.
     pub pinned: bool,
 }
 
@@ -88,7 +89,7 @@ impl Word {
         let idle = view.readers == 0 && !view.pinned;
         let reachable = match view.state {
             SlotState::Free => idle,
-            SlotState::Writing => idle && view.generation != 0,
+            SlotState::Writing => view.readers == 0 && view.generation != 0,
             SlotState::Committed => view.generation != 0,
             SlotState::Quarantined => true,
         };
@@ -148,17 +149,19 @@ impl Word {
         self.state() == state && self.generation() == generation
     }
 
-    /// FREE -> WRITING(g). Refused for the generations 0 (nobody) and beyond [`GENERATION_MAX`].
+    /// FREE -> WRITING(g), with the pin where its checkpoint is to be pinned. Refused for the generations 0 (nobody) and
+    /// beyond [`GENERATION_MAX`].
     #[must_use]
-    pub(super) fn claim(self, generation: u64) -> Option<Word> {
+    pub(super) fn claim(self, generation: u64, pin: bool) -> Option<Word> {
         let allowed = self.is_free() && (1..=GENERATION_MAX).contains(&generation);
-        allowed.then(|| Word::new(WRITING, generation))
+        let pinned = if pin { PINNED } else { 0 };
+        allowed.then(|| Word(Word::new(WRITING, generation).0 | pinned))
     }
 
-    /// WRITING(g) -> COMMITTED(g).
+    /// WRITING(g) -> COMMITTED(g), with the pin that it was claimed with.
     #[must_use]
     pub(super) fn commit(self, generation: u64) -> Option<Word> {
-        self.is(WRITING, generation).then(|| Word::new(COMMITTED, generation))
+        self.is(WRITING, generation).then_some(Word(self.0 & !STATE_MASK | COMMITTED))
     }
 
     /// WRITING(g) -> FREE(0): what was there before is overwritten, what was to be there is not.
@@ -173,11 +176,13 @@ impl Word {
         self.is(WRITING, generation).then(|| Word::new(FREE, generation))
     }
 
-    /// WRITING(g) or COMMITTED(g) -> QUARANTINED(g), with its pin and readers.
+    /// WRITING(g) or COMMITTED(g) -> QUARANTINED(g); a checkpoint's pin and readers stay, a save that failed pins nothing.
     #[must_use]
     pub(super) fn quarantine(self, generation: u64) -> Option<Word> {
-        let allowed = self.is(WRITING, generation) || self.is(COMMITTED, generation);
-        allowed.then_some(Word(self.0 & !STATE_MASK | QUARANTINED))
+        match self.state() {
+            WRITING => self.is(WRITING, generation).then(|| Word::new(QUARANTINED, generation)),
+            _ => self.is(COMMITTED, generation).then_some(Word(self.0 & !STATE_MASK | QUARANTINED)),
+        }
     }
 
     /// QUARANTINED(g), idle -> FREE(0).
@@ -273,7 +278,9 @@ mod tests {
                         let idle = readers == 0 && !pinned;
                         let (free, writing) = (state == SlotState::Free, state == SlotState::Writing);
                         let committed = state == SlotState::Committed;
-                        let odd = (free || writing) && !idle || (writing || committed) && generation == 0;
+                        let odd = free && !idle
+                            || writing && readers > 0
+                            || (writing || committed) && generation == 0;
                         match odd {
                             true => assert_eq!(word.view().state, SlotState::Quarantined, "{view:?}"),
                             false => assert_eq!(word.view(), view),
@@ -292,8 +299,20 @@ mod tests {
             assert_eq!(Word::of(&bad).view().state, SlotState::Quarantined);
         }
         let free = Word::new(FREE, 0);
-        assert!(free.claim(0).is_none() && free.claim(GENERATION_MAX + 1).is_none());
-        assert_eq!(free.claim(GENERATION_MAX).map(Word::generation), Some(GENERATION_MAX));
+        assert!(free.claim(0, false).is_none() && free.claim(GENERATION_MAX + 1, false).is_none());
+        assert_eq!(free.claim(GENERATION_MAX, true).map(Word::generation), Some(GENERATION_MAX));
+    }
+
+    #[test]
+    fn a_pin_from_the_claim_ends_in_the_checkpoint_and_nowhere_else() {
+        let writing = Word::new(FREE, 3).claim(7, true).expect("claim");
+        assert_eq!(writing.view(), view(SlotState::Writing, 7, 0, true));
+        assert_eq!(writing.commit(7).map(Word::view), Some(view(SlotState::Committed, 7, 0, true)));
+        assert_eq!(writing.release(7).map(Word::view), Some(view(SlotState::Free, 0, 0, false)));
+        assert_eq!(writing.release_last(7).map(Word::view), Some(view(SlotState::Free, 7, 0, false)));
+        assert_eq!(writing.quarantine(7).map(Word::view), Some(view(SlotState::Quarantined, 7, 0, false)));
+        assert!(writing.unpin(7).is_none() && writing.pin(7).is_none(), "the save's alone");
+        assert!(writing.commit(8).is_none() && writing.quarantine(8).is_none(), "another generation");
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! copies, so that a crash at any point leaves one valid block: the old one or the new one.
 
 use crate::error::Result;
-use crate::format::{Control, GlobalMark, SlotMark, CONTROL_OFFSETS, MARK_DISCARDED};
-use crate::format::{Uuid, MAX_GENERATION};
+use crate::format::{Control, GlobalMark, SlotMark, Uuid, CONTROL_OFFSETS, MAX_GENERATION};
+use crate::format::{MARK_DISCARDED, MARK_PINNED, MARK_QUARANTINED};
 use crate::medium::{Barrier, Medium};
 
 /// Generations leased by one control write: a crash skips at most this many.
@@ -79,17 +79,24 @@ pub(crate) fn flags_of(control: &Control, slot: u32, generation: u64) -> u32 {
 
 /// Sets the flags of `(slot, generation)`; 0 removes the entry.
 ///
-/// A slot has one entry. An entry of another generation is replaced, but for a discard when a quarantine
-/// arrives: the discarded record may still be on the medium (the failed save may never have replaced it) and
-/// must not come back to life.
+/// A slot has one entry. An entry of another generation is replaced, but for
+///
+/// - a discard when a quarantine arrives: the discarded record may still be on the medium (the failed save may never
+///   have replaced it) and must not come back to life;
+/// - a pin when something of an older generation arrives: a pin is written once its save has durably replaced the older
+///   record, so that there is nothing left to say of that. (A discard names its records before it gets here.)
 pub(crate) fn set_flags(control: &mut Control, slot: u32, generation: u64, flags: u32) {
     let keeps_discard = control.marks.iter().any(|mark| {
         mark.slot == slot
             && mark.generation != generation
             && mark.flags & MARK_DISCARDED != 0
-            && flags & crate::format::MARK_QUARANTINED != 0
+            && flags & MARK_QUARANTINED != 0
     });
-    if keeps_discard {
+    let keeps_pin = control
+        .marks
+        .iter()
+        .any(|mark| mark.slot == slot && mark.generation > generation && mark.flags & MARK_PINNED != 0);
+    if keeps_discard || keeps_pin {
         return;
     }
     if flags != 0 {
@@ -103,4 +110,39 @@ pub(crate) fn set_flags(control: &mut Control, slot: u32, generation: u64, flags
 /// The global mark's generation, 0 where nothing is marked.
 pub(crate) fn global_generation(control: &Control) -> u64 {
     control.global.as_ref().map_or(0, |GlobalMark { generation, .. }| *generation)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn control(marks: &[(u32, u64, u32)]) -> Control {
+        let mark = |&(slot, generation, flags)| SlotMark { slot, generation, flags };
+        Control { marks: marks.iter().map(mark).collect(), ..Control::initial() }
+    }
+
+    #[test]
+    fn a_slots_one_entry_is_the_one_that_still_says_something() {
+        // What was there, what arrives, what stays.
+        let cases = [
+            ((3, 5, MARK_PINNED), (3, 8, MARK_PINNED), (3, 8, MARK_PINNED)),
+            ((3, 5, MARK_DISCARDED), (3, 8, MARK_PINNED), (3, 8, MARK_PINNED)),
+            ((3, 5, MARK_DISCARDED), (3, 8, MARK_QUARANTINED), (3, 5, MARK_DISCARDED)),
+            ((3, 8, MARK_QUARANTINED), (3, 5, MARK_DISCARDED), (3, 5, MARK_DISCARDED)),
+            ((3, 8, MARK_PINNED), (3, 5, MARK_DISCARDED), (3, 8, MARK_PINNED)),
+            ((3, 8, MARK_PINNED), (3, 8, MARK_DISCARDED), (3, 8, MARK_DISCARDED)),
+            ((3, 8, MARK_PINNED), (3, 8, MARK_QUARANTINED), (3, 8, MARK_QUARANTINED)),
+        ];
+        for (before, (slot, generation, flags), after) in cases {
+            let mut changed = control(&[before, (4, 1, MARK_PINNED)]);
+            set_flags(&mut changed, slot, generation, flags);
+            changed.marks.sort_by_key(|mark| mark.slot);
+            assert_eq!(changed.marks, control(&[after, (4, 1, MARK_PINNED)]).marks, "{before:?}");
+        }
+        let mut unpinned = control(&[(3, 8, MARK_PINNED)]);
+        set_flags(&mut unpinned, 3, 5, 0);
+        assert_eq!(unpinned.marks.len(), 1, "an entry of another generation is not removed");
+        set_flags(&mut unpinned, 3, 8, 0);
+        assert_eq!(unpinned.marks, []);
+    }
 }

@@ -36,6 +36,7 @@ fn null_is_refused_everywhere_and_freeing_it_is_nothing() {
     bad(c!(pcc_save_wait_copied(save, 0)));
     bad(c!(pcc_save_wait_durable(save, 0, null_mut())));
     bad(c!(pcc_save_progress(save, &mut sized!(pcc_progress))));
+    bad(c!(pcc_save_confirm(save)));
     bad(c!(pcc_save_cancel(save)));
     assert_eq!(c!(pcc_save_error(save, null_mut(), 0)), 0);
     bad(c!(pcc_save_event_fd(save, &mut 0)));
@@ -62,7 +63,7 @@ fn null_is_refused_everywhere_and_freeing_it_is_nothing() {
     bad(c!(pcc_tune(store, null(), &mut sized!(pcc_tuning))));
     bad(c!(pcc_open_options_init(null_mut(), 88)));
     bad(c!(pcc_format_options_init(null_mut(), 24)));
-    bad(c!(pcc_save_options_init(null_mut(), 24)));
+    bad(c!(pcc_save_options_init(null_mut(), 32)));
     bad(c!(pcc_select_options_init(null_mut(), 24)));
     bad(c!(pcc_tune_options_init(null_mut(), 56)));
     bad(c!(pcc_dtype_from_name(null(), &mut 0)));
@@ -233,6 +234,8 @@ fn bad_options_and_paths_are_refused() {
     assert!(!text_of(|buf, cap| c!(pcc_last_error_operation(buf, cap))).is_empty());
     fails(c!(pcc_open(c"".as_ptr(), null(), &mut store)), PCC_INVALID_ARGUMENT, &["path is empty"]);
     fails(c!(pcc_format(region.path.as_ptr(), 4, 1 << 20, null())), PCC_ALREADY_EXISTS, &["force"]);
+    let advice = text_of(|buf, cap| c!(pcc_last_error_advice(buf, cap)));
+    assert!(advice.contains("force") && last_error().ends_with(&format!("({advice})")), "{advice}");
     fails(c!(pcc_format(region.path.as_ptr(), 1, 1 << 20, null())), PCC_INVALID_ARGUMENT, &["slot_count"]);
     let writer = open(&region);
     let mut options = open_options();

@@ -264,6 +264,7 @@ fn a_forked_child_is_refused_can_free_everything_and_leaves_the_parent_alone() {
             c!(pcc_drain(store, -1)),
             c!(pcc_pin(store, 1)),
             c!(pcc_save_wait_durable(save, -1, null_mut())),
+            c!(pcc_save_confirm(save)),
             c!(pcc_save_cancel(save)),
             c!(pcc_raw_write(raw, 0, [0u8; 1].as_ptr().cast(), 1)),
             c!(pcc_checkpoint_verify(checkpoint)),

@@ -9,6 +9,7 @@ use pccheck::medium::sim::{
     for_each_crash_image, for_each_kill, EnumerateOptions, SimMedium, SimModel, SimSchedule, Trace,
 };
 use pccheck::medium::{Barrier, Medium};
+use pccheck::recovery::Verdict;
 use pccheck::save::Faults;
 
 use crate::judge::{judge, Promises, Seen};
@@ -174,11 +175,25 @@ fn live_on(
     if shown.first() != decided.first() || !shown.iter().all(|shown| decided.contains(shown)) {
         return Err(format!("the store shows {shown:?}, recovery decided on {decided:?}"));
     }
+    let pins = |life: &Life| -> Result<Vec<u64>, String> {
+        let listed = life.store.checkpoints().map_err(|e| e.to_string())?;
+        Ok(listed.iter().filter(|info| info.pinned).map(|info| info.record.generation).collect())
+    };
+    let pinned = pins(&life)?;
     if let Some(&newest) = shown.first() {
         restore(&life, setup, newest)?;
     }
+    let quarantined = seen.table.slots.iter().filter(|slot| slot.verdict == Verdict::Quarantined).count();
+    if life.store.stats().quarantined_slots as usize != quarantined {
+        return Err(format!("{quarantined} slots are quarantined, the store shows {:?}", life.store.stats()));
+    }
     // A quarantined slot may leave too few to save into: repairing it is the user's way out.
     life.store.repair(None).map_err(|e| format!("repair fails: {e}"))?;
+    // What is listed is kept; every other slot serves saves, whatever marks the crash left.
+    let (free, slots) = (life.store.stats().claimable_slots as usize, setup.slots as usize);
+    if free + shown.len() != slots {
+        return Err(format!("{free} of {slots} slots serve saves, and only {shown:?} are kept"));
+    }
     for _ in 0..2 {
         if life.store.stats().claimable_slots == 0 {
             // Everything is held until a step is marked; what is held must not be overwritten.
@@ -189,6 +204,9 @@ fn live_on(
             return Err(format!("generation {generation} was used before: {} was issued", seen.issued));
         }
         restore(&life, setup, generation)?;
+    }
+    if pins(&life)? != pinned {
+        return Err(format!("{pinned:?} were pinned, two saves later {:?}", pins(&life)?));
     }
     drop(life);
     lose_power(setup, &sim.trace(), effort)

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use pccheck::medium::sim::{AttemptKind, HoldId};
 use pccheck::medium::Barrier;
+use pccheck::ErrorKind;
 
 use crate::explore::Script;
 use crate::world::{durable, ended, Life, Setup, WAIT};
@@ -31,7 +32,7 @@ pub const WRAPPING: [History; 7] = [
 ];
 
 /// Everything that a caller can do besides saving.
-pub const USES: [History; 7] = [
+pub const USES: [History; 9] = [
     history("pins", Setup::tight(2, 1).slots(5), pins),
     history("hold and marks", Setup { hold: true, ..Setup::tight(2, 1).slots(6) }, held),
     history("discards", Setup::tight(2, 2).slots(5), discards),
@@ -39,6 +40,8 @@ pub const USES: [History; 7] = [
     history("failed saves", Setup::tight(2, 1).slots(6), failed),
     history("raw streams", Setup { raw: true, staging_chunks: 4, ..Setup::tight(2, 1) }, wrap),
     history("close in mid-save", Setup::tight(2, 1), closed_in_mid_save),
+    history("pinned saves", Setup::tight(2, 1).slots(5), pinned_saves),
+    history("confirmed saves", Setup { raw: true, ..Setup::tight(3, 2) }, confirmed_saves),
 ];
 
 /// Orders of events that a scheduler only hits by luck, forced with gates.
@@ -207,6 +210,68 @@ fn closed_in_mid_save(life: &Life) {
     // Dropped with the store: cancelled or durable, never half.
     let _saves = [life.begin(), life.begin()];
     std::thread::sleep(Duration::from_micros(200));
+}
+
+fn pinned_saves(life: &Life) {
+    life.watch_from_here();
+    life.rounds(1);
+    let begin = || life.begin_pinned().expect("room for a pin");
+    let first = durable(&begin());
+    // Beside a save that is not pinned, and overtaken by it.
+    let (mark, second) = (hold_write(life, Barrier::WritingMark), begin());
+    wait_held(life, mark);
+    let newer = life.begin();
+    life.sim.release(mark);
+    assert_eq!(durable(&second).superseded_by, None, "pinned");
+    durable(&newer);
+    let full = life.begin_pinned().err().expect("two pins are all that there is room for");
+    assert_eq!(full.kind(), ErrorKind::NoSlot);
+    life.rounds(2);
+    life.unpin(first.generation);
+    life.rounds(1);
+    // It ends before its pin is written, when it is, and when its record is: what stays on the medium binds no slot.
+    let hold = hold_write(life, Barrier::WritingMark);
+    let cancelled = begin();
+    wait_held(life, hold);
+    cancelled.cancel();
+    life.sim.release(hold);
+    assert!(ended(&cancelled).is_err());
+    for barrier in [Barrier::Control, Barrier::Commit] {
+        fail_once(life, AttemptKind::WriteDurable, Some(barrier));
+        assert!(ended(&begin()).is_err(), "the failure of {barrier:?} reached nobody");
+        life.sim.stop_failing();
+        life.rounds(1);
+        life.store.repair(None).expect("repair");
+    }
+    let last = durable(&begin());
+    life.rounds(2);
+    life.unpin(second.generation());
+    life.rounds(1);
+    life.discard_newer(last.generation).expect("discard");
+    life.rounds(1);
+}
+
+fn confirmed_saves(life: &Life) {
+    life.watch_from_here();
+    life.rounds(1);
+    for _ in 0..3 {
+        let saves = [life.begin_unconfirmed(), life.begin_unconfirmed()];
+        // While they wait, others pass.
+        life.save();
+        let newest = life.save().generation;
+        life.confirm(&saves[1]);
+        durable(&saves[1]);
+        assert_eq!(life.newest(), newest);
+        life.confirm(&saves[0]);
+        assert_eq!(durable(&saves[0]).superseded_by, Some(newest));
+        let given_up = life.begin_unconfirmed();
+        life.save();
+        given_up.cancel();
+        assert!(ended(&given_up).is_err());
+    }
+    // Ends with the store.
+    let _unconfirmed = [life.begin_unconfirmed(), life.begin_unconfirmed()];
+    life.save();
 }
 
 fn second_before_first(life: &Life) {

@@ -18,6 +18,8 @@ pub struct Promises {
     /// Must never be found.
     gone: BTreeSet<u64>,
     pinned: BTreeSet<u64>,
+    /// Not confirmed: must not be found yet.
+    unconfirmed: BTreeSet<u64>,
     marked: u64,
     /// Held checkpoints below this may be reclaimed.
     floor: u64,
@@ -47,6 +49,12 @@ impl Promises {
             Note::Other { label: label::UNPINNING, value } => {
                 self.pinned.remove(&value);
             }
+            Note::Other { label: label::UNCONFIRMED, value } => {
+                self.unconfirmed.insert(value);
+            }
+            Note::Other { label: label::CONFIRMING, value } => {
+                self.unconfirmed.remove(&value);
+            }
             Note::Other { label: label::DISCARDING, value } => {
                 self.acknowledged.retain(|&generation| generation <= value);
                 self.pinned.retain(|&generation| generation <= value);
@@ -74,6 +82,9 @@ impl Promises {
         }
         if let Some(back) = found.intersection(&self.gone).next() {
             return Err(format!("generation {back} was discarded or cancelled, and came back"));
+        }
+        if let Some(early) = found.intersection(&self.unconfirmed).next() {
+            return Err(format!("generation {early} was found before it was confirmed"));
         }
         for &lost in self.acknowledged.difference(found) {
             let newer = found.range(lost..).count();

@@ -93,6 +93,12 @@ fn committing_on_the_last_chunk() {
 }
 
 #[test]
+fn pinning_after_the_commit() {
+    let late = with(|faults| faults.pin_after_commit = true);
+    must_be_caught("pinned after commit", &[&USES[7]], late, &MODELS);
+}
+
+#[test]
 fn without_the_flush_at_open() {
     for model in MODELS {
         let finding = kill_the_formatter(model, &[Barrier::Open]).err();

@@ -10,7 +10,7 @@ use pccheck::engine::{Store, Tensor};
 use pccheck::error::ErrorKind;
 use pccheck::format::{encode_table, plan, plan_raw, Dtype, Layout, TensorSpec};
 use pccheck::medium::sim::{for_each_crash_image, EnumerateOptions, Image, Note, SimMedium, SimModel};
-use pccheck::save::{Durable, Faults, Save};
+use pccheck::save::{Durable, Faults, Save, SaveOptions};
 use pccheck::store::{format_medium, FormatOptions, OpenOptions};
 use pccheck::Error;
 
@@ -18,10 +18,15 @@ use pccheck::Error;
 pub mod label {
     /// A save of this generation ended as cancelled: it must never be found.
     pub const CANCELLED: &str = "cancelled";
-    /// A pin of this generation was reported durable.
+    /// A pin of this generation was reported durable, or a save that is to be pinned is about to begin: wherever its
+    /// checkpoint is found, it is pinned.
     pub const PINNED: &str = "pinned";
-    /// The pin is about to be lifted.
+    /// The pin is about to be lifted, or the save was refused.
     pub const UNPINNING: &str = "unpinning";
+    /// A save of this generation that is to be confirmed is about to begin: it must not be found.
+    pub const UNCONFIRMED: &str = "unconfirmed";
+    /// It is about to be confirmed, or was refused.
+    pub const CONFIRMING: &str = "confirming";
     /// Checkpoints newer than this are about to be discarded.
     pub const DISCARDING: &str = "discarding";
     /// The checkpoint of this generation is about to be abandoned.
@@ -191,16 +196,27 @@ impl Life {
     /// Begins the next save. It is noted as issued before anything of it can reach the medium, and as
     /// acknowledged on the thread that ends it, before that thread does anything else.
     pub fn begin_within(&self, wait: Option<Duration>) -> Result<Arc<Save>, Error> {
+        self.begin_with(wait.into())
+    }
+
+    /// [`Life::begin_within`], also to be confirmed or pinned.
+    pub fn begin_with(&self, options: SaveOptions) -> Result<Arc<Save>, Error> {
         let generation = self.next.load(Ordering::Relaxed);
+        let promised = [(options.pin, label::PINNED), (options.confirm, label::UNCONFIRMED)];
+        promised.iter().filter(|(asked, _)| *asked).for_each(|(_, label)| self.say(label, generation));
         let content = Content::of(&self.setup, generation);
         self.sim.note(Note::Issued { generation, fingerprint: content.data.len() as u64 });
         let shape = [content.data.len() as u64];
         let begun = if self.setup.is_raw(generation) {
-            self.stream(&content, wait)
+            self.stream(&content, options)
         } else {
             let tensor = Tensor { name: "w", dtype: Dtype::U8, shape: &shape, data: &content.data };
-            self.store.save(content.step, &[tensor], &[("step", &content.step.to_string())], wait)
+            self.store.save(content.step, &[tensor], &[("step", &content.step.to_string())], options)
         };
+        if begun.is_err() {
+            self.say(label::UNPINNING, generation);
+            self.say(label::CONFIRMING, generation);
+        }
         // Only where there was no slot was no generation used up.
         let used = !begun.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSlot);
         self.next.store(generation + u64::from(used), Ordering::Relaxed);
@@ -210,12 +226,12 @@ impl Life {
     }
 
     /// Odd pieces, back to front, so that chunks are spilled and read back in a small pool.
-    fn stream(&self, content: &Content, wait: Option<Duration>) -> Result<Save, Error> {
+    fn stream(&self, content: &Content, options: SaveOptions) -> Result<Save, Error> {
         let mut raw = self.store.begin_raw(
             content.step,
             content.data.len() as u64,
             &[("step", &content.step.to_string())],
-            wait,
+            options,
         )?;
         let starts: Vec<usize> = (0..content.data.len()).step_by(1500).collect();
         for &at in starts.iter().rev() {
@@ -239,6 +255,20 @@ impl Life {
 
     pub fn begin(&self) -> Arc<Save> {
         self.begin_within(WAIT).unwrap_or_else(|e| panic!("begin: {e}"))
+    }
+
+    pub fn begin_pinned(&self) -> Result<Arc<Save>, Error> {
+        self.begin_with(SaveOptions { wait: WAIT, pin: true, ..SaveOptions::default() })
+    }
+
+    pub fn begin_unconfirmed(&self) -> Arc<Save> {
+        self.begin_with(SaveOptions { wait: WAIT, confirm: true, ..SaveOptions::default() })
+            .unwrap_or_else(|e| panic!("begin: {e}"))
+    }
+
+    pub fn confirm(&self, save: &Save) {
+        self.say(label::CONFIRMING, save.generation());
+        save.confirm().expect("confirm");
     }
 
     pub fn save(&self) -> Durable {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import os
-import re
 import threading
 import time
 import weakref
@@ -88,22 +87,11 @@ def error_of(status: int, message: str | None = None) -> errors.PccheckError:
             path=text_of(lib.pcc_last_error_path) or None,
             errno=int(lib.pcc_last_error_errno()),
             offset=None if offset == lib.PCC_NO_OFFSET else offset,
-            advice=_advice_in(text),
+            advice=text_of(lib.pcc_last_error_advice),
         )
     error.code = status
     error.status = string(lib.pcc_status_name(status))
     return error
-
-
-def _advice_in(text: str) -> str:
-    """What the library advises: its texts end in " (ADVICE)" where it does; advice may hold parentheses itself."""
-    depth = 0
-    for at in range(len(text) - 1, 0, -1):
-        depth += (text[at] == ")") - (text[at] == "(")
-        if depth == 0:
-            advice = text[at + 1 : -1]
-            return "" if re.fullmatch(r"os error \d+", advice) else advice
-    return ""
 
 
 def check(status: int) -> None:

@@ -243,6 +243,7 @@ impl SaveCore {
     fn settle(&self) {
         enum Next {
             Commit,
+            AwaitConfirmation,
             End(Error),
             Nothing,
         }
@@ -252,18 +253,20 @@ impl SaveCore {
             let early = state.last_chunk_written
                 && state.table_queued
                 && shared.as_ref().is_ok_and(|shared| shared.faults.commit_on_last_chunk());
-            let unowned = !state.committing && state.outcome.is_none();
-            let idle = unowned && state.copying == 0 && (state.in_flight == 0 || early);
+            let idle = state.idle() || early && state.unowned();
             match &state.failure {
                 Some(error) if idle && state.mark != Mark::Pending => {
                     let error = error.clone();
                     state.committing = true;
                     (Next::End(error), state.source.take())
                 }
-                None if idle && state.table_queued && !state.held_open => {
-                    state.committing = true;
-                    (Next::Commit, None)
-                }
+                None if idle && state.table_queued && !state.held_open => match state.unconfirmed {
+                    true => (Next::AwaitConfirmation, None),
+                    false => {
+                        state.committing = true;
+                        (Next::Commit, None)
+                    }
+                },
                 _ => (Next::Nothing, None),
             }
         };
@@ -273,6 +276,7 @@ impl SaveCore {
         let Ok(shared) = shared else { return };
         match next {
             Next::Commit => shared.queue_commit(self.this.upgrade()),
+            Next::AwaitConfirmation => shared.tell_unconfirmed(),
             Next::End(error) => {
                 shared.end_failed(self, &error);
                 self.end(Err(error));
@@ -294,6 +298,26 @@ impl SaveCore {
                 return Err(failure.clone());
             }
             state.held_open = false;
+        }
+        self.settle();
+        Ok(())
+    }
+
+    /// The caller lets the save commit; where it has ended or failed, says how. Changes nothing where it was not begun to
+    /// be confirmed.
+    pub fn confirm(&self) -> Result<()> {
+        if !self.spec.confirm {
+            return Ok(());
+        }
+        {
+            let mut state = self.state.lock();
+            if let Some(outcome) = &state.outcome {
+                return outcome.clone().map(drop);
+            }
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            state.unconfirmed = false;
         }
         self.settle();
         Ok(())

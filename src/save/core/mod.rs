@@ -31,6 +31,10 @@ pub(crate) struct SaveSpec {
     pub header_bytes: u64,
     pub tensor_count: u32,
     pub flags: u32,
+    /// It may not commit before its caller confirms it.
+    pub confirm: bool,
+    /// Its checkpoint is pinned from the commit on.
+    pub pin: bool,
 }
 
 /// How far a save is, in bytes of its payload.
@@ -106,6 +110,8 @@ pub(crate) struct SaveState {
     last_chunk_written: bool,
     /// A raw save that was not committed yet: may fail, may not commit.
     held_open: bool,
+    /// Its caller has yet to confirm it: may fail, may not commit.
+    unconfirmed: bool,
     mark: Mark,
     parked: Vec<Parked>,
     hashes: Vec<u128>,
@@ -113,6 +119,24 @@ pub(crate) struct SaveState {
     copied_at: Option<Instant>,
     failure: Option<Error>,
     outcome: Option<Result<Durable>>,
+}
+
+impl SaveState {
+    /// Nothing is at work on it, and it has neither ended nor been handed to the committer.
+    fn idle(&self) -> bool {
+        self.unowned() && self.in_flight == 0
+    }
+
+    /// As `idle`, but operations on the medium may be under way.
+    fn unowned(&self) -> bool {
+        !self.committing && self.outcome.is_none() && self.copying == 0
+    }
+
+    /// Could commit, were it confirmed.
+    fn awaits_confirmation(&self) -> bool {
+        let complete = self.idle() && self.failure.is_none() && self.table_queued && !self.held_open;
+        complete && self.unconfirmed
+    }
 }
 
 /// A save, shared by its handle, the copiers, the medium's completions, the marker and the committer.
@@ -142,6 +166,7 @@ impl SaveCore {
             Origin::Raw(chunks) => (None, Some(chunks)),
         };
         let chunk_bytes = shared.region.options().chunk_bytes;
+        let unconfirmed = spec.confirm;
         let chunk_count = spec.payload_bytes.div_ceil(chunk_bytes);
         let table_offset = spec.payload_bytes.next_multiple_of(crate::format::BLOCK_BYTES);
         Arc::new_cyclic(|this| SaveCore {
@@ -163,6 +188,7 @@ impl SaveCore {
                 table_queued: false,
                 last_chunk_written: false,
                 held_open: raw.is_some(),
+                unconfirmed,
                 mark: Mark::Pending,
                 parked: Vec::new(),
                 hashes: vec![0; chunk_count as usize],
@@ -266,6 +292,16 @@ impl SaveCore {
         let now = Instant::now();
         let copied_at = self.state.lock().copied_at.unwrap_or(now);
         (copied_at - self.begun, now - self.begun)
+    }
+
+    /// Everything is written, and only its caller's confirmation is missing.
+    pub fn awaits_confirmation(&self) -> bool {
+        self.state.lock().awaits_confirmation()
+    }
+
+    /// It was begun to be confirmed, and was not.
+    pub fn unconfirmed(&self) -> bool {
+        self.state.lock().unconfirmed
     }
 
     pub fn ended(&self) -> bool {

@@ -223,7 +223,8 @@ impl RawSave {
         self.shared.region.layout().slot_offset(core.claim.slot) + chunk * core.chunk_bytes
     }
 
-    /// Lets the save commit; every announced byte must have been written. The returned save can be waited for.
+    /// Lets the save commit; every announced byte must have been written. The returned save can be waited for (and is to
+    /// be confirmed, where it was begun so).
     pub fn commit(&mut self) -> Result<Save> {
         let core = self.save()?.core().clone();
         core.check_process("raw commit")?;

@@ -37,18 +37,18 @@ impl Model {
             .collect()
     }
 
-    fn claim(&mut self, generation: u64) -> Option<Claim> {
+    fn claim(&mut self, generation: u64, pinned: bool) -> Option<Claim> {
         let free = (0u32..).zip(&self.0).filter(|(_, slot)| slot.state == SlotState::Free);
         let (slot, previous_generation) =
             free.map(|(index, slot)| (index, slot.generation)).min_by_key(|&(index, old)| (old, index))?;
-        self.0[slot as usize] = view(SlotState::Writing, generation);
+        self.0[slot as usize] = SlotView { pinned, ..view(SlotState::Writing, generation) };
         Some(Claim { slot, previous_generation })
     }
 }
 
 #[derive(Debug, Clone)]
 enum Op {
-    Claim,
+    Claim(bool),
     Commit(u8),
     Release(u8),
     ReleaseLast(u8),
@@ -66,7 +66,7 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let slot = any::<u8>;
     prop_oneof![
-        6 => Just(Op::Claim),
+        6 => any::<bool>().prop_map(Op::Claim),
         5 => slot().prop_map(Op::Commit),
         1 => slot().prop_map(Op::Release),
         1 => slot().prop_map(Op::ReleaseLast),
@@ -91,8 +91,8 @@ proptest! {
         for op in ops {
             let at = |slot: u8| usize::from(slot) % slots;
             match op.clone() {
-                Op::Claim => {
-                    prop_assert_eq!(table.claim(next_generation), model.claim(next_generation));
+                Op::Claim(pin) => {
+                    prop_assert_eq!(table.claim(next_generation, pin), model.claim(next_generation, pin));
                     next_generation += 1;
                 }
                 Op::Commit(slot) => {
@@ -116,7 +116,7 @@ proptest! {
                     let allowed = it.state == SlotState::Writing;
                     prop_assert_eq!(table.release_last(index, it.generation), allowed);
                     if allowed {
-                        it.state = SlotState::Free;
+                        *it = view(SlotState::Free, it.generation);
                     }
                 }
                 Op::Quarantine(slot) => {
@@ -124,6 +124,7 @@ proptest! {
                     let allowed = matches!(it.state, SlotState::Writing | SlotState::Committed);
                     prop_assert_eq!(table.quarantine(index, it.generation), allowed);
                     if allowed {
+                        it.pinned &= it.state == SlotState::Committed;
                         it.state = SlotState::Quarantined;
                     }
                 }
@@ -138,7 +139,9 @@ proptest! {
                 Op::Reclaim(keep, hold) => {
                     let hold = hold.map(|floor| u64::from(floor) % (next_generation + 1));
                     let expected = model.reclaimable(keep, hold);
-                    let serves = |it: &&SlotView| matches!(it.state, SlotState::Free | SlotState::Writing);
+                    let serves = |it: &&SlotView| {
+                        matches!(it.state, SlotState::Free | SlotState::Writing) && !it.pinned
+                    };
                     let serving = model.0.iter().filter(serves).count();
                     prop_assert_eq!(table.claimable_count(keep, hold), serving + expected.len());
                     let freed = table.reclaim(keep, hold);
@@ -205,15 +208,15 @@ proptest! {
 fn claims_the_oldest_content_first() {
     let table = SlotTable::new(&[5, 3, 0, 4].map(|old| view(SlotState::Free, old)));
     let order: Vec<u64> =
-        (10..14).filter_map(|g| table.claim(g)).map(|claim| claim.previous_generation).collect();
+        (10..14).filter_map(|g| table.claim(g, false)).map(|claim| claim.previous_generation).collect();
     assert_eq!(order, [0, 3, 4, 5]);
-    assert_eq!(table.claim(14), None);
+    assert_eq!(table.claim(14, false), None);
 }
 
 #[test]
 fn a_slot_that_does_not_exist_is_refused() {
     let table = SlotTable::new(&[]);
-    assert!(table.is_empty() && table.claim(1).is_none() && table.newest().is_none());
+    assert!(table.is_empty() && table.claim(1, false).is_none() && table.newest().is_none());
     assert!(!table.commit(0, 1) && !table.add_reader(7, 1));
 }
 
@@ -255,7 +258,7 @@ fn laws_hold_under_load() {
                 let mut saved = 0;
                 while saved < SAVES_EACH {
                     let generation = next_generation.fetch_add(1, Ordering::AcqRel);
-                    let Some(claim) = table.claim(generation) else {
+                    let Some(claim) = table.claim(generation, false) else {
                         table.reclaim(1, None);
                         continue;
                     };

@@ -35,6 +35,9 @@ pub struct Region {
     short_barriers: Mutex<()>,
     /// Held by whatever changes what is kept: pins, marks, discards, repairs. Taken before `control`.
     maintenance: Mutex<()>,
+    /// Held from counting the slots that pins leave until one more is pinned, or claimed to be: two pins never both take
+    /// the last one. Taken after `maintenance`, before `lease` and `control`.
+    pin_room: Mutex<()>,
     slot_freed: Event,
     poisoned: AtomicBool,
     flush_failures: AtomicU64,
@@ -109,6 +112,7 @@ impl Region {
             lease: Mutex::new(lease),
             short_barriers: Mutex::new(()),
             maintenance: Mutex::new(()),
+            pin_room: Mutex::new(()),
             slot_freed: Event::new(),
             poisoned: AtomicBool::new(false),
             flush_failures: AtomicU64::new(0),

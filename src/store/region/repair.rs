@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{Claimed, Region};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{RecordState, SlotRecord, BLOCK_BYTES, MARK_QUARANTINED};
+use crate::format::{RecordState, SlotRecord, BLOCK_BYTES, MARK_PINNED, MARK_QUARANTINED};
 use crate::medium::Barrier;
 use crate::slots::SlotState;
 use crate::store::unix_ns;
@@ -63,7 +63,8 @@ impl Region {
                 flushed = at;
             }
         }
-        self.mark_slot(claim.slot, claim.generation, MARK_QUARANTINED, false)?;
+        // A pin, too: of a checkpoint, or of a save whose quarantine could not be noted.
+        self.mark_slot(claim.slot, claim.generation, 0, MARK_QUARANTINED | MARK_PINNED)?;
         let _ = self.slots.unpin(claim.slot, claim.generation);
         let lifted = self.slots.lift_quarantine(claim.slot, claim.generation);
         self.slot_freed.notify_all();

@@ -1,11 +1,12 @@
 //! What keeps a checkpoint and what gives it up: pins, readers, the global mark, discards.
 
-use super::Region;
+use super::{Claimed, Region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{GlobalMark, SlotRecord, MARK_DISCARDED, MARK_PINNED};
 use crate::medium::Medium;
 use crate::slots::{SlotState, READERS_MAX};
 use crate::store::control::{flags_of, global_generation, set_flags, ControlState};
+use crate::sync::MutexGuard;
 
 impl Region {
     pub(super) fn change_control<T>(
@@ -22,12 +23,12 @@ impl Region {
         })
     }
 
-    /// Durably sets or clears one flag of `(slot, generation)` in the control block.
-    pub(super) fn mark_slot(&self, slot: u32, generation: u64, flag: u32, on: bool) -> Result<()> {
+    /// Durably sets and clears flags of `(slot, generation)` in the control block.
+    pub(super) fn mark_slot(&self, slot: u32, generation: u64, set: u32, clear: u32) -> Result<()> {
         self.change_control(|control, medium| {
             control.update(medium, |c| {
                 let old = flags_of(c, slot, generation);
-                set_flags(c, slot, generation, if on { old | flag } else { old & !flag });
+                set_flags(c, slot, generation, old & !clear | set);
             })
         })
     }
@@ -64,16 +65,26 @@ impl Region {
         self.slots.claimable_count(self.options.keep as usize, self.hold_floor())
     }
 
-    /// True where saves will have N slots to claim however long what is protected now stays so: a pin outlives
-    /// its checkpoint's time among the newest K.
-    fn has_lasting_room(&self) -> bool {
+    /// True where saves will have N slots to claim however long what is protected now, and `more` slots besides, stay
+    /// so: a pin outlives its checkpoint's time among the newest K. Slots of saves that are to be pinned count.
+    fn has_lasting_room(&self, more: u32) -> bool {
         let protected = self
             .slots
             .views()
             .iter()
             .filter(|view| view.pinned || view.readers > 0 || view.state == SlotState::Quarantined)
             .count() as u32;
-        protected + self.options.keep + self.options.max_in_flight <= self.layout().slot_count
+        protected + more + self.options.keep + self.options.max_in_flight <= self.layout().slot_count
+    }
+
+    /// Refuses a save that is to be pinned where there is no room for one more pin. What is returned is to be held until
+    /// its slot is claimed.
+    pub(crate) fn room_to_pin(&self) -> Result<MutexGuard<'_, ()>> {
+        let room = self.pin_room.lock();
+        match self.has_lasting_room(1) {
+            true => Ok(room),
+            false => Err(self.no_room("begin save")),
+        }
     }
 
     /// True where saves have N slots to claim now. Enough for a reader, which goes away again.
@@ -109,16 +120,25 @@ impl Region {
         if self.slots.view(record.slot).pinned {
             return Ok(());
         }
-        if !self.slots.pin(record.slot, generation) {
-            return Err(self.not_found(OP, generation));
+        {
+            let _room = self.pin_room.lock();
+            if !self.slots.pin(record.slot, generation) {
+                return Err(self.not_found(OP, generation));
+            }
+            if !self.has_lasting_room(0) {
+                let _ = self.slots.unpin(record.slot, generation);
+                return Err(self.no_room(OP));
+            }
         }
-        if !self.has_lasting_room() {
-            let _ = self.slots.unpin(record.slot, generation);
-            return Err(self.no_room(OP));
-        }
-        self.mark_slot(record.slot, generation, MARK_PINNED, true).inspect_err(|_| {
+        self.mark_slot(record.slot, generation, MARK_PINNED, 0).inspect_err(|_| {
             let _ = self.slots.unpin(record.slot, generation);
         })
+    }
+
+    /// Durably pins the checkpoint that the save of `claim` is about to commit. Only once its writing mark is durable:
+    /// a slot has one entry in the control block, and until then it may have to keep the slot's old record discarded.
+    pub(crate) fn pin_before_commit(&self, claim: Claimed) -> Result<()> {
+        self.mark_slot(claim.slot, claim.generation, MARK_PINNED, 0)
     }
 
     /// Durably lifts a pin; the retention rule applies again.
@@ -127,7 +147,7 @@ impl Region {
         self.check_usable(OP, true)?;
         let _maintenance = self.maintenance.lock();
         let record = self.record_of(generation).ok_or_else(|| self.not_found(OP, generation))?;
-        self.mark_slot(record.slot, generation, MARK_PINNED, false)?;
+        self.mark_slot(record.slot, generation, 0, MARK_PINNED)?;
         // False where it was not pinned: unpinning twice is no error.
         let _ = self.slots.unpin(record.slot, generation);
         self.reclaim();

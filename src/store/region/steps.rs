@@ -11,15 +11,16 @@
 
 use super::{Claimed, Region};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{RecordState, SlotRecord, MARK_QUARANTINED, MAX_GENERATION};
+use crate::format::{RecordState, SlotRecord, MARK_PINNED, MARK_QUARANTINED, MAX_GENERATION};
 use crate::medium::Barrier;
 use crate::slots::SlotState;
 use crate::store::control::{global_generation, LEASE_GENERATIONS};
 use crate::sync::atomic::Ordering;
 
 impl Region {
-    /// Takes the next generation and the free slot whose old content is oldest; `None` when no slot is free.
-    pub(crate) fn claim(&self) -> Result<Option<Claimed>> {
+    /// Takes the next generation and the free slot whose old content is oldest; `None` when no slot is free. With `pin`
+    /// the checkpoint will be pinned, for which the caller holds `room_to_pin`.
+    pub(crate) fn claim(&self, pin: bool) -> Result<Option<Claimed>> {
         let mut lease = self.lease.lock();
         if lease.next >= MAX_GENERATION {
             return Err(Error::new(
@@ -34,7 +35,7 @@ impl Region {
             lease.ceiling = self.change_control(|control, medium| control.lease(medium, lease.next))?;
         }
         let generation = lease.next;
-        let Some(claim) = self.slots.claim(generation) else { return Ok(None) };
+        let Some(claim) = self.slots.claim(generation, pin) else { return Ok(None) };
         lease.next += 1;
         Ok(Some(Claimed { slot: claim.slot, generation }))
     }
@@ -151,8 +152,8 @@ impl Region {
         self.slot_freed.notify_all();
         // Best effort: the medium has just failed. Without the mark recovery finds the slot's record as it is: nearly
         // always `writing`, which is never adopted; `committed` where only the commit's own barrier failed, and then
-        // the checkpoint is whole.
-        let _ = self.mark_slot(claim.slot, claim.generation, MARK_QUARANTINED, true);
+        // the checkpoint is whole (and pinned, if it was to be).
+        let _ = self.mark_slot(claim.slot, claim.generation, MARK_QUARANTINED, MARK_PINNED);
     }
 
     /// Frees what the retention rule no longer keeps.

@@ -1,0 +1,100 @@
+"""Files and folders that appear whole or not at all, and are durable once they have appeared."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["make_folders", "replaced_file", "replaced_folder", "sync_folder"]
+
+_numbers = itertools.count()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in ``folder`` durable: those that were added, replaced or removed."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folders(folder: Path) -> None:
+    """Makes ``folder`` and what lacks above it. Durable on return."""
+    missing = []
+    at = folder
+    while not at.exists():
+        missing.append(at)
+        at = at.parent
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+        sync_folder(one.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that no other writer uses; hidden, so that it is not taken for a checkpoint."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
+
+
+@contextmanager
+def replaced_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Gives the name of a new file to write; when the block ends well, that file is durably at ``path``.
+
+    When the block fails, ``path`` is as it was. ``replace=False``: a file that appeared at ``path`` meanwhile is not
+    replaced (:class:`FileExistsError`).
+    """
+    beside = _beside(path)
+    try:
+        yield beside
+        fd = os.open(beside, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if replace:
+            beside.replace(path)
+        else:
+            # Unlike a rename, a link never replaces.
+            os.link(beside, path)
+            beside.unlink()
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Gives a new, empty folder to fill; when the block ends well, it is durably at ``path``, with all its files.
+
+    A folder that was at ``path`` is replaced (not in one step: a crash between the two renames leaves the old one
+    beside it under a hidden name); when the block fails, ``path`` is as it was.
+    """
+    beside = _beside(path)
+    beside.mkdir()
+    try:
+        yield beside
+        for folder, _, names in os.walk(beside):
+            for name in names:
+                fd = os.open(Path(folder, name), os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            sync_folder(Path(folder))
+        if path.is_dir():
+            old = _beside(path)
+            path.rename(old)
+            beside.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            beside.replace(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    sync_folder(path.parent)

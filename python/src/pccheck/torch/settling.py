@@ -1,0 +1,151 @@
+"""Settling snapshots: waiting until the engine has copied them, checking that they are sound, letting them commit.
+
+A save of a snapshot commits only after it has been confirmed, and it is confirmed only if no tensor of it changed while
+it was copied. Whoever comes first does it: the trainer, which must not update before, or one long-lived thread, so that
+a save becomes durable also while the trainer makes no update for a long time, as in an evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import errors
+from ..save import Save
+from .snapshot import Snapshot
+
+__all__ = ["InFlight", "Settler"]
+
+# So many tensors of a snapshot, evenly spread, stand for all in telling whether an update was missed.
+_WITNESSES = 8
+
+
+@dataclass(eq=False)
+class InFlight:
+    """A save that was begun and whose outcome is not known yet."""
+
+    save: Save
+    snapshot: Snapshot
+    step: int
+    metrics: dict[str, float]
+    pinned: bool
+    #: why the checkpointer itself gave it up
+    verdict: errors.PccheckError | None = None
+    settled: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def settle(self) -> None:
+        """Checks the snapshot, which is copied, and lets it commit or gives it up. Once, whoever calls."""
+        # A signal's handler may come here while the thread that it interrupted holds the lock.
+        with self.lock:
+            if self.settled:
+                return
+            changed = [] if self.verdict is not None else self.snapshot.changed()
+            # Where the save has failed its outcome says why.
+            with contextlib.suppress(errors.PccheckError):
+                if changed:
+                    self.give_up(_torn(self.step, changed))
+                elif self.verdict is None:
+                    self.save.confirm()
+            # Not before: that handler must find it confirmed, or do it, for it will wait until it is durable.
+            self.settled = True
+            self.snapshot.release()
+
+    def give_up(self, why: errors.PccheckError) -> None:
+        """Cancels the save, for this reason."""
+        self.verdict = why
+        self.save.cancel()
+
+
+def _torn(step: int, changed: list[str]) -> errors.PccheckError:
+    shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+    return errors.InvalidState(
+        f"the snapshot of step {step} is torn and was not committed: {shown} changed before it was copied",
+        operation="save",
+        advice="call before_update() ahead of what changes them",
+    )
+
+
+class Settler:
+    """Has at most one snapshot to settle, and the thread that does it where the trainer does not."""
+
+    def __init__(self, update_timeout: float | None) -> None:
+        self._update_timeout = update_timeout
+        self._pending: InFlight | None = None
+        #: some tensors of the last snapshot and their version counters
+        self._witnesses: list[tuple[torch.Tensor, int]] = []
+        self._queue: queue.SimpleQueue[InFlight | None] = queue.SimpleQueue()
+        # It refers to the queue alone, so that it keeps nothing else alive.
+        self._thread = threading.Thread(target=_settle_all, args=(self._queue,), name="pccheck-settle", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._queue.put, None)
+
+    def submit(self, flight: InFlight) -> None:
+        """The engine has begun to copy this snapshot."""
+        self._pending = flight
+        live = flight.snapshot.live
+        self._witnesses = [(one.tensor, one.version) for one in live[:: max(1, len(live) // _WITNESSES)]]
+        self._queue.put(flight)
+
+    def before_update(self) -> None:
+        """Waits until nothing more is read from the trainer's memory."""
+        self._witnesses = []
+        self.settle(self._update_timeout)
+
+    def settle(self, timeout: float | None, *, give_up: bool = True) -> None:
+        """As :meth:`before_update`, for at most ``timeout`` seconds; then the save is given up, or goes on."""
+        flight = self._pending
+        if flight is None:
+            return
+        try:
+            flight.save.copied(timeout)
+        except errors.TimedOut:
+            if not give_up:
+                return
+            flight.give_up(
+                errors.TimedOut(
+                    f"step {flight.step} was not copied within {timeout} s; the save was cancelled, so that training "
+                    "can go on",
+                    operation="save",
+                    advice="look at the device, give a larger staging pool or update_timeout, or save less often",
+                )
+            )
+            with contextlib.suppress(errors.PccheckError):
+                # Cancelled copiers leave the memory at once.
+                flight.save.copied()
+        except errors.PccheckError:
+            # Its outcome says why; the memory is the trainer's again.
+            pass
+        flight.settle()
+        self._pending = None
+
+    def missed_update(self) -> bool:
+        """True where saved tensors changed although :meth:`before_update` was not called; said once per snapshot."""
+        witnesses, self._witnesses = self._witnesses, []
+        if any(tensor._version != version for tensor, version in witnesses):
+            return True
+        self._witnesses = witnesses
+        return False
+
+    def forget(self) -> None:
+        """After a restore: what changed since is no update."""
+        self._witnesses = []
+
+    def close(self) -> None:
+        """Ends the thread, once it has settled what was submitted."""
+        self._queue.put(None)
+        self._thread.join()
+
+
+def _settle_all(flights: queue.SimpleQueue[InFlight | None]) -> None:
+    while (flight := flights.get()) is not None:
+        with contextlib.suppress(errors.PccheckError):
+            flight.save.copied()
+        flight.settle()
+        # Not to be kept alive until the next one comes.
+        del flight

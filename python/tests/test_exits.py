@@ -1,0 +1,124 @@
+"""Failure prevented: the last checkpoint is lost because the program ended, or the program's end is changed by us.
+
+Each program saves without ever closing its checkpointer and ends while the save is in flight: what was begun must be
+found, the process must end as it would have without us, and what ends beside it (forked children, workers of a data
+loader) must neither finish nor cancel its saves.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from programs.warm import Program, Warm
+
+import pccheck
+
+SEED = random.SystemRandom().randrange(1, 2**31)
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    found = Warm()
+    yield found
+    found.close()
+
+
+def newest(path: Path) -> int | None:
+    with pccheck.Store(path, read_only=True, max_in_flight=1, chunk_bytes=1 << 20, staging_bytes=4 << 20) as store:
+        assert store.verify().damaged == 0
+        return store.checkpoints()[0].step if store.checkpoints() else None
+
+
+def run(warm: Warm, folder: Path, how: str, **more: float) -> tuple[int, Program]:
+    program = warm.start("train_exits", folder, path=str(folder / "region"), how=how, **more)
+    status = program.wait()
+    assert "in flight False" in program.text(), program.text()
+    return status, program
+
+
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        ("end", 0),
+        ("sys.exit", 5),
+        ("exception", 1),
+        ("interrupt", -signal.SIGINT),
+        ("sigterm", -signal.SIGTERM),
+        ("own-handler", 7),
+        ("own-handler-again", 7),
+        ("ignored", 0),
+        ("sigterm-while-closing", -signal.SIGTERM),
+        ("unfinished-worker", 0),
+    ],
+)
+def test_what_was_begun_is_found(warm: Warm, tmp_path: Path, how: str, status: int) -> None:
+    found, program = run(warm, tmp_path, how)
+    assert found == status, program.text()
+    assert newest(tmp_path / "region") == 1
+    text = program.text()
+    assert ("Traceback" in text) == (how in ("exception", "interrupt")), text
+    assert ("went on" in text) == (how == "ignored")
+    if how.startswith("own-handler"):
+        assert "own handler after 1" in text
+    if how == "own-handler-again":
+        assert text.count("chained") == 1
+        assert newest(tmp_path / "region2") == 2
+
+
+def test_exits_never_hang(warm: Warm, tmp_path: Path) -> None:
+    """Threads of an interpreter that is being torn down cannot be waited for: each exit is a new chance to try."""
+    for i in range(8):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        status, program = run(warm, folder, "end")
+        assert status == 0 and newest(folder / "region") == 1, program.text()
+        assert len(program.lines()) == 1, program.text()
+
+
+def test_sigterm_at_any_moment_finishes_what_was_begun(warm: Warm, tmp_path: Path) -> None:
+    """In the middle of settling, collecting or beginning too."""
+    rng = random.Random(SEED)
+    print(f"seed {SEED}")
+    for i in range(12):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        program = warm.start("train_exits", folder, path=str(folder / "region"), how="sigterm-anywhere")
+        program.wait_for("begun", rng.randrange(1, 6))
+        time.sleep(rng.random() * 0.03)
+        program.kill(signal.SIGTERM)
+        assert program.wait() == -signal.SIGTERM, program.text()
+        # step() had returned for this one.
+        begun = int(program.lines()[-1].split()[1])
+        assert (newest(folder / "region") or 0) >= begun
+
+
+@pytest.mark.parametrize(("how", "child"), [("fork", 3), ("fork-sigterm", -signal.SIGTERM)])
+def test_a_forked_child_ends_alone(warm: Warm, tmp_path: Path, how: str, child: int) -> None:
+    status, program = run(warm, tmp_path, how)
+    assert status == 0, program.text()
+    assert f"child {child}" in program.text(), program.text()
+    assert "Traceback" not in program.text() and "Warning" not in program.text(), program.text()
+    assert newest(tmp_path / "region") == 2
+
+
+def test_data_loader_workers(warm: Warm, tmp_path: Path) -> None:
+    status, program = run(warm, tmp_path, "workers")
+    assert status == 0, program.text()
+    assert "newest 15" in program.text()
+    assert "Traceback" not in program.text() and "Warning" not in program.text(), program.text()
+    assert newest(tmp_path / "region") == 99
+
+
+def test_the_time_given_is_kept(warm: Warm, tmp_path: Path) -> None:
+    """With no time at all it ends at once, as any program does; nothing is torn."""
+    status, program = run(warm, tmp_path, "sigterm", exit_timeout=0.0)
+    assert status == -signal.SIGTERM, program.text()
+    assert newest(tmp_path / "region") in (None, 1)
