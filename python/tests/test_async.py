@@ -135,6 +135,7 @@ def test_closing_the_save_wakes_who_awaits_it(store: pccheck.Store) -> None:
         tasks = [asyncio.ensure_future(save) for _ in range(2)]
         await asyncio.sleep(0)
         save.close()
+        # It ends all the same, here by being cancelled, and that wakes them.
         for why in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(why, errors.InvalidState)
         with pytest.raises(errors.InvalidState):

@@ -98,6 +98,14 @@ def test_a_closed_store_refuses_and_closes_again(store: pccheck.Store) -> None:
             call()
 
 
+def test_a_store_closes_while_an_error_of_its_own_is_handled(store: pccheck.Store) -> None:
+    try:
+        store.open()
+    except errors.NotFound:
+        store.close()
+    assert store.closed
+
+
 def test_open_selects(open_store: OpenStore, region: MakeRegion) -> None:
     store = open_store(region(slots=6), keep=4)
     first, second, third = (saved(store, step) for step in (10, 20, 10))

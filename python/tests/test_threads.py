@@ -195,6 +195,20 @@ def test_two_threads_commit_one_raw_save(store: pccheck.Store) -> None:
     assert save.durable(30).step == 1
 
 
+def test_a_commit_waits_for_the_writes_of_other_threads(store: pccheck.Store) -> None:
+    raw = store.raw_save(1, 3)
+    raw.write_at(0, b"abc")
+    with raw._handle.use():
+        thread, outcome = in_thread(raw.commit)
+        while not raw._handle.closed and thread.is_alive():
+            time.sleep(0.001)
+        assert outcome.empty()
+        with pytest.raises(errors.InvalidState):
+            raw.write_at(0, b"abc")
+    thread.join(30)
+    assert outcome.get().durable(30).step == 1
+
+
 def test_other_threads_run_while_one_waits(store: pccheck.Store) -> None:
     """Counted, not timed: each wait lasts until the other thread has counted far more than one switch allows."""
     save = store.save(1, {"x": np.ones(10)}, confirm=True)

@@ -60,7 +60,6 @@ class Save:
         # A store that nobody closed stays open as long as it has saves whose end nobody has seen.
         self._store: Handle | None = store
         self._path = path
-        self._event: int | None = None
         self._unconfirmed = unconfirmed
         progress = self._progress()
         self.generation: int = progress.generation
@@ -100,8 +99,7 @@ class Save:
             PccheckError: why the save failed; earlier checkpoints are intact.
         """
         found = new_struct("pcc_durable")
-        self._wait(lambda save, ms: int(lib.pcc_save_wait_durable(save, ms, found)), timeout)
-        self._store = None
+        self._wait(lambda save, ms: int(lib.pcc_save_wait_durable(save, ms, found)), timeout, ends=True)
         return Durable(
             generation=found.generation,
             step=self.step,
@@ -111,12 +109,14 @@ class Save:
             slot=found.slot,
         )
 
-    def _wait(self, call: Callable[[Any, int], int], timeout: float | None) -> None:
+    def _wait(self, call: Callable[[Any, int], int], timeout: float | None, ends: bool = False) -> None:
         def slice_(save: Any, milliseconds: int) -> int:
             status = call(save, milliseconds)
             if status not in (lib.PCC_TIMED_OUT, lib.PCC_FORKED, lib.PCC_BAD_POINTER):
                 # Nothing reads the arrays any more, however the save goes on.
                 self._handle.keep = None
+                if ends:
+                    self._store = None
             return status
 
         try:
@@ -178,10 +178,6 @@ class Save:
         # Here Ctrl-C can end the wait, which it cannot while the handle is freed.
         with suppress(errors.PccheckError):
             self.copied()
-        if self._event is not None and not self._handle.inherited:
-            # A freed save tells nobody of its end: wake who awaits it.
-            with suppress(errors.InvalidState), self._handle.use():
-                os.eventfd_write(self._event, 1)
         self._handle.close()
         self._store = None
 
@@ -190,8 +186,7 @@ class Save:
         fd = ffi.new("int32_t *")
         with self._handle.use() as save:
             check(lib.pcc_save_event_fd(save, fd))
-            self._event = int(fd[0])
-        return self._event
+        return int(fd[0])
 
     def __await__(self) -> Generator[Any, None, Durable]:
         return self._ended().__await__()
