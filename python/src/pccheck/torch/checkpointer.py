@@ -47,8 +47,8 @@ class Checkpointer:
     forward and backward of the next iteration run; before the next update the checkpointer waits, by itself, through
     torch's optimizer hooks. Where something else updates them (an EMA kept in parameters, an update written by hand, a
     step replayed as a CUDA graph), call :meth:`before_update` ahead of it. Everything else (buffers, RNG, schedulers,
-    Python values) is captured before :meth:`step` returns. A snapshot whose tensors were changed too early is
-    never committed: the save fails and says which.
+    Python values) is captured before :meth:`step` returns. A snapshot of which torch has
+    counted an in-place change by then is not committed: the save fails and says which tensors changed.
 
     State in device memory is copied to host memory by torch before :meth:`step` returns.
 
@@ -382,7 +382,8 @@ class Checkpointer:
             device: where parameters on the meta device get their memory.
 
         Raises:
-            StateMismatch: lists missing, unexpected and mismatched names. Nothing was changed.
+            StateMismatch: lists missing, unexpected and mismatched names. Nothing was changed, unless a warning has said
+                that a newer checkpoint is damaged.
             InvalidArgument: ``only`` names nothing that there is. Nothing was changed.
             NotFound: the asked-for checkpoint does not exist.
             Corrupt: every candidate is damaged; the state is unspecified then.

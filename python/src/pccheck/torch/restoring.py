@@ -24,6 +24,8 @@ __all__ = ["GRADIENTS", "TREE_KEY", "Restored", "restore", "restore_newest"]
 
 #: metadata key of the state's tree, see docs/trees.md
 TREE_KEY = "tree"
+# Of a store that only reads: enough for its readers.
+_STAGING_BYTES = 64 << 20
 #: member that holds gradients, where they are saved
 GRADIENTS = "gradients"
 
@@ -55,7 +57,7 @@ def restore(
     Arguments, result and errors are those of :meth:`Checkpointer.restore`; what the checkpoint holds beyond the
     members is left alone. The global random-number generators are not touched.
     """
-    with Store(region_path(path), read_only=True, durability="process") as store:
+    with Store(region_path(path), read_only=True, durability="process", staging_bytes=_STAGING_BYTES) as store:
         found = restore_newest(
             store,
             members_of(members),

@@ -1,8 +1,13 @@
 """Settling snapshots: waiting until the engine has copied them, checking that they are sound, letting them commit.
 
 A save of a snapshot commits only after it has been confirmed, and it is confirmed only if no tensor of it changed while
-it was copied. Whoever comes first does it: the trainer, which must not update before, or one long-lived thread, so that
-a save becomes durable also while the trainer makes no update for a long time, as in an evaluation.
+it was copied. The trainer does it, which must not update before; or, where it makes no update for a while, as in an
+evaluation, one long-lived thread, so that a save becomes durable then too.
+
+That thread waits before it looks. torch counts an in-place change when its kernel has ended, so that a change that nobody
+announced may be under way and not yet counted when the copy is complete. A kernel changes one tensor, at about the speed
+at which the engine copies all of them: after several times the copy's duration it is counted. The trainer's own check
+needs no such wait, because what it checks is what it changes.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 import weakref
 from dataclasses import dataclass, field
 
@@ -24,6 +30,10 @@ __all__ = ["InFlight", "Settler"]
 # So many tensors of a snapshot, evenly spread, stand for all in telling whether an update was missed.
 _WITNESSES = 8
 
+# The settling thread waits so long after the copy, and so many times as long as the copy took, for the trainer to settle.
+_GRACE_SECONDS = 0.5
+_GRACE_COPIES = 5
+
 
 @dataclass(eq=False)
 class InFlight:
@@ -36,14 +46,14 @@ class InFlight:
     pinned: bool
     #: why the checkpointer itself gave it up
     verdict: errors.PccheckError | None = None
-    settled: bool = False
+    settled: threading.Event = field(default_factory=threading.Event)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def settle(self) -> None:
         """Checks the snapshot, which is copied, and lets it commit or gives it up. Once, whoever calls."""
         # A signal's handler may come here while the thread that it interrupted holds the lock.
         with self.lock:
-            if self.settled:
+            if self.settled.is_set():
                 return
             changed = [] if self.verdict is not None else self.snapshot.changed()
             # Where the save has failed its outcome says why.
@@ -53,7 +63,7 @@ class InFlight:
                 elif self.verdict is None:
                     self.save.confirm()
             # Not before: that handler must find it confirmed, or do it, for it will wait until it is durable.
-            self.settled = True
+            self.settled.set()
             self.snapshot.release()
 
     def give_up(self, why: errors.PccheckError) -> None:
@@ -144,8 +154,10 @@ class Settler:
 
 def _settle_all(flights: queue.SimpleQueue[InFlight | None]) -> None:
     while (flight := flights.get()) is not None:
+        began = time.monotonic()
         with contextlib.suppress(errors.PccheckError):
             flight.save.copied()
+        flight.settled.wait(_GRACE_SECONDS + _GRACE_COPIES * (time.monotonic() - began))
         flight.settle()
         # Not to be kept alive until the next one comes.
         del flight

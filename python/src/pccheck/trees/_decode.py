@@ -279,8 +279,7 @@ class Decoder:
         package = loaded(name)
         if package is None:
             place = show_path("", self._path)
-            message = f"{place}: the state holds a value of {name}; import {name} before you read it"
-            raise UnsupportedValue(message, at=place)
+            raise UnsupportedValue(f"a value of {name}; import {name} before you read it", at=place)
         return package
 
     def _numpy_scalar(self, value: dict[str, Any]) -> Any:

@@ -64,8 +64,8 @@ class Encoder:
 
     def _refuse(self, message: str) -> NoReturn:
         place = show_path(self._prefix, self._path)
-        within = " (in a key or a set there)" if self._hashing else ""
-        raise UnsupportedValue(f"{place}{within}: {message}", at=place)
+        within = "in a key or a set there, " if self._hashing else ""
+        raise UnsupportedValue(f"{within}{message}", at=place)
 
     # Scalars
 
