@@ -382,8 +382,8 @@ class Checkpointer:
             device: where parameters on the meta device get their memory.
 
         Raises:
-            StateMismatch: lists missing, unexpected and mismatched names. Nothing was changed, unless a warning has said
-                that a newer checkpoint is damaged.
+            StateMismatch: lists missing, unexpected and mismatched names. Nothing was changed, unless a warning
+                has said that a newer checkpoint is damaged.
             InvalidArgument: ``only`` names nothing that there is. Nothing was changed.
             NotFound: the asked-for checkpoint does not exist.
             Corrupt: every candidate is damaged; the state is unspecified then.

@@ -4,10 +4,10 @@ A save of a snapshot commits only after it has been confirmed, and it is confirm
 it was copied. The trainer does it, which must not update before; or, where it makes no update for a while, as in an
 evaluation, one long-lived thread, so that a save becomes durable then too.
 
-That thread waits before it looks. torch counts an in-place change when its kernel has ended, so that a change that nobody
-announced may be under way and not yet counted when the copy is complete. A kernel changes one tensor, at about the speed
-at which the engine copies all of them: after several times the copy's duration it is counted. The trainer's own check
-needs no such wait, because what it checks is what it changes.
+That thread waits before it looks. torch counts an in-place change when its kernel has ended, so that a change that
+nobody announced may be under way and not yet counted when the copy is complete. A kernel changes one tensor, at about
+the speed at which the engine copies all of them: after several times the copy's duration it is counted. The trainer's
+own check needs no such wait, because what it checks is what it changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["InFlight", "Settler"]
 # So many tensors of a snapshot, evenly spread, stand for all in telling whether an update was missed.
 _WITNESSES = 8
 
-# The settling thread waits so long after the copy, and so many times as long as the copy took, for the trainer to settle.
+# For the trainer to settle, its thread waits so long, and so many times as long as the copy took.
 _GRACE_SECONDS = 0.5
 _GRACE_COPIES = 5
 
