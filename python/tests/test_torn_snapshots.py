@@ -2,8 +2,8 @@
 
 Each iteration fills every tensor of parameters and optimizer state, in place, with one value, its own number, the
 moment it may. So a sound checkpoint holds one value, that of its step; buffers and Python values are overwritten
-the moment ``step()`` has returned. The staging pool is a small part of the state, so that copying goes on long after that. The
-last tests plant faults, which proves that torn checkpoints would be seen.
+moment it may. So a sound checkpoint holds one value, that of its step; buffers and Python values are overwritten the
+moment ``step()`` has returned. The staging pool is a small part of the state, so that copying goes on long after. The
 """
 
 from __future__ import annotations
