@@ -1,9 +1,9 @@
 """Failure prevented: a checkpoint that mixes two iterations, because training went on while it was copied.
 
 Each iteration fills every tensor of parameters and optimizer state, in place, with one value, its own number, the
-moment it may. So a sound checkpoint holds one value, that of its step; buffers and Python values are overwritten
 moment it may. So a sound checkpoint holds one value, that of its step; buffers and Python values are overwritten the
-moment ``step()`` has returned. The staging pool is a small part of the state, so that copying goes on long after. The
+moment ``step()`` has returned. The staging pool is a small part of the state, so that copying goes on long after that.
+The last tests plant faults, which proves that torn checkpoints would be seen.
 """
 
 from __future__ import annotations
