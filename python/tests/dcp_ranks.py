@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # noqa: F401  DTensor imports it at first use, in every rank
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,9 +25,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from pccheck.dcp import RegionReader, RegionWriter
 
-# Importing torch takes seconds: one process does it, and ranks are forked from that.
+# Importing torch takes seconds: one process does it, and ranks are forked from that. It finds this module by its
+# environment only, and would pass over it in silence.
 _RANKS = multiprocessing.get_context("forkserver")
 _RANKS.set_forkserver_preload(["dcp_ranks"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
 

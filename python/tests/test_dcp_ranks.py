@@ -1,4 +1,4 @@
-"""Prevents: groups of ranks that restore pieces of different saves, or lose a checkpoint when a rank fails or goes."""
+"""Prevents: groups of ranks that restore pieces of different saves, or lose a checkpoint when a rank fails."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 import dcp_ranks  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from dcp_ranks import run_ranks  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from pccheck.dcp import RegionReader, RegionWriter  # noqa: E402
 
@@ -69,7 +70,7 @@ def test_a_coordinator_killed_before_publication_leaves_the_checkpoint_before(tm
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     assert run_ranks(2, dcp_ranks.save_all, tmp_path, [1]) == [0, 0]
     (tmp_path / "rank-00001.pccheck").unlink()
-    with pytest.raises(Exception, match="no published checkpoint is complete: save 1: rank-00001.pccheck"):
+    with pytest.raises(CheckpointException, match="no published checkpoint is complete: save 1: rank-00001.pccheck"):
         load_in_one_process(tmp_path, 1)
 
 
