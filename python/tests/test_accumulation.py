@@ -5,6 +5,9 @@ is refused, from the first iteration on and after a restore too, unless gradient
 must equal the other one bit for bit.
 """
 
+# What needs torch is imported once it is known to be there.
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,8 +15,9 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
+import torch
 from torch import nn
 
 from pccheck.errors import InvalidState
@@ -30,9 +34,8 @@ class Run:
 
     def __init__(self, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2), nn.Flatten(), nn.Linear(288, 4)
-        )
+        features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2))
+        self.model = nn.Sequential(features, nn.Flatten(), nn.Linear(288, 4))
         self.model.to(memory_format=memory_format)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
@@ -109,7 +112,7 @@ def test_another_models_optimizer_says_nothing_of_this_one(tmp_path: Path) -> No
 
 def test_sparse_gradients(tmp_path: Path) -> None:
     embedding = nn.Embedding(50, 8, sparse=True)
-    optimizer = torch.optim.SparseAdam(embedding.parameters())
+    optimizer: Any = torch.optim.SparseAdam(embedding.parameters())
     with Checkpointer(tmp_path / "region", model=embedding, optimizer=optimizer, **POOL) as ckpt:
         embedding(torch.arange(5)).sum().backward()
         with pytest.raises(InvalidState):

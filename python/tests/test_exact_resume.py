@@ -5,6 +5,9 @@ times, while saves are in flight. Every loss of every run must equal, bit for bi
 that was never interrupted, and so must every byte of the final state.
 """
 
+# What needs torch is imported once it is known to be there.
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import math

@@ -5,6 +5,9 @@ found, the process must end as it would have without us, and what ends beside it
 loader) must neither finish nor cancel its saves.
 """
 
+# What needs torch is imported once it is known to be there.
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import random
@@ -54,13 +57,15 @@ def run(warm: Warm, folder: Path, how: str, **more: float) -> tuple[int, Program
         ("sigterm", -signal.SIGTERM),
         ("own-handler", 7),
         ("own-handler-again", 7),
+        ("replaced", 9),
         ("ignored", 0),
         ("sigterm-while-closing", -signal.SIGTERM),
         ("unfinished-worker", 0),
     ],
 )
 def test_what_was_begun_is_found(warm: Warm, tmp_path: Path, how: str, status: int) -> None:
-    found, program = run(warm, tmp_path, how)
+    # A large one is still being finished when the signal comes.
+    found, program = run(warm, tmp_path, how, width=1500 if how == "sigterm-while-closing" else 500)
     assert found == status, program.text()
     assert newest(tmp_path / "region") == 1
     text = program.text()
@@ -70,6 +75,7 @@ def test_what_was_begun_is_found(warm: Warm, tmp_path: Path, how: str, status: i
         assert "own handler after 1" in text
     if how == "own-handler-again":
         assert text.count("chained") == 1
+    if how in ("own-handler-again", "replaced"):
         assert newest(tmp_path / "region2") == 2
 
 
@@ -84,7 +90,6 @@ def test_exits_never_hang(warm: Warm, tmp_path: Path) -> None:
 
 
 def test_sigterm_at_any_moment_finishes_what_was_begun(warm: Warm, tmp_path: Path) -> None:
-    """In the middle of settling, collecting or beginning too."""
     rng = random.Random(SEED)
     print(f"seed {SEED}")
     for i in range(12):
@@ -98,6 +103,14 @@ def test_sigterm_at_any_moment_finishes_what_was_begun(warm: Warm, tmp_path: Pat
         # step() had returned for this one.
         begun = int(program.lines()[-1].split()[1])
         assert (newest(folder / "region") or 0) >= begun
+
+
+def test_sigterm_in_the_middle_of_settling_finishes_what_was_begun(warm: Warm, tmp_path: Path) -> None:
+    """The handler runs in the thread that it interrupts, and must neither wait for that thread nor skip its save."""
+    status, program = run(warm, tmp_path, "sigterm-in-settling")
+    assert status == -signal.SIGTERM, program.text()
+    begun = [line for line in program.lines() if line.startswith("begun")]
+    assert (newest(tmp_path / "region") or 0) >= (int(begun[-1].split()[1]) if begun else 1)
 
 
 @pytest.mark.parametrize(("how", "child"), [("fork", 3), ("fork-sigterm", -signal.SIGTERM)])

@@ -5,6 +5,9 @@ nothing that trainers ordinarily do may be taken for such a change. A change wit
 at the next ``step()``, however fast the copying was, so that these tests do not rely on timing.
 """
 
+# What needs torch is imported once it is known to be there.
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import gc
@@ -21,10 +24,14 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+pytest.importorskip("numpy")
 
+import numpy as np
+import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pccheck
 from pccheck.torch import Checkpointer, CheckpointWarning
@@ -99,7 +106,7 @@ def test_optimizers_wait_by_themselves(tmp_path: Path, make: Any, to_none: bool)
 
 def test_lbfgs_closures(tmp_path: Path) -> None:
     model = net()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, history_size=3, line_search_fn="strong_wolfe")
+    optimizer: Any = torch.optim.LBFGS(model.parameters(), max_iter=4, history_size=3, line_search_fn="strong_wolfe")
     ckpt = Checkpointer(tmp_path / "region", model=model, optimizer=optimizer, **POOL)
 
     def one(i: int) -> None:
@@ -136,7 +143,7 @@ def test_a_gan_in_the_usual_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("member", [True, False])
 def test_an_optimizer_made_after_the_checkpointer(tmp_path: Path, member: bool) -> None:
     model = net()
-    more = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)} if member else {}
+    more: Any = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)} if member else {}
     ckpt = Checkpointer(tmp_path / "region", model=model, **more, **POOL)
     late = torch.optim.AdamW(model.parameters())
 
@@ -174,7 +181,8 @@ def test_a_grad_scaler_that_skips_updates(tmp_path: Path, overflows: str) -> Non
     def one(i: int) -> None:
         optimizer.zero_grad()
         scaler.scale(model(torch.ones(4, 8) * (i + 1)).square().mean()).backward()
-        for parameter in model.parameters() if overflows == "everywhere" else [model[0].weight]:
+        for parameter in list(model.parameters())[: None if overflows == "everywhere" else 1]:
+            assert parameter.grad is not None
             parameter.grad[0] = float("inf")
         scaler.step(optimizer)
         scaler.update()
@@ -188,7 +196,7 @@ def test_a_grad_scaler_that_skips_updates(tmp_path: Path, overflows: str) -> Non
 def test_averaged_parameters(tmp_path: Path, late: bool) -> None:
     """After optimizer.step() its wait covers them; after ckpt.step() they need before_update()."""
     model = net()
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
     optimizer = torch.optim.AdamW(model.parameters())
     ckpt = Checkpointer(tmp_path / "region", model=model, average=average, optimizer=optimizer, **POOL)
 
@@ -209,7 +217,7 @@ def test_averaged_parameters(tmp_path: Path, late: bool) -> None:
 
 def test_averaged_parameters_without_before_update_are_told_of(tmp_path: Path) -> None:
     model = net()
-    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new)
+    average = AveragedModel(model, avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new)
     average.update_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters())
     with Checkpointer(tmp_path / "region", model=model, optimizer=optimizer, average=average, **POOL) as ckpt:
@@ -234,6 +242,7 @@ class Peculiar(nn.Module):
         self.frozen = nn.Linear(16, 16).requires_grad_(False)
         self.turned = nn.Parameter(torch.randn(16, 8).t())
         self.empty = nn.Parameter(torch.empty(0, 3))
+        self.constant: torch.Tensor
         with torch.inference_mode(inference):
             self.register_buffer("constant", torch.randn(2000, 1000))
 
@@ -361,14 +370,16 @@ def test_no_thread_or_process_is_started_for_a_save(tmp_path: Path) -> None:
 
 
 def test_snapshots_hold_no_memory_once_they_are_copied(tmp_path: Path) -> None:
-    tensor = torch.zeros(500_000)
-    with Checkpointer(tmp_path / "region", state={"large": tensor}, **POOL) as ckpt:
-        alive = weakref.ref(tensor)
+    memory = np.zeros(1_500_000, np.float32)
+    model = nn.Linear(1, 1)
+    model.weight = nn.Parameter(torch.from_numpy(memory))
+    alive = weakref.ref(memory)
+    with Checkpointer(tmp_path / "region", model=model, **POOL) as ckpt:
         ckpt.step(0)
-        ckpt._members["state"].target["large"] = torch.zeros(3)
+        model.weight = nn.Parameter(torch.zeros(3))
+        del memory
         ckpt.before_update()
-        del tensor
-        gc.collect()
+        # Whether or not it is durable by now.
         assert alive() is None
         ckpt.step(1)
 

@@ -1,10 +1,13 @@
 """Failure prevented: a checkpoint that mixes two iterations, because training went on while it was copied.
 
-Each iteration fills every tensor of parameters and optimizer state, in place, with one value, its own number, the
+Each iteration fills every tensor of parameters and optimizer state, in place, with one value: its own number, the
 moment it may. So a sound checkpoint holds one value, that of its step; buffers and Python values are overwritten the
 moment ``step()`` has returned. The staging pool is a small part of the state, so that copying goes on long after that.
 The last tests plant faults, which proves that torn checkpoints would be seen.
 """
+
+# What needs torch is imported once it is known to be there.
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -15,7 +18,11 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+pytest.importorskip("numpy")
+
+import numpy as np
+import torch
 
 import pccheck
 from pccheck.torch import TREE_KEY, Checkpointer, CheckpointWarning, snapshot
@@ -35,7 +42,7 @@ class Fill(torch.optim.Optimizer):
         self.value = 0.0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.fill()
 
     def fill(self) -> None:
@@ -55,6 +62,7 @@ class Model(torch.nn.Module):
         super().__init__()
         for i in range(TENSORS):
             self.register_parameter(f"p{i}", torch.nn.Parameter(torch.zeros(SIDE, SIDE)))
+        self.buffer: torch.Tensor
         self.register_buffer("buffer", torch.zeros(buffer_side, buffer_side))
 
 
@@ -107,7 +115,8 @@ class Run:
 
 def train(path: Path, update: Update, *, buffer_side: int = 100, **more: Any) -> Run:
     """Updates and saves as fast as it can, then reads back every checkpoint that became durable."""
-    model, numbers = Model(buffer_side), {"iteration": 0, "nested": [0]}
+    numbers: dict[str, Any] = {"iteration": 0, "nested": [0]}
+    model = Model(buffer_side)
     fill = Fill(model.parameters())
     fill.step()
     early = 0
@@ -139,7 +148,7 @@ def _read_back(path: Path) -> tuple[dict[int, set[float]], dict[int, Any]]:
                 assert checkpoint.step not in values
                 assert len(checkpoint.tensors) == 2 * TENSORS + 1
                 arrays = [checkpoint.read(name) for name in checkpoint.tensors]
-                values[checkpoint.step] = {float(v) for array in arrays for v in torch.from_numpy(array).unique()}
+                values[checkpoint.step] = {float(v) for array in arrays for v in np.unique(array)}
                 tree = pccheck.trees.unflatten(checkpoint.metadata[TREE_KEY], lambda name, kind: name)
                 plain[checkpoint.step] = tree["numbers"]
     return values, plain

@@ -85,16 +85,14 @@ def digest(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> str:
 def main(optimizer: str, steps: int, path: str | None, n: int, rng: bool = True) -> None:
     torch.set_num_threads(1)
     model, optimizers = build(optimizer)
-    cycles = {"total_steps": steps + 1, "cycle_momentum": optimizer != "lbfgs"}
+    cycles: Any = {"total_steps": steps + 1, "cycle_momentum": optimizer != "lbfgs"}
     schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, 0.01, **cycles) for o in optimizers]
     random.seed(2)
     np.random.seed(3)
     first, ckpt = 0, None
     if path is not None:
-        more = {"optimizer": optimizers, "scheduler": schedulers}
-        ckpt = Checkpointer(
-            path, model=model, max_in_flight=n, staging_bytes=12 << 20, chunk_bytes=1 << 20, rng=rng, **more
-        )
+        members: Any = {"model": model, "optimizer": optimizers, "scheduler": schedulers}
+        ckpt = Checkpointer(path, max_in_flight=n, staging_bytes=12 << 20, chunk_bytes=1 << 20, rng=rng, **members)
         last = ckpt.restore()
         print(f"restored {last}", flush=True)
         first = 0 if last is None else last + 1
@@ -112,7 +110,8 @@ def main(optimizer: str, steps: int, path: str | None, n: int, rng: bool = True)
             return loss
 
         if optimizer == "lbfgs":
-            loss: Any = optimizers[0].step(closure)
+            closing: Any = optimizers[0]
+            loss = closing.step(closure)
         else:
             loss = closure()
             for o in optimizers:

@@ -1,6 +1,6 @@
 """A training loop that ends in one of many ways with a save in flight. It never closes its checkpointer.
 
-Arguments: path of the region, how (name of the ending), exit_timeout.
+Arguments: path of the region, how (name of the ending), exit_timeout, width of the model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pccheck.torch import Checkpointer
+from pccheck.torch.snapshot import Snapshot
 
 
 class Numbers(Dataset[torch.Tensor]):
@@ -32,6 +33,13 @@ def own_handler(number: int, frame: Any) -> None:
     # What it finds is what a restart would find.
     print("own handler after", CKPT.checkpoints()[0].step if CKPT.checkpoints() else None, flush=True)
     sys.exit(7)
+
+
+def interrupted(snapshot: Snapshot, changed: Any = Snapshot.changed) -> Any:
+    """The check of a snapshot, in the middle of which the signal comes. The settling thread may do it instead."""
+    if threading.current_thread() is threading.main_thread():
+        os.kill(os.getpid(), signal.SIGTERM)
+    return changed(snapshot)
 
 
 def fork_and_exit(how: str) -> int:
@@ -52,14 +60,15 @@ if how.startswith("own-handler"):
     signal.signal(signal.SIGTERM, own_handler)
 if how == "ignored":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-model = nn.Linear(1000, 1000)
+WIDTH = arguments.get("width", 500)
+model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-model(torch.ones(2, 1000)).sum().backward()
+model(torch.ones(2, WIDTH)).sum().backward()
 optimizer.step()
 
 
 def checkpointer(path: str) -> Checkpointer:
-    pool = {"chunk_bytes": 256 << 10, "staging_bytes": 2 << 20}
+    pool: Any = {"chunk_bytes": 256 << 10, "staging_bytes": 2 << 20}
     timeout = arguments.get("exit_timeout", 50.0)
     return Checkpointer(path, model=model, optimizer=optimizer, exit_timeout=timeout, max_in_flight=3, **pool)
 
@@ -76,6 +85,10 @@ if how == "own-handler-again":
     signal.signal(signal.SIGTERM, chained)
     other = checkpointer(arguments["path"] + "2")
     other.step(2)
+if how == "replaced":
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(9))
+    other = checkpointer(arguments["path"] + "2")
+    other.step(2)
 save = CKPT.step(1)
 assert save is not None
 print("in flight", save.progress().ended, flush=True)
@@ -89,17 +102,18 @@ elif how == "exception":
 elif how == "interrupt":
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
-elif how in ("sigterm", "own-handler", "own-handler-again", "ignored"):
+elif how in ("sigterm", "own-handler", "own-handler-again", "replaced", "ignored"):
     os.kill(os.getpid(), signal.SIGTERM)
     print("went on", flush=True)
 elif how == "sigterm-while-closing":
-    threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM)).start()
     CKPT.close()
     time.sleep(60)
-elif how == "sigterm-anywhere":
-    print("ready", flush=True)
+elif how in ("sigterm-anywhere", "sigterm-in-settling"):
+    if how == "sigterm-in-settling":
+        Snapshot.changed = interrupted  # type: ignore[method-assign]
     for i in range(2, 10**9):
-        model(torch.ones(2, 1000)).sum().backward()
+        model(torch.ones(2, WIDTH)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         CKPT.step(i)

@@ -99,6 +99,8 @@ class Warm:
 def _serve() -> dict[str, str] | None:
     """Answers requests. Returns the request to run in a forked child, None where the client is gone."""
     # What makes it warm; optimizers import dynamo.
+    import torch._dynamo
+    import torch.utils.data  # noqa: F401
 
     import pccheck.torch  # noqa: F401
 
