@@ -1,7 +1,4 @@
-"""Saves a training state with torch.distributed.checkpoint to regions, in the background, and resumes from it.
-
-python dcp_example.py FOLDER, or torchrun --nproc-per-node 2 dcp_example.py FOLDER: ranks may change between runs.
-"""
+"""DCP saves to regions in the background, and resumes: torchrun --nproc-per-node 2 dcp_example.py FOLDER, or python."""
 
 import os
 import sys
@@ -29,15 +26,13 @@ if RegionReader.validate_checkpoint_id(folder):
     first = state["step"] + 1
 writer = RegionWriter(folder, cache_staged_state_dict=True)
 for step in range(first, first + 10):
-    optimizer.zero_grad()
     loss = model(torch.randn(32, 64)).square().mean()
     loss.backward()
     optimizer.step()
-    if saving is not None:
-        saving.result()  # the one before is durable
+    optimizer.zero_grad()
+    saving is None or saving.result()  # the one before is durable
     weights, moments = get_state_dict(model, optimizer)
-    saving = dcp.async_save(
-        {"model": weights, "optimizer": moments, "step": step}, storage_writer=writer, process_group=group
-    )
+    state = {"model": weights, "optimizer": moments, "step": step}
+    saving = dcp.async_save(state, storage_writer=writer, process_group=group)
 saving.result()
 print(f"steps {first} to {step} done, loss {loss.item():.4f}")

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import pccheck
+from pccheck import errors
 from pccheck.torch import TREE_KEY, Checkpointer, CheckpointWarning, snapshot
 from pccheck.torch.settling import Settler
 
@@ -63,7 +64,8 @@ class Model(torch.nn.Module):
         for i in range(TENSORS):
             self.register_parameter(f"p{i}", torch.nn.Parameter(torch.zeros(SIDE, SIDE)))
         self.buffer: torch.Tensor
-        self.register_buffer("buffer", torch.zeros(buffer_side, buffer_side))
+        # Its dtype puts it behind everything else in a checkpoint, so that it is copied last.
+        self.register_buffer("buffer", torch.zeros(buffer_side, buffer_side, dtype=torch.int8))
 
 
 Update = Callable[[Checkpointer, Fill], None]
@@ -144,10 +146,14 @@ def _read_back(path: Path) -> tuple[dict[int, set[float]], dict[int, Any]]:
     plain: dict[int, Any] = {}
     with pccheck.Store(path, read_only=True, max_in_flight=1, chunk_bytes=1 << 20, staging_bytes=4 << 20) as store:
         for info in store.checkpoints():
-            with store.open(generation=info.generation) as checkpoint:
+            with store.open(generation=info.generation, verify=False) as checkpoint:
                 assert checkpoint.step not in values
                 assert len(checkpoint.tensors) == 2 * TENSORS + 1
-                arrays = [checkpoint.read(name) for name in checkpoint.tensors]
+                try:
+                    arrays = [checkpoint.read(name) for name in checkpoint.tensors]
+                except errors.Corrupt:
+                    # Changed between being hashed and being copied: the same fault, found by the second line.
+                    arrays = [np.array(np.nan)]
                 values[checkpoint.step] = {float(v) for array in arrays for v in np.unique(array)}
                 tree = pccheck.trees.unflatten(checkpoint.metadata[TREE_KEY], lambda name, kind: name)
                 plain[checkpoint.step] = tree["numbers"]
@@ -164,7 +170,7 @@ def test_updates_right_after_the_wait_never_tear(tmp_path: Path, update: Update)
 
 
 def test_a_buffer_too_large_to_copy_at_once_is_waited_for(tmp_path: Path) -> None:
-    run = train(tmp_path / "region", by_hook, buffer_side=1200)
+    run = train(tmp_path / "region", by_hook, buffer_side=2400)
     assert run.failures == 0 and not run.early
     assert run.values == {i: {float(i)} for i in range(1, ITERATIONS + 1)}
 

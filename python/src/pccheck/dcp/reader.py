@@ -165,9 +165,10 @@ class RegionReader(StorageReader):
                 with read_only(self.path / region) as store, open_part(store, self._chosen, region) as part:
                     read_items(part, items, planner, self._read_bytes)
             except errors.Corrupt as why:
-                # A planner's own errors know better.
-                older = f"RegionReader(older_than={self.sequence}) loads the checkpoint before, where one is kept"
-                why.advice = why.advice or older
+                # A planner's own errors, which concern no byte of a region, know better.
+                if why.offset is not None or not why.advice:
+                    older = f"RegionReader(older_than={self.sequence}) loads the checkpoint before, where one is kept"
+                    why.advice = older
                 raise
             except (errors.Reclaimed, errors.NotFound) as why:
                 why.advice = "load again: a writer goes on in this folder; a larger keep leaves more time"
