@@ -71,12 +71,13 @@ def train(folder: Path, region: Path, stop_at: int | None = None, accumulate: in
 def test_a_resumed_trainer_goes_on_exactly(tmp_path: Path, stop_at: int, accumulate: int) -> None:
     whole = train(tmp_path, tmp_path / "whole.pccheck", accumulate=accumulate)
     assert len(whole) == 18 // accumulate
-    region = tmp_path / "stopped.pccheck"
+    region = tmp_path / "stopped-{rank}.pccheck"
     first = train(tmp_path, region, stop_at=stop_at, accumulate=accumulate)
     rest = train(tmp_path, region, accumulate=accumulate)
     assert (len(first), len(rest)) == (stop_at, len(whole) - stop_at)
     assert first + rest == whole
-    assert not Path(f"{region}.resume").exists(), "the folder that it resumed from is removed"
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["stopped-0.pccheck", "whole.pccheck"], "the folder that it resumed from is removed"
 
 
 def test_without_resuming_an_old_region_is_not_overwritten(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ given to :class:`pccheck.torch.Checkpointer` as they are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,7 @@ from .dtypes import to_torch
 from .store import Store
 from .torch import TREE_KEY, Checkpointer
 from .torch.rng import RngMember
+from .torch.sizing import region_path
 
 __all__ = ["RegionCallback"]
 
@@ -66,21 +68,19 @@ class RegionCallback(TrainerCallback):
     def resume_folder(self) -> str | None:
         """Makes the folder to give to ``Trainer.train(resume_from_checkpoint=...)``; None: there is no checkpoint.
 
-        It lies beside the region, holds the model's weights and the Trainer's state, and is removed once training has
-        begun. Everything else is restored from the region itself when training begins.
+        It lies beside the region, holds the model's weights and the Trainer's state of the newest step that every rank
+        holds, and is removed once training has begun. Everything else is restored from the region itself when training begins.
         """
-        if not Path(self.path).exists():
+        path = region_path(self.path)
+        held = _steps_held(path)
+        everywhere = _common_steps(held)
+        if not everywhere:
             return None
-        with Store(self.path, read_only=True, durability="process") as store:
-            try:
-                checkpoint = store.open()
-            except errors.NotFound:
-                return None
-            with checkpoint:
-                folder = Path(f"{self.path}.resume") / f"checkpoint-{checkpoint.step}"
-                shutil.rmtree(folder.parent, ignore_errors=True)
-                folder.mkdir(parents=True)
-                _export(checkpoint, folder)
+        with Store(path, read_only=True, durability="process") as store, store.open(step=max(everywhere)) as checkpoint:
+            folder = Path(f"{path}.resume") / f"checkpoint-{checkpoint.step}"
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            folder.mkdir(parents=True)
+            _export(checkpoint, folder)
         self._resuming = str(folder)
         return self._resuming
 
@@ -151,6 +151,35 @@ class _Later:
 
     def load_now(self) -> None:
         self._generators.set_state(self._loaded)
+
+
+def _steps_held(path: str) -> set[int]:
+    """Steps of this rank's intact checkpoints."""
+    held: set[int] = set()
+    if not Path(path).exists():
+        return held
+    with Store(path, read_only=True, durability="process") as store:
+        for info in store.checkpoints():
+            with contextlib.suppress(errors.Corrupt, errors.NotFound), store.open(generation=info.generation):
+                held.add(info.step)
+    return held
+
+
+def _common_steps(held: set[int]) -> set[int]:
+    """Steps that every rank holds."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return held
+    of_all: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_all, held)
+    common = set.intersection(*of_all)
+    if not common and any(of_all):
+        shown = ", ".join(f"rank {rank}: {sorted(steps) or 'none'}" for rank, steps in enumerate(of_all))
+        raise errors.NotFound(
+            f"no step is held by all ranks ({shown})",
+            advice="a larger keep lets the ranks' steps meet: K of N + 1 or more",
+        )
+    return common
 
 
 def _last_metrics(state: TrainerState) -> dict[str, float]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import os
+import secrets
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from . import arrays, errors
 from ._abi import check, ffi, lib, options, path_bytes, wait, whole
 
-__all__ = ["MEDIA", "format_region", "grow_region", "payload_bytes"]
+__all__ = ["MEDIA", "create_region", "format_region", "grow_region", "payload_bytes"]
 
 #: How bytes become persistent; "auto" measures.
 MEDIA = {"auto": 0, "dax": 1, "mmap": 2, "direct": 3}
+
+# No region takes so long to be made: a hidden file of that age is what a killed process has left.
+_LEFTOVER_SECONDS = 3600.0
 
 
 def number_of(what: str, name: str, numbers: Mapping[str, int]) -> int:
@@ -54,6 +63,53 @@ def format_region(
     )
     slots = whole("slots", slots, 2**32)
     check(lib.pcc_format(path_bytes(path), slots, whole("payload_bytes", payload_bytes), chosen))
+
+
+def create_region(path: str | os.PathLike[str], *, slots: int, payload_bytes: int, medium: str = "auto") -> None:
+    """As :func:`format_region` of a new file, which appears under its name only once it is complete.
+
+    A process that is killed meanwhile leaves nothing at ``path``, so that the next one can make it. What it leaves
+    beside it, under a hidden name, goes when a region is made there an hour later or more.
+
+    Raises:
+        AlreadyExists: the path holds something. Nothing was changed.
+        NoSpace, InvalidArgument, Unsupported, IoFailed: nothing was left behind.
+    """
+    target = Path(path)
+    if target.exists():
+        # A device or an empty file is made where it is; anything else is refused.
+        return format_region(path, slots=slots, payload_bytes=payload_bytes, medium=medium)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                leftover.unlink()
+    hidden = target.with_name(f".{target.name}.{secrets.token_hex(8)}.new")
+    try:
+        format_region(hidden, slots=slots, payload_bytes=payload_bytes, medium=medium)
+        # Unlike a rename it replaces nothing.
+        os.link(hidden, target)
+        _sync_folder(target.parent)
+    except FileExistsError:
+        raise errors.AlreadyExists(
+            f"make {target}: another process has just made it", operation="format", path=str(target)
+        ) from None
+    except OSError as why:
+        if why.errno in (errno.EPERM, errno.EOPNOTSUPP):
+            # A file system without hard links.
+            return format_region(path, slots=slots, payload_bytes=payload_bytes, medium=medium)
+        raise errors.IoFailed(
+            f"make {target}: {why.strerror}", operation="format", path=str(target), errno=why.errno or 0
+        ) from None
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def grow_region(

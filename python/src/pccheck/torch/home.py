@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import errors
-from ..region import format_region, grow_region, payload_bytes
+from ..region import create_region, grow_region, payload_bytes
 from ..save import Save
 from ..store import Store
 
@@ -102,7 +102,7 @@ class Home:
         if not Path(self.path).exists() or (Path(self.path).is_file() and not Path(self.path).stat().st_size):
             # Another trainer may make it meanwhile: opening then says whose it is.
             with contextlib.suppress(errors.AlreadyExists):
-                format_region(
+                create_region(
                     self.path, slots=options.slots, payload_bytes=_roomy(self._state_bytes), medium=options.medium
                 )
         chunk = _LOOK_BYTES // 4

@@ -25,7 +25,9 @@ def region_path(path: str | os.PathLike[str]) -> str:
     if "{rank}" not in text:
         return text
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return text.replace("{rank}", str(torch.distributed.get_rank() if distributed else 0))
+    # Before the group is there, what launchers set says the rank.
+    rank = torch.distributed.get_rank() if distributed else int(os.environ.get("RANK", "0"))
+    return text.replace("{rank}", str(rank))
 
 
 def estimate(members: Iterable[Member], gradients: bool) -> int:
