@@ -69,7 +69,8 @@ class RegionCallback(TrainerCallback):
         """Makes the folder to give to ``Trainer.train(resume_from_checkpoint=...)``; None: there is no checkpoint.
 
         It lies beside the region, holds the model's weights and the Trainer's state of the newest step that every rank
-        holds, and is removed once training has begun. Everything else is restored from the region itself when training begins.
+        holds, and is removed once training has begun. Everything else is restored from the region itself when training
+        begins.
         """
         path = region_path(self.path)
         held = _steps_held(path)
