@@ -23,7 +23,7 @@ from .hooks import GradientWatch, UpdateHooks
 from .members import Member, members_of
 from .outcomes import CheckpointWarning, Outcomes
 from .restoring import GRADIENTS, TREE_KEY, restore_newest
-from .retention import TRAINER_KEY, Best, Retention
+from .retention import PINNED_KEY, TRAINER_KEY, Best, Retention
 from .rng import RNG, RngMember
 from .settling import InFlight, Settler
 from .snapshot import Snapshot, take
@@ -69,7 +69,8 @@ class Checkpointer:
         debug: hash what is copied in the background before and after, which finds changes that bypass torch's version
             counters (such as ``tensor.data``). Slow.
         durability, medium, staging_bytes, chunk_bytes, writers, lock_timeout: see :class:`pccheck.Store`.
-        slot_timeout: seconds that :meth:`step` waits for a slot while N saves are in flight.
+        slot_timeout: seconds that :meth:`step` waits for a slot while N saves are in flight, and before the region
+            grows.
         update_timeout: seconds that an update waits until the state is copied; then the save is cancelled, and counts
             as failed.
         members: what is saved: modules, optimizers, anything with ``state_dict`` and ``load_state_dict``, dicts, lists,
@@ -141,6 +142,7 @@ class Checkpointer:
                 chunk_bytes=chunk_bytes,
                 writers=writers,
                 lock_timeout=lock_timeout,
+                drain_timeout=slot_timeout,
             ),
         )
         self._retention.adopt(self._home.store)
@@ -191,27 +193,35 @@ class Checkpointer:
     def _save(self, step: int, metrics: dict[str, float]) -> Save | None:
         self._check_may_save()
         self._settler.settle(self._update_timeout)
-        snapshot = take(self._tree(), self._steady(), hashes=self._debug)
         pinned = self._retention.wants_pin(step, metrics)
         try:
+            snapshot = take(self._tree(), self._steady(), hashes=self._debug)
             save = self._home.begin(
                 step,
                 snapshot.tensors,
-                {TREE_KEY: snapshot.json, TRAINER_KEY: _trainer_text(step, metrics, snapshot)},
+                {
+                    TREE_KEY: snapshot.json,
+                    TRAINER_KEY: _trainer_text(step, metrics, snapshot, self._retention.why_pinned(step, metrics)),
+                },
                 pin=pinned,
                 confirm=True,
                 timeout=self._slot_timeout,
             )
-        except errors.InvalidArgument:
+        except (errors.InvalidArgument, errors.UnsupportedValue):
             # A defect of the state, which would be there at every save.
             raise
+        except MemoryError as why:
+            self._outcomes.failed(step, errors.OutOfMemory(f"capture the state: {why}", operation="save"))
+            self._outcomes.raise_unraised()
+            return None
         except errors.PccheckError as why:
             self._outcomes.failed(step, why)
             self._outcomes.raise_unraised()
             return None
         flight = InFlight(save, snapshot, step, metrics, pinned)
-        self._outcomes.begun(flight)
+        # In this order: a save that was listed and never settled would be waited for in vain.
         self._settler.submit(flight)
+        self._outcomes.begun(flight)
         if snapshot.urgent or self._gradients:
             # All is copied then: no update that comes later is missed.
             self._settler.before_update()
@@ -238,7 +248,9 @@ class Checkpointer:
 
     def _steady(self) -> list[torch.Tensor]:
         steady = [tensor for member in self._members.values() for tensor in member.steady()]
-        return steady + [p.grad for p in self._parameters().values() if p.grad is not None and self._gradients]
+        if self._gradients:
+            steady += [p.grad for p in self._parameters().values() if p.grad is not None]
+        return steady
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
         return {
@@ -287,7 +299,8 @@ class Checkpointer:
 
     def _collect(self) -> None:
         for flight, durable in self._outcomes.collect():
-            if flight.pinned:
+            # A region that could not be opened again after growing is looked at when it can.
+            if flight.pinned and not self._home.closed:
                 self._retention.durable(self._home.store, flight.step, durable.generation, flight.metrics)
 
     def _report(self) -> None:
@@ -449,10 +462,12 @@ def _numbers(metrics: Mapping[str, float] | None) -> dict[str, float]:
     return {name: float(value) for name, value in (metrics or {}).items()}
 
 
-def _trainer_text(step: int, metrics: Mapping[str, float], snapshot: Snapshot) -> str:
+def _trainer_text(step: int, metrics: Mapping[str, float], snapshot: Snapshot, pinned: str | None) -> str:
     # JSON has no numbers for what is not finite.
     shown = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     trainer = {"version": 1, "step": step, "metrics": shown, "torch": torch.__version__}
+    if pinned is not None:
+        trainer[PINNED_KEY] = pinned
     if snapshot.shardings:
         trainer["shardings"] = snapshot.shardings
     return json.dumps(trainer)

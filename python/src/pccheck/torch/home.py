@@ -79,7 +79,6 @@ class Home:
         self.path = os.fspath(path)
         self._options = options
         self._state_bytes = state_bytes
-        self._failure: errors.PccheckError | None = None
         self._slot_count = 0
         #: pinned saves that may still be in flight
         self._pinning: list[Save] = []
@@ -119,10 +118,10 @@ class Home:
         """The open store.
 
         Raises:
-            PccheckError: why the region could not be opened again after it was grown.
+            InvalidState: it is closed, or could not be opened again after it was grown; the next save tries.
         """
         if self._store is None:
-            raise self._failure or errors.InvalidState(f"{self.path}: the region is closed")
+            raise errors.InvalidState(f"{self.path}: the region is closed")
         return self._store
 
     def _open(self) -> Store:
@@ -162,12 +161,21 @@ class Home:
 
         Where there is no room for one more pinned checkpoint the save is not pinned, with a warning.
         """
+        if self._store is None:
+            # It could not be opened after it was grown; what kept it from that may have passed.
+            self._store = self._open()
         if pin:
             pin = self._room_for_pin(step)
         try:
             save = self._save(step, tensors, metadata, pin, confirm, timeout)
         except errors.TooLarge:
             self._grow(self._slot_count, payload_bytes(tensors, metadata))
+            save = self._save(step, tensors, metadata, pin, confirm, timeout)
+        except errors.NoSlot as why:
+            if not pin:
+                raise
+            _warn_unpinned(step, why)
+            pin = False
             save = self._save(step, tensors, metadata, pin, confirm, timeout)
         if pin:
             self._pinning.append(save)
@@ -177,8 +185,11 @@ class Home:
         """Whether N + K slots are left beside one more pinned checkpoint, if need be after growing."""
         # In this order: a save that ends meanwhile counts twice rather than not at all.
         self._pinning = [save for save in self._pinning if not save.done()]
-        pinned = len(self._pinning) + sum(info.pinned for info in self.store.checkpoints()) + 1
-        needed = self._options.slots_beside(pinned)
+        held = self.store.checkpoints()
+        # What is open to be read, or out of use after a failed flush, takes room too.
+        others = sum(info.readers > 0 and not info.pinned for info in held) + self.store.stats().quarantined_slots
+        pinned = len(self._pinning) + sum(info.pinned for info in held) + 1
+        needed = self._options.slots_beside(pinned) + others
         if needed <= self._slot_count:
             return True
         try:
@@ -190,10 +201,8 @@ class Home:
                 )
             # Some more at once, as each growing copies what is kept.
             self._grow(min(needed + pinned // 2, _MAX_SLOTS), 0)
-        except (errors.NoSlot, errors.NoSpace) as why:
-            warnings.warn(
-                f"the checkpoint of step {step} is not kept for good, as there is no room for it: {why}", stacklevel=2
-            )
+        except (errors.NoSlot, errors.NoSpace, errors.InUse) as why:
+            _warn_unpinned(step, why)
             return False
         return True
 
@@ -212,9 +221,19 @@ class Home:
         """Replaces the region by a larger one that holds the same checkpoints.
 
         Raises:
-            NoSpace, Unsupported (a device): the region is open as it was.
+            NoSpace, Unsupported (a device), InUse (a checkpoint is open), TimedOut (saves are in flight): the region
+                is open as it was.
         """
         store = self.store
+        read = [info.step for info in store.checkpoints() if info.readers]
+        if read:
+            # An open checkpoint keeps the region's lock, so that it could be neither replaced nor opened again.
+            raise errors.InUse(
+                f"the region has to grow, and its checkpoint of step {read[0]} is open to be read",
+                operation="grow",
+                path=self.path,
+                advice="close it",
+            )
         # What is in flight is wanted; saves that cannot end in time would be cancelled by closing.
         store.drain(self._options.drain_timeout)
         held = store.got().slot_bytes
@@ -234,11 +253,7 @@ class Home:
                     stacklevel=2,
                 )
         finally:
-            try:
-                self._store = self._open()
-            except errors.PccheckError as why:
-                self._failure = why
-                raise
+            self._store = self._open()
 
     @property
     def closed(self) -> bool:
@@ -250,6 +265,12 @@ class Home:
         if self._store is not None:
             self._store.close()
             self._store = None
+
+
+def _warn_unpinned(step: int, why: errors.PccheckError) -> None:
+    warnings.warn(
+        f"the checkpoint of step {step} is not kept for good, as there is no room for it: {why}", stacklevel=3
+    )
 
 
 def _roomy(state_bytes: int) -> int:

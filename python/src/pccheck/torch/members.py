@@ -260,9 +260,13 @@ def members_of(named: Mapping[str, Any]) -> dict[str, Member]:
         items = target.items() if isinstance(target, dict) else enumerate(target) if _is_sequence(target) else ()
         parts = list(items)
         if parts and all(_has_own_state(part) for _, part in parts):
-            members |= members_of({f"{name}.{key}": part for key, part in parts})
+            found = [item for key, part in parts for item in members_of({f"{name}.{key}": part}).items()]
         else:
-            members[name] = _member(name, target)
+            found = [(name, _member(name, target))]
+        for full_name, member in found:
+            if full_name in members:
+                raise errors.InvalidArgument(f"two members are called {full_name!r}; rename one")
+            members[full_name] = member
     return members
 
 

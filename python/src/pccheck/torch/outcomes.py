@@ -60,7 +60,8 @@ class Outcomes:
     def failed(self, step: int, why: errors.PccheckError) -> None:
         """A save failed. Of failures of one kind in a row the first is warned of."""
         self.failures += 1
-        self.last_error = why
+        # Its traceback would keep the snapshot alive.
+        self.last_error = why = why.with_traceback(None)
         if self._raises:
             self._unraised = self._unraised or why
         elif self._streak is not type(why):

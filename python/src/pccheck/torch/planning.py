@@ -201,7 +201,11 @@ class ReadPlan:
         for read in sorted((r for r in self._reads if r.place is not None), key=lambda r: r.place or (0, 0)):
             address, nbytes = read.place or (0, 0)
             if address < end:
-                target, read.target, read.place = read.target, torch.empty_like(read.target), None
+                target = read.target
+                if not isinstance(target, torch.Tensor):
+                    # An array of numpy, of any dtype: its bytes.
+                    target = torch.from_numpy(target.reshape(-1).view("uint8"))
+                read.target, read.place = torch.empty_like(target), None
                 self._copies.append((target, read.target))
             end = max(end, address + nbytes)
 

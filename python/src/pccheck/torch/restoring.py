@@ -133,8 +133,14 @@ def _restore(
     known = {*members, GRADIENTS, RNG}
     plan.unexpected += [name for name in saved if name not in known and plan.wanted(name)]
     filled = {name: member.plan(saved[name], plan) for name, member in wanted.items() if name in saved}
+    if GRADIENTS in saved and gradients is None and saved[GRADIENTS] and plan.wanted(GRADIENTS):
+        # Without them a run that was stopped amid accumulation would go on otherwise.
+        plan.unexpected.append(f"{GRADIENTS} (restore with gradients=True)")
     if gradients is not None and GRADIENTS in saved and not plan.only:
-        filled[GRADIENTS] = plan.fill(saved[GRADIENTS], None, GRADIENTS)
+        filled[GRADIENTS] = {
+            name: plan.fill(value, None, f"{GRADIENTS}.{name}", like=gradients.get(name))
+            for name, value in saved[GRADIENTS].items()
+        }
     plan.raise_mismatches(checkpoint.path)
     plan.read(checkpoint)
     # Modules first: optimizers put their state where the parameters are. Generators last: loading may draw numbers.

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from .. import errors
 from ..store import Store
 
-__all__ = ["Best", "Retention", "TRAINER_KEY"]
+__all__ = ["PINNED_KEY", "Best", "Retention", "TRAINER_KEY"]
 
 #: metadata key of what the trainer says of a checkpoint
 TRAINER_KEY = "trainer"
+#: what it says there of why a checkpoint was pinned: "every" or "best"
+PINNED_KEY = "pinned"
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,18 @@ class Retention:
         return (self._best.count + 1 if self._best else 0) + (2 if self._every else 0)
 
     def adopt(self, store: Store) -> None:
-        """Learns which pinned checkpoints are the best ones from what the region holds, and unpins surplus ones, such
-        as those of a process that was killed before it could.
+        """Learns which checkpoints were pinned for being the best from what the region holds, and unpins surplus ones,
+        such as those of a process that was killed before it could. Other pins are left alone.
         """
         self._kept = []
         if self._best is None:
             return
         for info in store.checkpoints():
-            if not info.pinned or self._is_periodic(info.step):
+            if not info.pinned:
                 continue
             try:
                 with store.open(generation=info.generation, verify=False) as checkpoint:
-                    value = _metric(checkpoint.metadata, self._best.metric)
+                    value = _metric_of_best(checkpoint.metadata, self._best.metric)
             except errors.Corrupt as why:
                 warnings.warn(
                     f"the pinned checkpoint of step {info.step} is damaged, and not counted among the best: {why}",
@@ -89,6 +91,10 @@ class Retention:
     def wants_pin(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether the save of this step is pinned from its commit on."""
         return self._is_periodic(step) or self._is_best(metrics)
+
+    def why_pinned(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """What is said of the pin in the checkpoint; None: it is not pinned."""
+        return "every" if self._is_periodic(step) else "best" if self._is_best(metrics) else None
 
     def durable(self, store: Store, step: int, generation: int, metrics: Mapping[str, float]) -> None:
         """A pinned save is durable: unpins what it displaced."""
@@ -122,12 +128,10 @@ class Retention:
         return len(better) < self._best.count
 
 
-def _metric(metadata: Mapping[str, str], name: str) -> float | None:
+def _metric_of_best(metadata: Mapping[str, str], name: str) -> float | None:
+    """The metric of a checkpoint that was pinned for being the best; None for others."""
     try:
-        value = json.loads(metadata[TRAINER_KEY])["metrics"][name]
-    except (KeyError, ValueError, TypeError):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
+        trainer = json.loads(metadata[TRAINER_KEY])
+        return float(trainer["metrics"][name]) if trainer.get(PINNED_KEY) == "best" else None
+    except (KeyError, ValueError, TypeError, AttributeError):
         return None

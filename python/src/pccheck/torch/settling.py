@@ -55,7 +55,9 @@ class InFlight:
         with self.lock:
             if self.settled.is_set():
                 return
-            changed = [] if self.verdict is not None else self.snapshot.changed()
+            # A save that has failed for another reason is not judged.
+            failed = self.verdict is not None or self.save.error() is not None
+            changed = [] if failed else self.snapshot.changed()
             # Where the save has failed its outcome says why.
             with contextlib.suppress(errors.PccheckError):
                 if changed:
@@ -97,6 +99,10 @@ class Settler:
 
     def submit(self, flight: InFlight) -> None:
         """The engine has begun to copy this snapshot."""
+        if flight.snapshot.private:
+            # No update can touch what it reads.
+            flight.settle()
+            return
         self._pending = flight
         live = flight.snapshot.live
         self._witnesses = [(one.tensor, one.version) for one in live[:: max(1, len(live) // _WITNESSES)]]
@@ -132,7 +138,12 @@ class Settler:
             # Its outcome says why; the memory is the trainer's again.
             pass
         flight.settle()
-        self._pending = None
+        self._done(flight)
+
+    def _done(self, flight: InFlight) -> None:
+        # Optimizers step in any thread: a newer snapshot may be pending by now.
+        if self._pending is flight:
+            self._pending = None
 
     def missed_update(self) -> bool:
         """True where saved tensors changed although :meth:`before_update` was not called; said once per snapshot."""
@@ -155,9 +166,13 @@ class Settler:
 def _settle_all(flights: queue.SimpleQueue[InFlight | None]) -> None:
     while (flight := flights.get()) is not None:
         began = time.monotonic()
-        with contextlib.suppress(errors.PccheckError):
+        try:
             flight.save.copied()
-        flight.settled.wait(_GRACE_SECONDS + _GRACE_COPIES * (time.monotonic() - began))
+        except errors.PccheckError:
+            # It has failed: there is nothing to look at.
+            pass
+        else:
+            flight.settled.wait(_GRACE_SECONDS + _GRACE_COPIES * (time.monotonic() - began))
         flight.settle()
         # Not to be kept alive until the next one comes.
         del flight

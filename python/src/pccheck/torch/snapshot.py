@@ -24,6 +24,8 @@ __all__ = ["Snapshot", "take"]
 # Captured copies may take this share of the state, and at least this many bytes; beyond, the trainer waits instead.
 _CAPTURE_SHARE = 50
 _CAPTURE_BYTES = 4 << 20
+# Scalars, such as an optimizer's step counters, are not worth reading in place.
+_SCALAR_BYTES = 64
 
 
 @dataclass
@@ -44,6 +46,11 @@ class Snapshot:
     def changed(self) -> list[str]:
         """Names of tensors that were changed since, as far as version counters (and hashes, where made) tell."""
         return [live.name for live in self.live if live.changed()]
+
+    @property
+    def private(self) -> bool:
+        """True where nothing of the trainer's own memory is read."""
+        return not self.live and not self.urgent
 
     def release(self) -> None:
         """Lets go of all tensors: they are copied."""
@@ -75,7 +82,7 @@ def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool) -> Snapshot
     snapshot = Snapshot(flat.json, {}, {})
     total = sum(getattr(tensor, "nbytes", 0) for tensor in flat.tensors.values())
     budget = max(_CAPTURE_BYTES, total // _CAPTURE_SHARE)
-    captured: dict[tuple[int, torch.Size, torch.dtype, tuple[int, ...]], torch.Tensor] = {}
+    captured: dict[Any, torch.Tensor] = {}
     for name, value in flat.tensors.items():
         if not isinstance(value, torch.Tensor):
             snapshot.tensors[name] = _numpy_copy(value)
@@ -87,18 +94,19 @@ def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool) -> Snapshot
         _check(tensor, name)
         readable = tensor.device.type == "cpu" and tensor.is_contiguous()
         readable = readable and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-        if readable and tensor.data_ptr() in addresses:
+        if readable and tensor.nbytes > _SCALAR_BYTES and tensor.data_ptr() in addresses:
             snapshot.tensors[name] = tensor
             snapshot.live.append(Live(name, tensor, tensor._version, _crc(tensor) if hashes else None))
-        elif readable and tensor.nbytes > budget:
+        elif readable and tensor.nbytes > max(budget, _SCALAR_BYTES):
             snapshot.tensors[name] = tensor
             snapshot.urgent = True
         else:
             # Tied tensors share one copy, so that they stay tied.
-            key = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride())
+            key = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride(), tensor.is_conj(), tensor.is_neg())
             if not tensor.nbytes or key not in captured:
                 captured[key] = _capture(tensor)
-                budget -= tensor.nbytes
+                # What cannot be read in place costs its memory anyhow.
+                budget -= tensor.nbytes if readable else 0
             snapshot.tensors[name] = captured[key]
     return snapshot
 
