@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -179,6 +180,65 @@ def test_a_lost_rank_is_named_and_nothing_is_overwritten(tmp_path: Path) -> None
     assert isinstance(cause(caught), errors.Corrupt) and "rank-00000.pccheck" in str(cause(caught))
     aside.rename(rank)
     assert loaded(tmp_path) == 1.0
+
+
+def test_an_error_that_may_pass_discards_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pccheck.dcp import _folder
+
+    writer = RegionWriter(tmp_path, keep=2)
+    for value in (1.0, 2.0):
+        save(value, writer)
+    del writer
+    real, failures = _folder.read_only, [0]
+
+    def once(*args: Any, **kwargs: Any) -> Store:
+        # A process cannot be brought out of files for one call only.
+        if failures:
+            raise errors.IoFailed("too many open files", errno=failures.pop())
+        return real(*args, **kwargs)
+
+    for attempt in (lambda: save(3.0, RegionWriter(tmp_path, keep=2)), lambda: loaded(tmp_path)):
+        failures[:] = [errno.EMFILE]
+        with monkeypatch.context() as patch:
+            patch.setattr(_folder, "read_only", once)
+            with pytest.raises(CheckpointException, match="too many open files"):
+                attempt()
+        assert not failures and loaded(tmp_path) == 2.0
+    save(3.0, RegionWriter(tmp_path, keep=2))
+    assert loaded(tmp_path) == 3.0 and loaded(tmp_path, older_than=3) == 2.0
+
+
+def test_a_checkpoint_whose_file_is_absent_is_not_discarded(tmp_path: Path) -> None:
+    # Rank 1 took part in the second save only: the first is complete without its file.
+    save(1.0, RegionWriter(tmp_path, keep=2))
+    _save_as_two_ranks(2.0, RegionWriter(tmp_path, keep=2))
+    absent, aside = tmp_path / "rank-00001.pccheck", tmp_path / "aside"
+    absent.rename(aside)
+    with pytest.warns(UserWarning, match="loading save 1: save 2: rank-00001.pccheck"):
+        assert loaded(tmp_path) == 1.0
+    with pytest.raises(CheckpointException) as caught:
+        save(3.0, RegionWriter(tmp_path, keep=2))
+    assert isinstance(cause(caught), errors.NotFound) and "rank-00001.pccheck is not there" in str(cause(caught))
+    aside.rename(absent)
+    assert loaded(tmp_path) == 2.0
+
+
+def _save_as_two_ranks(value: float, writer: RegionWriter) -> None:
+    """What dcp.save does on ranks 0 and 1, one after the other: the tensor is the first's, the number the other's."""
+    other = RegionWriter(writer.path, keep=2)
+    planners, plans = [DefaultSavePlanner(), DefaultSavePlanner()], []
+    parts = [{"x": state(value)["x"]}, {"n": value}]
+    for rank, (planner, part, mine) in enumerate(zip(planners, parts, (writer, other), strict=True)):
+        planner.set_up_planner(part, is_coordinator=rank == 0)
+        mine.set_up_storage_writer(rank == 0, rank=rank, use_collectives=True)
+        plans.append(mine.prepare_local_plan(planner.create_local_plan()))
+    plans, metadata = planners[0].create_global_plan(plans)
+    plans = writer.prepare_global_plan(plans)
+    results = [
+        mine.write_data(planner.finish_plan(plan), planner).wait()
+        for mine, planner, plan in zip((writer, other), planners, plans, strict=True)
+    ]
+    writer.finish(metadata, results)
 
 
 def test_a_rank_lost_while_the_writer_is_open_stops_the_save(tmp_path: Path) -> None:

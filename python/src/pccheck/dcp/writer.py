@@ -426,10 +426,11 @@ def _fall_back(store: Store, folder: Path) -> None:
     """Takes back published checkpoints of which a part is lost, where an older one is complete."""
     found, rejected = published(store)
     reasons = list(rejected)
-    for publication in found:
+    for number, publication in enumerate(found):
         why = incomplete(folder, publication)
         if why is None:
             if reasons:
+                _refuse_absent(folder, found[:number])
                 store.discard_newer(publication.generation)
                 warnings.warn(
                     f"{folder}: going on from save {publication.sequence}, the newest complete one: "
@@ -445,3 +446,17 @@ def _fall_back(store: Store, folder: Path) -> None:
             path=str(folder),
             advice="put the missing files back, or save to another folder",
         )
+
+
+def _refuse_absent(folder: Path, passed_over: list[Published]) -> None:
+    # A whole file that is not there may come back, with its mount for one: what needs it is not discarded.
+    for publication in passed_over:
+        for region in publication.parts:
+            if not (folder / region).exists():
+                raise errors.NotFound(
+                    f"save {publication.sequence} is published, but its file {region} is not there",
+                    operation="save",
+                    path=str(folder),
+                    advice="put the file back (is its storage mounted?), or load an older checkpoint and save to "
+                    "another folder",
+                )
