@@ -9,9 +9,9 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
@@ -28,6 +28,9 @@ from ._document import DOCUMENT, Part, Published, Stored, encode, published_text
 from ._folder import TOKEN_KEY, incomplete, published
 from ._payload import NamedPayload, StreamedPayload, payload_of
 from ._regions import Options, Region, metadata_name, rank_name, region_at
+
+if TYPE_CHECKING:
+    from _collections_abc import dict_items
 
 __all__ = ["RegionWriter"]
 
@@ -46,6 +49,8 @@ class _Current:
     rank: int
     #: saved without collectives: this rank's checkpoint is a checkpoint by itself
     alone: bool
+    #: the trainer's step when the save was asked for
+    step: int | None
     sequence: int = 0
     save_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
@@ -58,8 +63,33 @@ class _Current:
         return rank_name(self.rank, self.alone)
 
 
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """What a save is to be called, as of when it was asked for: it may run on another thread, and later."""
+
+    writer: str
+    folder: Path
+    step: int | None
+    #: process and thread
+    asked_by: tuple[int, int]
+
+
 class _Staged(dict[str, Any]):
     """A staged state dict that can be referenced weakly: it lives as long as the save that reads it."""
+
+    def __init__(self, staged: dict[str, Any], label: _Label) -> None:
+        super().__init__(staged)
+        self.label = label
+
+    def items(self) -> dict_items[str, Any]:
+        # The first that torch does on the thread (or in the process) of a save is to go through its staged state: that
+        # tells which save it is. Nothing else that torch hands over does.
+        _begun.label = self.label
+        return super().items()
+
+
+# .label: of the staged state that this thread has begun to save
+_begun = threading.local()
 
 
 class RegionWriter(StorageWriter, AsyncStager):
@@ -84,6 +114,8 @@ class RegionWriter(StorageWriter, AsyncStager):
             is published, whatever this says).
         keep: how many published checkpoints the folder keeps at least; the one before often can be loaded too.
         step: the trainer's step, to be found again by ``RegionReader(step=...)``; set :attr:`step` before each save.
+            A save keeps the step and the folder that the writer had when ``dcp.save`` or ``dcp.async_save`` was called
+            (with an ``async_stager`` of the caller's own: when the save begins in the background).
         staging_bytes: the most that the engine's staging pool takes, and the most that copies of tensors take which
             are not in contiguous host memory (default 256 MiB; the pool is never larger than the state).
         chunk_bytes: unit of copying, hashing and writing; a multiple of 4096.
@@ -130,6 +162,7 @@ class RegionWriter(StorageWriter, AsyncStager):
         #: the trainer's step of the next save; None: none
         self.step = step
         self._path = Path(path)
+        self._name = secrets.token_hex(8)
         self._staging_bytes = staging_bytes
         self._timeout = timeout
         self._rank_options = Options(
@@ -154,8 +187,11 @@ class RegionWriter(StorageWriter, AsyncStager):
         self._fresh()
 
     def _fresh(self) -> None:
-        # Saves of several threads (of dcp.async_save) may overlap: each has its own state.
+        # Saves of several threads (of dcp.async_save) may overlap: each has its own state, and its own folder.
         self._thread = threading.local()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._held: dict[Path, Region] = {}
         self._stager: DefaultStager | None = None
         self._staged: weakref.ReferenceType[_Staged] | None = None
@@ -163,7 +199,8 @@ class RegionWriter(StorageWriter, AsyncStager):
     def __getstate__(self) -> dict[str, Any]:
         # dcp.async_save in a process sends the writer there: the regions are opened anew.
         unshared = ("_thread", "_held", "_stager", "_staged")
-        return {name: value for name, value in self.__dict__.items() if name not in unshared}
+        state = {name: value for name, value in self.__dict__.items() if name not in unshared}
+        return state | {"_path": self._folder()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -175,7 +212,7 @@ class RegionWriter(StorageWriter, AsyncStager):
     def path(self) -> Path:
         """The folder of the save in progress on this thread, else of the next one."""
         current: _Current | None = getattr(self._thread, "current", None)
-        return self._path if current is None else current.folder
+        return self._label().folder if current is None else current.folder
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -190,10 +227,10 @@ class RegionWriter(StorageWriter, AsyncStager):
         return any(parent.exists() and os.access(parent, os.W_OK) for parent in Path(checkpoint_id).parents)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A new save follows, to this folder if one is given."""
+        """A new save of this thread follows; it and later ones go to this folder if one is given."""
         self._thread.current = None
         if checkpoint_id:
-            self._path = Path(checkpoint_id)
+            self._thread.folder = Path(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta | None:
         """What torch hands to planners, and the metadata keeps."""
@@ -207,7 +244,10 @@ class RegionWriter(StorageWriter, AsyncStager):
         rank = kwargs.get("rank")
         if rank is None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._thread.current = _Current(self._path, rank, alone=not kwargs.get("use_collectives", True))
+        label = self._label()
+        _begun.label = None
+        alone = not kwargs.get("use_collectives", True)
+        self._thread.current = _Current(label.folder, rank, alone, label.step)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """All ranks: makes the folder."""
@@ -261,9 +301,9 @@ class RegionWriter(StorageWriter, AsyncStager):
             self._still_there(current, parts)
             found, _ = published(region.fit(self._metadata_options, len(document)))
             sequence = max([current.sequence, *(1 + old.sequence for old in found[:1])])
-            texts = published_texts(sequence, self.step, current.save_id, parts)
+            texts = published_texts(sequence, current.step, current.save_id, parts)
             payload = NamedPayload([], {DOCUMENT: document})
-            step = sequence if self.step is None else self.step
+            step = sequence if current.step is None else current.step
             self._save(region, self._metadata_options, payload, step, texts)
         self._thread.current = None
 
@@ -274,15 +314,16 @@ class RegionWriter(StorageWriter, AsyncStager):
         options = StagingOptions(
             use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
         )
+        label = _Label(self._name, self._folder(), self.step, _here())
         free = self._staged is None or self._staged() is None
         if not (self.cache_staged_state_dict and free):
             stager = DefaultStager(options)
-            staged = cast(dict[str, Any], stager.stage(state_dict))
+            staged = _Staged(cast(dict[str, Any], stager.stage(state_dict)), label)
             stager.close()
             return staged
         if self._stager is None:
             self._stager = DefaultStager(options)
-        reusable = _Staged(cast(dict[str, Any], self._stager.stage(state_dict)))
+        reusable = _Staged(cast(dict[str, Any], self._stager.stage(state_dict)), label)
         self._staged = weakref.ref(reusable)
         return reusable
 
@@ -294,9 +335,21 @@ class RegionWriter(StorageWriter, AsyncStager):
 
         Call it before another process saves to the folder. Regions that other writers of this process use stay open.
         """
-        self._fresh()
+        self._let_go()
 
     # Parts of these
+
+    def _folder(self) -> Path:
+        folder: Path | None = getattr(self._thread, "folder", None)
+        return self._path if folder is None else folder
+
+    def _label(self) -> _Label:
+        """Of the staged state that this thread saves, else of a save that is asked for now."""
+        staged: _Label | None = getattr(_begun, "label", None)
+        if staged is None or staged.writer != self._name or staged.asked_by == _here():
+            return _Label(self._name, self._folder(), self.step, _here())
+        # dcp.async_save says in the background which folder it was given.
+        return replace(staged, folder=getattr(self._thread, "folder", staged.folder))
 
     def _current(self) -> _Current:
         current: _Current | None = getattr(self._thread, "current", None)
@@ -390,6 +443,10 @@ class RegionWriter(StorageWriter, AsyncStager):
             path=str(current.folder),
             advice="wait for the future of dcp.async_save before saving to the same folder again",
         )
+
+
+def _here() -> tuple[int, int]:
+    return os.getpid(), threading.get_ident()
 
 
 def _settle(store: Store, found: list[Published], region: str) -> None:
