@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,84 @@ def test_an_older_save_that_is_overtaken_is_given_up(tmp_path: Path) -> None:
     assert loaded(tmp_path) == 3.0
 
 
+class Held(DefaultSavePlanner):
+    """A planner of an async save that stops between its plan and its data, until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planned, self.go = threading.Event(), threading.Event()
+
+    def finish_plan(self, new_plan: Any) -> Any:
+        self.planned.set()
+        assert self.go.wait(60)
+        return super().finish_plan(new_plan)
+
+
+class HeldWriter(RegionWriter):
+    """A writer whose saves stop between the data and its publication."""
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        self.written.set()
+        assert self.go.wait(60)
+        super().finish(metadata, results)
+
+
+def held_save(value: float, path: Path, **options: Any) -> tuple[HeldWriter, Any]:
+    writer = HeldWriter(path)
+    writer.written, writer.go = threading.Event(), threading.Event()
+    future = dcp.async_save(state(value), storage_writer=writer, no_dist=True, **options)
+    assert writer.written.wait(60)
+    return writer, future
+
+
+def test_a_save_is_not_published_while_a_newer_one_is_about_to_discard_its_data(tmp_path: Path) -> None:
+    save(1.0, RegionWriter(tmp_path))
+    older, future = held_save(2.0, tmp_path)
+
+    class Newer(DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            # It knows by now what is published, and has not discarded the rest yet.
+            older.go.set()
+            future.exception()
+            raise RuntimeError("device lost")
+
+    with pytest.raises(CheckpointException, match="device lost"):
+        save(3.0, RegionWriter(tmp_path), planner=Newer())
+    with pytest.raises(CheckpointException) as caught:
+        future.result()
+    assert isinstance(cause(caught), errors.Cancelled)
+    assert loaded(tmp_path) == 1.0
+    save(4.0, RegionWriter(tmp_path))
+    assert loaded(tmp_path) == 4.0
+
+
+@pytest.mark.parametrize("published_first", [False, True])
+def test_a_late_save_discards_nothing_of_a_newer_one(tmp_path: Path, published_first: bool) -> None:
+    save(1.0, RegionWriter(tmp_path))
+    planner = Held()
+    late = dcp.async_save(state(2.0), storage_writer=RegionWriter(tmp_path), planner=planner, no_dist=True)
+    assert planner.planned.wait(60)
+    newer, future = held_save(3.0, tmp_path)
+    for event, ended in ((newer.go, future), (planner.go, late))[:: 1 if published_first else -1]:
+        event.set()
+        ended.exception()
+    future.result()
+    with pytest.raises(CheckpointException) as caught:
+        late.result()
+    assert isinstance(cause(caught), errors.Cancelled)
+    assert loaded(tmp_path) == 3.0
+
+
+def test_another_ranks_data_that_was_discarded_is_not_published(tmp_path: Path) -> None:
+    # The coordinator has no data of its own, by which it could see that.
+    write_as_two_ranks(tmp_path, {}, state(1.0))()
+    publish = write_as_two_ranks(tmp_path, {}, state(2.0))
+    write_as_two_ranks(tmp_path, {}, state(3.0))
+    with pytest.raises(errors.Cancelled):
+        publish()
+    assert loaded(tmp_path) == 1.0
+
+
 def test_flipped_bytes_in_a_rank_are_found_and_an_older_one_can_be_loaded(tmp_path: Path) -> None:
     # Damage in the first chunk is found, and passed over, when the checkpoint is opened: let there be others.
     writer = RegionWriter(tmp_path, keep=2, chunk_bytes=16 << 10)
@@ -211,7 +291,7 @@ def test_an_error_that_may_pass_discards_nothing(tmp_path: Path, monkeypatch: py
 def test_a_checkpoint_whose_file_is_absent_is_not_discarded(tmp_path: Path) -> None:
     # Rank 1 took part in the second save only: the first is complete without its file.
     save(1.0, RegionWriter(tmp_path, keep=2))
-    _save_as_two_ranks(2.0, RegionWriter(tmp_path, keep=2))
+    write_as_two_ranks(tmp_path, {"x": state(2.0)["x"]}, {"n": 2.0})()
     absent, aside = tmp_path / "rank-00001.pccheck", tmp_path / "aside"
     absent.rename(aside)
     with pytest.warns(UserWarning, match="loading save 1: save 2: rank-00001.pccheck"):
@@ -223,22 +303,21 @@ def test_a_checkpoint_whose_file_is_absent_is_not_discarded(tmp_path: Path) -> N
     assert loaded(tmp_path) == 2.0
 
 
-def _save_as_two_ranks(value: float, writer: RegionWriter) -> None:
-    """What dcp.save does on ranks 0 and 1, one after the other: the tensor is the first's, the number the other's."""
-    other = RegionWriter(writer.path, keep=2)
+def write_as_two_ranks(path: Path, *parts: dict[str, Any]) -> Callable[[], None]:
+    """What dcp.save does on ranks 0 and 1, one after the other, short of publishing, which the result does."""
     planners, plans = [DefaultSavePlanner(), DefaultSavePlanner()], []
-    parts = [{"x": state(value)["x"]}, {"n": value}]
-    for rank, (planner, part, mine) in enumerate(zip(planners, parts, (writer, other), strict=True)):
+    writers = [RegionWriter(path, keep=2), RegionWriter(path, keep=2)]
+    for rank, (planner, part, writer) in enumerate(zip(planners, parts, writers, strict=True)):
         planner.set_up_planner(part, is_coordinator=rank == 0)
-        mine.set_up_storage_writer(rank == 0, rank=rank, use_collectives=True)
-        plans.append(mine.prepare_local_plan(planner.create_local_plan()))
+        writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=True)
+        plans.append(writer.prepare_local_plan(planner.create_local_plan()))
     plans, metadata = planners[0].create_global_plan(plans)
-    plans = writer.prepare_global_plan(plans)
+    plans = writers[0].prepare_global_plan(plans)
     results = [
-        mine.write_data(planner.finish_plan(plan), planner).wait()
-        for mine, planner, plan in zip((writer, other), planners, plans, strict=True)
+        writer.write_data(planner.finish_plan(plan), planner).wait()
+        for writer, planner, plan in zip(writers, planners, plans, strict=True)
     ]
-    writer.finish(metadata, results)
+    return lambda: writers[0].finish(metadata, results)
 
 
 def test_a_rank_lost_while_the_writer_is_open_stops_the_save(tmp_path: Path) -> None:

@@ -58,11 +58,18 @@ class Options:
 
 
 class Region:
-    """One region, open for writing or not. All methods need :attr:`lock`."""
+    """One region, open for writing or not. All methods need :attr:`lock`, which is taken before the metadata region's.
+
+    A rank's region also says which save of this process to its folder is the newest; :attr:`claim` guards that, and is
+    held while a save is being published. It is taken before the metadata region's lock, and never beside this region's.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = threading.RLock()
+        self.claim = threading.Lock()
+        #: ``save_id``
+        self.newest_save: str | None = None
         #: the coordinator's region: its newest checkpoint was found complete
         self.checked = False
         self._store: Store | None = None

@@ -47,6 +47,8 @@ class _Current:
 
     folder: Path
     rank: int
+    #: this rank's, whether or not the save has anything to put in it
+    region: Region
     #: saved without collectives: this rank's checkpoint is a checkpoint by itself
     alone: bool
     #: the trainer's step when the save was asked for
@@ -60,7 +62,7 @@ class _Current:
 
     @property
     def rank_region(self) -> str:
-        return rank_name(self.rank, self.alone)
+        return self.region.path.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ class RegionWriter(StorageWriter, AsyncStager):
     All ranks need the same folder, on storage that all of them see.
 
     A save is durable when ``dcp.save`` returns, or the future of ``dcp.async_save`` is done. A save that fails, on any
-    rank, at any point, leaves the published checkpoints as they are.
+    rank, at any point, leaves the published checkpoints as they are. Wait for one save before the next to the same
+    folder: one that is not published when another begins is given up (:class:`pccheck.errors.Cancelled`).
 
     Args:
         path: the folder; made if need be. ``checkpoint_id`` of ``dcp.save`` takes its place.
@@ -247,10 +250,11 @@ class RegionWriter(StorageWriter, AsyncStager):
         label = self._label()
         _begun.label = None
         alone = not kwargs.get("use_collectives", True)
-        self._thread.current = _Current(label.folder, rank, alone, label.step)
+        region = self._region(label.folder / rank_name(rank, alone))
+        self._thread.current = _Current(label.folder, rank, region, alone, label.step)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """All ranks: makes the folder."""
+        """All ranks: makes the folder. An older save to it that is not published yet is given up from here on."""
         current = self._current()
         current.folder.mkdir(parents=True, exist_ok=True)
         if not self.overwrite and current.metadata_path.exists():
@@ -264,6 +268,8 @@ class RegionWriter(StorageWriter, AsyncStager):
                     path=str(current.folder),
                     advice="save to another folder, or let this one keep several: overwrite=True, keep=...",
                 )
+        with current.region.claim:
+            current.region.newest_save = current.save_id
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -297,8 +303,9 @@ class RegionWriter(StorageWriter, AsyncStager):
         document = encode(metadata)
         parts = {stored.part.region: stored.part for stored in metadata.storage_data.values()}
         region = self._region(current.metadata_path)
-        with region.lock:
-            self._still_there(current, parts)
+        # What a save finds published when it has claimed the folder is all that ever precedes it.
+        with current.region.claim, region.lock:
+            _refuse_overtaken(current)
             found, _ = published(region.fit(self._metadata_options, len(document)))
             sequence = max([current.sequence, *(1 + old.sequence for old in found[:1])])
             texts = published_texts(sequence, current.step, current.save_id, parts)
@@ -367,12 +374,15 @@ class RegionWriter(StorageWriter, AsyncStager):
         return region
 
     def _write(self, current: _Current, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        found = self._published(current)
-        current.sequence = 1 + (found[0].sequence if found else 0)
-        if not plan.items:
-            return []
-        region = self._region(current.folder / current.rank_region)
+        region = current.region
         with region.lock:
+            # An overtaken save would discard what the newer one has written.
+            _refuse_overtaken(current)
+            # Only now: while this save waited for the region, another may have been published.
+            found = self._published(current)
+            current.sequence = 1 + (found[0].sequence if found else 0)
+            if not plan.items:
+                return []
             payload = payload_of(plan.items, planner, self._staging_bytes)
             token = secrets.token_hex(8)
             texts = {TOKEN_KEY: token}
@@ -428,15 +438,9 @@ class RegionWriter(StorageWriter, AsyncStager):
             # Until it is copied the engine reads the tensors' memory.
             save.close()
 
-    def _still_there(self, current: _Current, parts: dict[str, Part]) -> None:
-        """A save to the same folder that began meanwhile has discarded what was not published yet."""
-        part = parts.get(current.rank_region)
-        region = self._held.get(current.folder / current.rank_region)
-        if part is None or region is None:
-            return
-        with region.lock:
-            if region.store is None or any(part.generation == have.generation for have in region.store.checkpoints()):
-                return
+
+def _refuse_overtaken(current: _Current) -> None:
+    if current.region.newest_save != current.save_id:
         raise errors.Cancelled(
             "another save to this folder began before this one was published, which is given up",
             operation="save",
