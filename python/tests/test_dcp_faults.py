@@ -158,15 +158,19 @@ def test_a_save_is_not_published_while_a_newer_one_is_about_to_discard_its_data(
     save(1.0, RegionWriter(tmp_path))
     older, future = held_save(2.0, tmp_path)
 
-    class Newer(DefaultSavePlanner):
-        def resolve_data(self, write_item: Any) -> Any:
-            # It knows by now what is published, and has not discarded the rest yet.
+    class Newer(RegionWriter):
+        def _published(self, current: Any) -> Any:
+            # It knows now what is published, and has not discarded the rest yet.
+            found = super()._published(current)
             older.go.set()
-            future.exception()
-            raise RuntimeError("device lost")
+            future.exception(60)
+            return found
 
-    with pytest.raises(CheckpointException, match="device lost"):
-        save(3.0, RegionWriter(tmp_path), planner=Newer())
+        def finish(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("coordinator died")
+
+    with pytest.raises(CheckpointException, match="coordinator died"):
+        save(3.0, Newer(tmp_path))
     with pytest.raises(CheckpointException) as caught:
         future.result()
     assert isinstance(cause(caught), errors.Cancelled)
