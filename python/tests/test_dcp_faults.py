@@ -221,6 +221,34 @@ def test_flipped_bytes_in_a_rank_are_found_and_an_older_one_can_be_loaded(tmp_pa
         assert loaded(tmp_path, verify=True) == 1.0
 
 
+def test_growing_does_not_lose_the_published_checkpoint(tmp_path: Path) -> None:
+    writer = RegionWriter(tmp_path, keep=2, chunk_bytes=16 << 10)
+    save(1.0, writer)
+    save(2.0, writer)
+    del writer
+    rank = tmp_path / "rank-00000.pccheck"
+    damage(rank, 2.0)
+    before = rank.read_bytes()
+    # One more slot, and then larger slots.
+    for options, count in (({"keep": 3}, 4), ({"keep": 2}, 1 << 20)):
+        with pytest.raises(CheckpointException) as caught:
+            dcp.save({"x": torch.zeros(count)}, storage_writer=RegionWriter(tmp_path, **options), no_dist=True)
+        assert isinstance(cause(caught), errors.Corrupt)
+        assert loaded(tmp_path, older_than=2) == 1.0 and len(rank.read_bytes()) == len(before)
+
+
+def test_checkpoints_that_growing_leaves_out_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pccheck.dcp import _regions
+
+    real = _regions.grow_region
+    # Only a medium's own failure makes growing leave one out.
+    monkeypatch.setattr(_regions, "grow_region", lambda *args, **options: real(*args, **options) + 1)
+    save(1.0, RegionWriter(tmp_path))
+    with pytest.warns(UserWarning, match=r"rank-00000.pccheck: 1 older checkpoint\(s\) could not be read"):
+        save(2.0, RegionWriter(tmp_path, keep=3))
+    assert loaded(tmp_path) == 2.0
+
+
 def damage(path: Path, value: float) -> None:
     """Flips one byte in the middle of the tensor that holds nothing but `value`."""
     content = bytearray(path.read_bytes())

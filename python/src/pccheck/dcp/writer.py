@@ -277,6 +277,8 @@ class RegionWriter(StorageWriter, AsyncStager):
         current = self._current()
         region = self._region(current.metadata_path)
         with region.lock:
+            found = published(region.reading())[0] if region.path.exists() else []
+            region.published = found[0].generation if found else 0
             store = region.fit(self._metadata_options, _METADATA_CHUNK_BYTES)
             if not region.checked:
                 _fall_back(store, current.folder)
@@ -307,6 +309,7 @@ class RegionWriter(StorageWriter, AsyncStager):
         with current.region.claim, region.lock:
             _refuse_overtaken(current)
             found, _ = published(region.fit(self._metadata_options, len(document)))
+            region.published = found[0].generation if found else 0
             sequence = max([current.sequence, *(1 + old.sequence for old in found[:1])])
             texts = published_texts(sequence, current.step, current.save_id, parts)
             payload = NamedPayload([], {DOCUMENT: document})
@@ -388,6 +391,8 @@ class RegionWriter(StorageWriter, AsyncStager):
             texts = {TOKEN_KEY: token}
             if found and current.rank_region in found[0].parts and not region.path.exists():
                 raise _lost(found[0], str(region.path))
+            newest = found[0].parts.get(current.rank_region) if found else None
+            region.published = 0 if newest is None else newest.generation
             _settle(region.fit(self._rank_options, payload.payload_bytes(texts)), found, current.rank_region)
             generation = self._save(region, self._rank_options, payload, current.sequence, texts)
         part = Part(current.rank_region, generation, token)
