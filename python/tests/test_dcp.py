@@ -7,6 +7,7 @@ import json
 import pickle
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner  # noqa: E402
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # noqa: E402
 
 import pccheck  # noqa: E402
@@ -237,6 +239,71 @@ def test_async_save_holds_what_was_there_when_it_was_called(tmp_path: Path, cach
         load(loaded, RegionReader(tmp_path))
         assert loaded["note"] == [round_number]
         assert loaded["w"].min() == loaded["w"].max() == round_number
+
+
+class Late(DefaultSavePlanner):
+    """A planner of a save that comes to its thread late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        self.begun.set()
+        assert self.go.wait(60)
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+
+
+def save_late(writer: RegionWriter, value: float, **options: Any) -> tuple[Late, Any]:
+    planner = Late()
+    future = dcp.async_save(
+        {"x": torch.full((4,), value)}, storage_writer=writer, planner=planner, no_dist=True, **options
+    )
+    assert planner.begun.wait(60)
+    return planner, future
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_async_save_has_the_step_and_folder_of_when_it_was_called(tmp_path: Path, cached: bool) -> None:
+    writer = RegionWriter(tmp_path / "a", step=1, keep=2, cache_staged_state_dict=cached)
+    planner, future = save_late(writer, 1.0)
+    writer.step = 2
+    writer.reset(tmp_path / "b")
+    planner.go.set()
+    assert Path(future.result().storage_meta.checkpoint_id) == tmp_path / "a"
+    # Without staging, the step counts when the call is made.
+    save({"x": torch.full((4,), 2.0)}, writer)
+    found = {"x": torch.zeros(4)}
+    for folder, step in (("a", 1), ("b", 2)):
+        load(found, RegionReader(tmp_path / folder, step=step))
+        assert found["x"][0] == step
+
+
+def test_overlapping_async_saves_go_to_their_own_folders(tmp_path: Path) -> None:
+    writer = RegionWriter(tmp_path / "unused")
+    late = [save_late(writer, value, checkpoint_id=tmp_path / name) for name, value in (("a", 1.0), ("b", 2.0))]
+    for planner, future in late:
+        planner.go.set()
+        future.result()
+    found = {"x": torch.zeros(4)}
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        load(found, RegionReader(tmp_path / name))
+        assert found["x"][0] == value
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_staged_state_takes_its_step_along_to_another_process(tmp_path: Path) -> None:
+    writer = RegionWriter(tmp_path, step=1)
+    staged = writer.stage({"x": torch.ones(4)})
+    writer.step = 2
+    # As to a process of torch's: sent, and saved by a thread that has not staged it.
+    sent_writer, sent = pickle.loads(pickle.dumps((writer, staged)))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(save, sent, sent_writer).result()
+        load({"x": torch.zeros(4)}, RegionReader(tmp_path, step=1))
+        # The label was that save's: the thread's next one has its own.
+        pool.submit(save, {"x": torch.ones(4)}, sent_writer).result()
+    load({"x": torch.zeros(4)}, RegionReader(tmp_path, step=2))
 
 
 def test_a_cached_copy_is_not_written_to_while_a_save_reads_it(tmp_path: Path) -> None:

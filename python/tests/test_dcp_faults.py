@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,88 @@ def test_an_older_save_that_is_overtaken_is_given_up(tmp_path: Path) -> None:
     assert loaded(tmp_path) == 3.0
 
 
+class Held(DefaultSavePlanner):
+    """A planner of an async save that stops between its plan and its data, until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planned, self.go = threading.Event(), threading.Event()
+
+    def finish_plan(self, new_plan: Any) -> Any:
+        self.planned.set()
+        assert self.go.wait(60)
+        return super().finish_plan(new_plan)
+
+
+class HeldWriter(RegionWriter):
+    """A writer whose saves stop between the data and its publication."""
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        self.written.set()
+        assert self.go.wait(60)
+        super().finish(metadata, results)
+
+
+def held_save(value: float, path: Path, **options: Any) -> tuple[HeldWriter, Any]:
+    writer = HeldWriter(path)
+    writer.written, writer.go = threading.Event(), threading.Event()
+    future = dcp.async_save(state(value), storage_writer=writer, no_dist=True, **options)
+    assert writer.written.wait(60)
+    return writer, future
+
+
+def test_a_save_is_not_published_while_a_newer_one_is_about_to_discard_its_data(tmp_path: Path) -> None:
+    save(1.0, RegionWriter(tmp_path))
+    older, future = held_save(2.0, tmp_path)
+
+    class Newer(RegionWriter):
+        def _published(self, current: Any) -> Any:
+            # It knows now what is published, and has not discarded the rest yet.
+            found = super()._published(current)
+            older.go.set()
+            future.exception(60)
+            return found
+
+        def finish(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("coordinator died")
+
+    with pytest.raises(CheckpointException, match="coordinator died"):
+        save(3.0, Newer(tmp_path))
+    with pytest.raises(CheckpointException) as caught:
+        future.result()
+    assert isinstance(cause(caught), errors.Cancelled)
+    assert loaded(tmp_path) == 1.0
+    save(4.0, RegionWriter(tmp_path))
+    assert loaded(tmp_path) == 4.0
+
+
+@pytest.mark.parametrize("published_first", [False, True])
+def test_a_late_save_discards_nothing_of_a_newer_one(tmp_path: Path, published_first: bool) -> None:
+    save(1.0, RegionWriter(tmp_path))
+    planner = Held()
+    late = dcp.async_save(state(2.0), storage_writer=RegionWriter(tmp_path), planner=planner, no_dist=True)
+    assert planner.planned.wait(60)
+    newer, future = held_save(3.0, tmp_path)
+    for event, ended in ((newer.go, future), (planner.go, late))[:: 1 if published_first else -1]:
+        event.set()
+        ended.exception()
+    future.result()
+    with pytest.raises(CheckpointException) as caught:
+        late.result()
+    assert isinstance(cause(caught), errors.Cancelled)
+    assert loaded(tmp_path) == 3.0
+
+
+def test_another_ranks_data_that_was_discarded_is_not_published(tmp_path: Path) -> None:
+    # The coordinator has no data of its own, by which it could see that.
+    write_as_two_ranks(tmp_path, {}, state(1.0))()
+    publish = write_as_two_ranks(tmp_path, {}, state(2.0))
+    write_as_two_ranks(tmp_path, {}, state(3.0))
+    with pytest.raises(errors.Cancelled):
+        publish()
+    assert loaded(tmp_path) == 1.0
+
+
 def test_flipped_bytes_in_a_rank_are_found_and_an_older_one_can_be_loaded(tmp_path: Path) -> None:
     # Damage in the first chunk is found, and passed over, when the checkpoint is opened: let there be others.
     writer = RegionWriter(tmp_path, keep=2, chunk_bytes=16 << 10)
@@ -134,6 +219,34 @@ def test_flipped_bytes_in_a_rank_are_found_and_an_older_one_can_be_loaded(tmp_pa
     assert loaded(tmp_path, older_than=2) == 1.0
     with pytest.warns(UserWarning, match="loading save 1: save 2: rank-00000.pccheck"):
         assert loaded(tmp_path, verify=True) == 1.0
+
+
+def test_growing_does_not_lose_the_published_checkpoint(tmp_path: Path) -> None:
+    writer = RegionWriter(tmp_path, keep=2, chunk_bytes=16 << 10)
+    save(1.0, writer)
+    save(2.0, writer)
+    del writer
+    rank = tmp_path / "rank-00000.pccheck"
+    damage(rank, 2.0)
+    before = rank.read_bytes()
+    # One more slot, and then larger slots.
+    for options, count in (({"keep": 3}, 4), ({"keep": 2}, 1 << 20)):
+        with pytest.raises(CheckpointException) as caught:
+            dcp.save({"x": torch.zeros(count)}, storage_writer=RegionWriter(tmp_path, **options), no_dist=True)
+        assert isinstance(cause(caught), errors.Corrupt)
+        assert loaded(tmp_path, older_than=2) == 1.0 and len(rank.read_bytes()) == len(before)
+
+
+def test_checkpoints_that_growing_leaves_out_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pccheck.dcp import _regions
+
+    real = _regions.grow_region
+    # Only a medium's own failure makes growing leave one out.
+    monkeypatch.setattr(_regions, "grow_region", lambda *args, **options: real(*args, **options) + 1)
+    save(1.0, RegionWriter(tmp_path))
+    with pytest.warns(UserWarning, match=r"rank-00000.pccheck: 1 older checkpoint\(s\) could not be read"):
+        save(2.0, RegionWriter(tmp_path, keep=3))
+    assert loaded(tmp_path) == 2.0
 
 
 def damage(path: Path, value: float) -> None:
@@ -179,6 +292,64 @@ def test_a_lost_rank_is_named_and_nothing_is_overwritten(tmp_path: Path) -> None
     assert isinstance(cause(caught), errors.Corrupt) and "rank-00000.pccheck" in str(cause(caught))
     aside.rename(rank)
     assert loaded(tmp_path) == 1.0
+
+
+def test_an_error_that_may_pass_discards_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pccheck.dcp import _folder
+
+    writer = RegionWriter(tmp_path, keep=2)
+    for value in (1.0, 2.0):
+        save(value, writer)
+    del writer
+    real, failures = _folder.read_only, [0]
+
+    def once(*args: Any, **kwargs: Any) -> Store:
+        # A process cannot be brought out of files for one call only.
+        if failures:
+            raise errors.IoFailed("too many open files", errno=failures.pop())
+        return real(*args, **kwargs)
+
+    for attempt in (lambda: save(3.0, RegionWriter(tmp_path, keep=2)), lambda: loaded(tmp_path)):
+        failures[:] = [errno.EMFILE]
+        with monkeypatch.context() as patch:
+            patch.setattr(_folder, "read_only", once)
+            with pytest.raises(CheckpointException, match="too many open files"):
+                attempt()
+        assert not failures and loaded(tmp_path) == 2.0
+    save(3.0, RegionWriter(tmp_path, keep=2))
+    assert loaded(tmp_path) == 3.0 and loaded(tmp_path, older_than=3) == 2.0
+
+
+def test_a_checkpoint_whose_file_is_absent_is_not_discarded(tmp_path: Path) -> None:
+    # Rank 1 took part in the second save only: the first is complete without its file.
+    save(1.0, RegionWriter(tmp_path, keep=2))
+    write_as_two_ranks(tmp_path, {"x": state(2.0)["x"]}, {"n": 2.0})()
+    absent, aside = tmp_path / "rank-00001.pccheck", tmp_path / "aside"
+    absent.rename(aside)
+    with pytest.warns(UserWarning, match="loading save 1: save 2: rank-00001.pccheck"):
+        assert loaded(tmp_path) == 1.0
+    with pytest.raises(CheckpointException) as caught:
+        save(3.0, RegionWriter(tmp_path, keep=2))
+    assert isinstance(cause(caught), errors.NotFound) and "rank-00001.pccheck is not there" in str(cause(caught))
+    aside.rename(absent)
+    assert loaded(tmp_path) == 2.0
+
+
+def write_as_two_ranks(path: Path, *parts: dict[str, Any]) -> Callable[[], None]:
+    """What dcp.save does on ranks 0 and 1, one after the other, short of publishing, which the result does."""
+    planners, plans = [DefaultSavePlanner(), DefaultSavePlanner()], []
+    writers = [RegionWriter(path, keep=2), RegionWriter(path, keep=2)]
+    for rank, (planner, part, writer) in enumerate(zip(planners, parts, writers, strict=True)):
+        planner.set_up_planner(part, is_coordinator=rank == 0)
+        writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=True)
+        plans.append(writer.prepare_local_plan(planner.create_local_plan()))
+    plans, metadata = planners[0].create_global_plan(plans)
+    plans = writers[0].prepare_global_plan(plans)
+    results = [
+        writer.write_data(planner.finish_plan(plan), planner).wait()
+        for writer, planner, plan in zip(writers, planners, plans, strict=True)
+    ]
+    return lambda: writers[0].finish(metadata, results)
 
 
 def test_a_rank_lost_while_the_writer_is_open_stops_the_save(tmp_path: Path) -> None:

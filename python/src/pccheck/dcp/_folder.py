@@ -65,11 +65,14 @@ def incomplete(folder: Path, chosen: Published, *, verify: bool = False) -> str 
 
     Args:
         verify: read and verify every byte of every part, instead of only looking for them.
+
+    Raises:
+        IoFailed, OutOfMemory, ...: nothing is known of the checkpoint; trying again may find it.
     """
     for region in chosen.parts:
         try:
             with read_only(folder / region) as store:
                 open_part(store, chosen, region, verify=verify).close()
-        except errors.PccheckError as why:
+        except (errors.NotFound, errors.NotARegion, errors.Corrupt, errors.Reclaimed) as why:
             return f"save {chosen.sequence}: {region}: {why.message}"
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,20 @@ class Options:
 
 
 class Region:
-    """One region, open for writing or not. All methods need :attr:`lock`."""
+    """One region, open for writing or not. All methods need :attr:`lock`, which is taken before the metadata region's.
+
+    A rank's region also says which save of this process to its folder is the newest; :attr:`claim` guards that, and is
+    held while a save is being published. It is taken before the metadata region's lock, and never beside this region's.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = threading.RLock()
+        self.claim = threading.Lock()
+        #: ``save_id``
+        self.newest_save: str | None = None
+        #: generation that growing must not lose: of the newest published checkpoint; 0: none
+        self.published = 0
         #: the coordinator's region: its newest checkpoint was found complete
         self.checked = False
         self._store: Store | None = None
@@ -93,6 +103,9 @@ class Region:
         """The region open for saves of ``payload_bytes``; made where there is none, opened where it is not.
 
         A region that turns out too small for a save is grown by :meth:`grow`.
+
+        Raises:
+            Corrupt, NotFound, IoFailed: it should grow, and :attr:`published` cannot be read; nothing was changed.
         """
         pool = options.pool_for(payload_bytes)
         store = self.store
@@ -138,7 +151,16 @@ class Region:
         format_region(self.path, slots=options.slots, payload_bytes=_with_spare(payload_bytes), medium=options.medium)
 
     def _grow(self, options: Options, slots: int, payload_bytes: int) -> None:
-        grow_region(self.path, slots=slots, payload_bytes=payload_bytes, lock_timeout=options.lock_timeout)
+        if self.published:
+            # Growing leaves out what it cannot read, and then the old file is gone: that is known before.
+            with read_only(self.path) as store:
+                store.open(generation=self.published).close()
+        lost = grow_region(self.path, slots=slots, payload_bytes=payload_bytes, lock_timeout=options.lock_timeout)
+        if lost:
+            warnings.warn(
+                f"{self.path}: {lost} older checkpoint(s) could not be read when the region was grown, and are gone",
+                stacklevel=2,
+            )
 
     def _open(self, options: Options, pool: int) -> Store:
         self._store = Store(

@@ -9,9 +9,9 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
@@ -29,6 +29,9 @@ from ._folder import TOKEN_KEY, incomplete, published
 from ._payload import NamedPayload, StreamedPayload, payload_of
 from ._regions import Options, Region, metadata_name, rank_name, region_at
 
+if TYPE_CHECKING:
+    from _collections_abc import dict_items
+
 __all__ = ["RegionWriter"]
 
 # The metadata region holds small checkpoints: it gets a small pool and one thread.
@@ -44,8 +47,12 @@ class _Current:
 
     folder: Path
     rank: int
+    #: this rank's, whether or not the save has anything to put in it
+    region: Region
     #: saved without collectives: this rank's checkpoint is a checkpoint by itself
     alone: bool
+    #: the trainer's step when the save was asked for
+    step: int | None
     sequence: int = 0
     save_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
@@ -55,11 +62,36 @@ class _Current:
 
     @property
     def rank_region(self) -> str:
-        return rank_name(self.rank, self.alone)
+        return self.region.path.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """What a save is to be called, as of when it was asked for: it may run on another thread, and later."""
+
+    writer: str
+    folder: Path
+    step: int | None
+    #: process and thread
+    asked_by: tuple[int, int]
 
 
 class _Staged(dict[str, Any]):
     """A staged state dict that can be referenced weakly: it lives as long as the save that reads it."""
+
+    def __init__(self, staged: dict[str, Any], label: _Label) -> None:
+        super().__init__(staged)
+        self.label = label
+
+    def items(self) -> dict_items[str, Any]:
+        # The first that torch does on the thread (or in the process) of a save is to go through its staged state: that
+        # tells which save it is. Nothing else that torch hands over does.
+        _begun.label = self.label
+        return super().items()
+
+
+# .label: of the staged state that this thread has begun to save
+_begun = threading.local()
 
 
 class RegionWriter(StorageWriter, AsyncStager):
@@ -71,7 +103,8 @@ class RegionWriter(StorageWriter, AsyncStager):
     All ranks need the same folder, on storage that all of them see.
 
     A save is durable when ``dcp.save`` returns, or the future of ``dcp.async_save`` is done. A save that fails, on any
-    rank, at any point, leaves the published checkpoints as they are.
+    rank, at any point, leaves the published checkpoints as they are. Wait for one save before the next to the same
+    folder: one that is not published when another begins is given up (:class:`pccheck.errors.Cancelled`).
 
     Args:
         path: the folder; made if need be. ``checkpoint_id`` of ``dcp.save`` takes its place.
@@ -84,6 +117,8 @@ class RegionWriter(StorageWriter, AsyncStager):
             is published, whatever this says).
         keep: how many published checkpoints the folder keeps at least; the one before often can be loaded too.
         step: the trainer's step, to be found again by ``RegionReader(step=...)``; set :attr:`step` before each save.
+            A save keeps the step and the folder that the writer had when ``dcp.save`` or ``dcp.async_save`` was called
+            (with an ``async_stager`` of the caller's own: when the save begins in the background).
         staging_bytes: the most that the engine's staging pool takes, and the most that copies of tensors take which
             are not in contiguous host memory (default 256 MiB; the pool is never larger than the state).
         chunk_bytes: unit of copying, hashing and writing; a multiple of 4096.
@@ -130,6 +165,7 @@ class RegionWriter(StorageWriter, AsyncStager):
         #: the trainer's step of the next save; None: none
         self.step = step
         self._path = Path(path)
+        self._name = secrets.token_hex(8)
         self._staging_bytes = staging_bytes
         self._timeout = timeout
         self._rank_options = Options(
@@ -154,8 +190,11 @@ class RegionWriter(StorageWriter, AsyncStager):
         self._fresh()
 
     def _fresh(self) -> None:
-        # Saves of several threads (of dcp.async_save) may overlap: each has its own state.
+        # Saves of several threads (of dcp.async_save) may overlap: each has its own state, and its own folder.
         self._thread = threading.local()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._held: dict[Path, Region] = {}
         self._stager: DefaultStager | None = None
         self._staged: weakref.ReferenceType[_Staged] | None = None
@@ -163,7 +202,8 @@ class RegionWriter(StorageWriter, AsyncStager):
     def __getstate__(self) -> dict[str, Any]:
         # dcp.async_save in a process sends the writer there: the regions are opened anew.
         unshared = ("_thread", "_held", "_stager", "_staged")
-        return {name: value for name, value in self.__dict__.items() if name not in unshared}
+        state = {name: value for name, value in self.__dict__.items() if name not in unshared}
+        return state | {"_path": self._folder()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -175,7 +215,7 @@ class RegionWriter(StorageWriter, AsyncStager):
     def path(self) -> Path:
         """The folder of the save in progress on this thread, else of the next one."""
         current: _Current | None = getattr(self._thread, "current", None)
-        return self._path if current is None else current.folder
+        return self._label().folder if current is None else current.folder
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -190,10 +230,10 @@ class RegionWriter(StorageWriter, AsyncStager):
         return any(parent.exists() and os.access(parent, os.W_OK) for parent in Path(checkpoint_id).parents)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A new save follows, to this folder if one is given."""
+        """A new save of this thread follows; it and later ones go to this folder if one is given."""
         self._thread.current = None
         if checkpoint_id:
-            self._path = Path(checkpoint_id)
+            self._thread.folder = Path(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta | None:
         """What torch hands to planners, and the metadata keeps."""
@@ -207,10 +247,14 @@ class RegionWriter(StorageWriter, AsyncStager):
         rank = kwargs.get("rank")
         if rank is None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._thread.current = _Current(self._path, rank, alone=not kwargs.get("use_collectives", True))
+        label = self._label()
+        _begun.label = None
+        alone = not kwargs.get("use_collectives", True)
+        region = self._region(label.folder / rank_name(rank, alone))
+        self._thread.current = _Current(label.folder, rank, region, alone, label.step)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """All ranks: makes the folder."""
+        """All ranks: makes the folder. An older save to it that is not published yet is given up from here on."""
         current = self._current()
         current.folder.mkdir(parents=True, exist_ok=True)
         if not self.overwrite and current.metadata_path.exists():
@@ -224,6 +268,8 @@ class RegionWriter(StorageWriter, AsyncStager):
                     path=str(current.folder),
                     advice="save to another folder, or let this one keep several: overwrite=True, keep=...",
                 )
+        with current.region.claim:
+            current.region.newest_save = current.save_id
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -231,6 +277,8 @@ class RegionWriter(StorageWriter, AsyncStager):
         current = self._current()
         region = self._region(current.metadata_path)
         with region.lock:
+            found = published(region.reading())[0] if region.path.exists() else []
+            region.published = found[0].generation if found else 0
             store = region.fit(self._metadata_options, _METADATA_CHUNK_BYTES)
             if not region.checked:
                 _fall_back(store, current.folder)
@@ -257,13 +305,15 @@ class RegionWriter(StorageWriter, AsyncStager):
         document = encode(metadata)
         parts = {stored.part.region: stored.part for stored in metadata.storage_data.values()}
         region = self._region(current.metadata_path)
-        with region.lock:
-            self._still_there(current, parts)
+        # What a save finds published when it has claimed the folder is all that ever precedes it.
+        with current.region.claim, region.lock:
+            _refuse_overtaken(current)
             found, _ = published(region.fit(self._metadata_options, len(document)))
+            region.published = found[0].generation if found else 0
             sequence = max([current.sequence, *(1 + old.sequence for old in found[:1])])
-            texts = published_texts(sequence, self.step, current.save_id, parts)
+            texts = published_texts(sequence, current.step, current.save_id, parts)
             payload = NamedPayload([], {DOCUMENT: document})
-            step = sequence if self.step is None else self.step
+            step = sequence if current.step is None else current.step
             self._save(region, self._metadata_options, payload, step, texts)
         self._thread.current = None
 
@@ -274,15 +324,16 @@ class RegionWriter(StorageWriter, AsyncStager):
         options = StagingOptions(
             use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
         )
+        label = _Label(self._name, self._folder(), self.step, _here())
         free = self._staged is None or self._staged() is None
         if not (self.cache_staged_state_dict and free):
             stager = DefaultStager(options)
-            staged = cast(dict[str, Any], stager.stage(state_dict))
+            staged = _Staged(cast(dict[str, Any], stager.stage(state_dict)), label)
             stager.close()
             return staged
         if self._stager is None:
             self._stager = DefaultStager(options)
-        reusable = _Staged(cast(dict[str, Any], self._stager.stage(state_dict)))
+        reusable = _Staged(cast(dict[str, Any], self._stager.stage(state_dict)), label)
         self._staged = weakref.ref(reusable)
         return reusable
 
@@ -294,9 +345,21 @@ class RegionWriter(StorageWriter, AsyncStager):
 
         Call it before another process saves to the folder. Regions that other writers of this process use stay open.
         """
-        self._fresh()
+        self._let_go()
 
     # Parts of these
+
+    def _folder(self) -> Path:
+        folder: Path | None = getattr(self._thread, "folder", None)
+        return self._path if folder is None else folder
+
+    def _label(self) -> _Label:
+        """Of the staged state that this thread saves, else of a save that is asked for now."""
+        staged: _Label | None = getattr(_begun, "label", None)
+        if staged is None or staged.writer != self._name or staged.asked_by == _here():
+            return _Label(self._name, self._folder(), self.step, _here())
+        # dcp.async_save says in the background which folder it was given.
+        return replace(staged, folder=getattr(self._thread, "folder", staged.folder))
 
     def _current(self) -> _Current:
         current: _Current | None = getattr(self._thread, "current", None)
@@ -314,17 +377,22 @@ class RegionWriter(StorageWriter, AsyncStager):
         return region
 
     def _write(self, current: _Current, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        found = self._published(current)
-        current.sequence = 1 + (found[0].sequence if found else 0)
-        if not plan.items:
-            return []
-        region = self._region(current.folder / current.rank_region)
+        region = current.region
         with region.lock:
+            # An overtaken save would discard what the newer one has written.
+            _refuse_overtaken(current)
+            # Only now: while this save waited for the region, another may have been published.
+            found = self._published(current)
+            current.sequence = 1 + (found[0].sequence if found else 0)
+            if not plan.items:
+                return []
             payload = payload_of(plan.items, planner, self._staging_bytes)
             token = secrets.token_hex(8)
             texts = {TOKEN_KEY: token}
             if found and current.rank_region in found[0].parts and not region.path.exists():
                 raise _lost(found[0], str(region.path))
+            newest = found[0].parts.get(current.rank_region) if found else None
+            region.published = 0 if newest is None else newest.generation
             _settle(region.fit(self._rank_options, payload.payload_bytes(texts)), found, current.rank_region)
             generation = self._save(region, self._rank_options, payload, current.sequence, texts)
         part = Part(current.rank_region, generation, token)
@@ -375,21 +443,19 @@ class RegionWriter(StorageWriter, AsyncStager):
             # Until it is copied the engine reads the tensors' memory.
             save.close()
 
-    def _still_there(self, current: _Current, parts: dict[str, Part]) -> None:
-        """A save to the same folder that began meanwhile has discarded what was not published yet."""
-        part = parts.get(current.rank_region)
-        region = self._held.get(current.folder / current.rank_region)
-        if part is None or region is None:
-            return
-        with region.lock:
-            if region.store is None or any(part.generation == have.generation for have in region.store.checkpoints()):
-                return
+
+def _refuse_overtaken(current: _Current) -> None:
+    if current.region.newest_save != current.save_id:
         raise errors.Cancelled(
             "another save to this folder began before this one was published, which is given up",
             operation="save",
             path=str(current.folder),
             advice="wait for the future of dcp.async_save before saving to the same folder again",
         )
+
+
+def _here() -> tuple[int, int]:
+    return os.getpid(), threading.get_ident()
 
 
 def _settle(store: Store, found: list[Published], region: str) -> None:
@@ -426,10 +492,11 @@ def _fall_back(store: Store, folder: Path) -> None:
     """Takes back published checkpoints of which a part is lost, where an older one is complete."""
     found, rejected = published(store)
     reasons = list(rejected)
-    for publication in found:
+    for number, publication in enumerate(found):
         why = incomplete(folder, publication)
         if why is None:
             if reasons:
+                _refuse_absent(folder, found[:number])
                 store.discard_newer(publication.generation)
                 warnings.warn(
                     f"{folder}: going on from save {publication.sequence}, the newest complete one: "
@@ -445,3 +512,17 @@ def _fall_back(store: Store, folder: Path) -> None:
             path=str(folder),
             advice="put the missing files back, or save to another folder",
         )
+
+
+def _refuse_absent(folder: Path, passed_over: list[Published]) -> None:
+    # A whole file that is not there may come back, with its mount for one: what needs it is not discarded.
+    for publication in passed_over:
+        for region in publication.parts:
+            if not (folder / region).exists():
+                raise errors.NotFound(
+                    f"save {publication.sequence} is published, but its file {region} is not there",
+                    operation="save",
+                    path=str(folder),
+                    advice="put the file back (is its storage mounted?), or load an older checkpoint and save to "
+                    "another folder",
+                )
