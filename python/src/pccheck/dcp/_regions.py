@@ -13,7 +13,7 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..region import format_region, grow_region
+from ..region import create_region, grow_region
 from ..store import Store
 
 __all__ = ["Options", "Region", "metadata_name", "rank_name", "read_only", "region_at"]
@@ -148,7 +148,7 @@ class Region:
             reader[0].close()
 
     def _make(self, options: Options, payload_bytes: int) -> None:
-        format_region(self.path, slots=options.slots, payload_bytes=_with_spare(payload_bytes), medium=options.medium)
+        create_region(self.path, slots=options.slots, payload_bytes=_with_spare(payload_bytes), medium=options.medium)
 
     def _grow(self, options: Options, slots: int, payload_bytes: int) -> None:
         if self.published:
