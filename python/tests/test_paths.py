@@ -164,6 +164,31 @@ def test_a_path_saved_anew_is_not_removed_by_an_older_removal(tmp_path: Path, mo
     assert value_at(path) == 3.0
 
 
+@pytest.mark.parametrize("where", ["copied", "_enqueue"])
+def test_an_interrupted_save_leaves_no_checkpoint_of_a_state_that_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    path = tmp_path / "last.ckpt"
+    # Larger than the staging pool: most of it is not copied when the wait is interrupted.
+    state = state_of(2.0, size=30_000_000)
+    store = PathStore(tmp_path, **OPTIONS)
+    store.save(state_of(1.0, size=30_000_000), path, wait="durable")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RegionFolder if where == "_enqueue" else pccheck.Save, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.save(state, path, step=2)
+    state["weights"].fill_(-1.0)  # type: ignore[attr-defined]
+    if where == "copied":
+        with pytest.raises(errors.Cancelled):
+            store.wait()
+    store.close()
+    assert value_at(path) == 1.0 and pinned(tmp_path) == [0]
+
+
 def _disk_full(*_: object) -> None:
     raise OSError(28, "No space left on device")
 

@@ -140,34 +140,44 @@ class RegionFolder:
                     self._store.close()
                     self._store = None
 
-    def begin(
+    def save(
         self,
         tensors: Mapping[str, Any],
         metadata: Mapping[str, str],
         path: Path,
         step: int,
         failed: Callable[[BaseException], None],
-    ) -> Save:
-        """Begins a save of host arrays that ends with a reference at ``path``. Wait for ``copied`` of what it returns.
+    ) -> None:
+        """Saves host arrays, which ends with a reference at ``path``; they may change on return.
 
-        ``failed`` is called by the thread if it does not come to that.
+        ``failed`` is called by the thread if it does not come to that. When this is interrupted, the save is cancelled:
+        the arrays may change before they are copied.
         """
         self._check_process()
         reference_id = references.new_id()
         note = {"id": reference_id, "path": os.path.relpath(path, self.folder)}
         metadata = {**metadata, REFERENCE_KEY: json.dumps(note)}
-        with self._entry:
-            store = self._ready(tensors, metadata)
-            try:
-                save = self._begin(store, step, tensors, metadata)
-            except errors.TooLarge:
-                needed = payload_bytes(tensors, metadata)
-                store = self._grow(store, store.got().slot_count, needed + needed // 32 + _HEADROOM_BYTES)
-                save = self._begin(store, step, tensors, metadata)
-            name = self.region.name
-            reference = Reference(name, self._uuid, save.generation, step, reference_id)
-            self._enqueue(_Job(path, failed, save, reference))
-            return save
+        save: Save | None = None
+        try:
+            with self._entry:
+                store = self._ready(tensors, metadata)
+                try:
+                    save = self._begin(store, step, tensors, metadata)
+                except errors.TooLarge:
+                    needed = payload_bytes(tensors, metadata)
+                    store = self._grow(store, store.got().slot_count, needed + needed // 32 + _HEADROOM_BYTES)
+                    save = self._begin(store, step, tensors, metadata)
+                name = self.region.name
+                reference = Reference(name, self._uuid, save.generation, step, reference_id)
+                self._enqueue(_Job(path, failed, save, reference))
+            with suppress(errors.PccheckError):
+                # Why it failed is told by the thread that waits until it is durable.
+                save.copied()
+        except BaseException:
+            if save is not None:
+                with suppress(errors.PccheckError):
+                    save.cancel()
+            raise
 
     def _begin(self, store: Store, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Save:
         return store.save(step, tensors, metadata, timeout=self.options.timeout, pin=True)
