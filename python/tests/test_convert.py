@@ -207,7 +207,8 @@ def gadget(marker: Path) -> bytes:
     noted = Pickled().name(METADATA, "StorageMeta") + b"N}"
     noted = noted.text("__annotations__") + b"}"
     noted = noted.text(field).name("torch", "Size") + b"ss"
-    noted = noted.text(field).name(METADATA, "field") + b")Rs\x86b0"
+    noted = noted.text(field).name(METADATA, "field") + b")RN}"
+    noted = noted.text("init") + b"I00\ns\x86bs\x86b0"
     return (noted.name(METADATA, "dataclass").name(METADATA, "StorageMeta") + b"\x85R.").content
 
 
