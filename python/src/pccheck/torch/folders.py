@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ _SLOT_ALIGN_BYTES = 2 << 20
 # The next states of a run are seldom exactly as large as its first: counters get digits, metrics get entries.
 _HEADROOM_BYTES = 256 << 10
 _EXIT_TIMEOUT = 60.0
+#: of a walk over the references that does not tell which there are
+_UNKNOWN = (errors.Corrupt, errors.Unsupported, OSError)
 
 _open_folders: dict[tuple[Path, int], RegionFolder] = {}
 _registry_lock = threading.Lock()
@@ -95,6 +98,7 @@ class RegionFolder:
         # Of the thread alone: removals put off since a save failed.
         self._put_off: dict[Path, _Job] = {}
         self._save_failed = False
+        self._warned = False
 
     @classmethod
     def acquire(cls, folder: Path, rank: int, options: FolderOptions) -> RegionFolder:
@@ -303,7 +307,7 @@ class RegionFolder:
         """Frees what a crash between commit and reference, or a deleted reference, has left pinned."""
         try:
             referenced = references.references_below(self.folder, self._uuid)
-        except (errors.Corrupt, errors.Unsupported):
+        except _UNKNOWN:
             # What it means is unknown, so nothing is known to be superfluous.
             return
         for info in store.checkpoints():
@@ -317,9 +321,18 @@ class RegionFolder:
         store.close()
         self._store = None
         try:
-            grow_region(self.region, slots=slots, payload_bytes=payload, lock_timeout=self.options.lock_timeout)
+            left_out = grow_region(
+                self.region, slots=slots, payload_bytes=payload, lock_timeout=self.options.lock_timeout
+            )
         finally:
             self._store = self._opened()
+        if left_out:
+            warnings.warn(
+                f"{self.region} was enlarged without {left_out} of its checkpoints, which the medium could not read any "
+                f"more: their files below {self.folder} cannot be loaded",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return self._store
 
     # The thread.
@@ -405,9 +418,20 @@ class RegionFolder:
         return reference.generation if reference.region_uuid == self._uuid else None
 
     def _unpin(self, generation: int) -> None:
-        """Frees a checkpoint whose reference is gone, unless a copy of that reference is left."""
+        """Frees a checkpoint whose reference is gone, unless a copy of that reference is left.
+
+        Where that cannot be told, the checkpoint is kept until slots are short: what was asked for is done.
+        """
         assert self._store is not None
-        if generation not in references.references_below(self.folder, self._uuid):
+        try:
+            referenced = references.references_below(self.folder, self._uuid)
+        except _UNKNOWN as why:
+            if not self._warned:
+                self._warned = True
+                text = f"checkpoints in {self.region} that are no longer needed keep their slots: {why}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return
+        if generation not in referenced:
             with suppress(errors.NotFound):
                 self._store.unpin(generation)
 
