@@ -328,8 +328,8 @@ class RegionFolder:
             self._store = self._opened()
         if left_out:
             warnings.warn(
-                f"{self.region} was enlarged without {left_out} of its checkpoints, which the medium could not read any "
-                f"more: their files below {self.folder} cannot be loaded",
+                f"{self.region} was enlarged without {left_out} of its checkpoints, which the medium could not read "
+                f"any more: their files below {self.folder} cannot be loaded",
                 RuntimeWarning,
                 stacklevel=2,
             )
