@@ -182,6 +182,80 @@ def test_nothing_that_a_source_holds_is_executed(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "executed").exists() and not (tmp_path / "to.pccheck").exists()
 
 
+METADATA = "torch.distributed.checkpoint.metadata"
+
+
+class Pickled:
+    """Pickle opcodes, written by hand."""
+
+    def __init__(self, content: bytes = b"\x80\x02") -> None:
+        self.content = content
+
+    def name(self, module: str, name: str) -> Pickled:
+        return self + f"c{module}\n{name}\n".encode()
+
+    def text(self, text: str) -> Pickled:
+        return self + f"V{text}\n".encode()
+
+    def __add__(self, more: bytes) -> Pickled:
+        return Pickled(self.content + more)
+
+
+def gadget(marker: Path) -> bytes:
+    """Makes the name of a field into source text that ``dataclass`` executes."""
+    field = f"x=__import__('os').mkdir('{marker}')):#"
+    noted = Pickled().name(METADATA, "StorageMeta") + b"N}"
+    noted = noted.text("__annotations__") + b"}"
+    noted = noted.text(field).name("torch", "Size") + b"ss"
+    noted = noted.text(field).name(METADATA, "field") + b")RN}"
+    noted = noted.text("init") + b"I00\ns\x86bs\x86b0"
+    return (noted.name(METADATA, "dataclass").name(METADATA, "StorageMeta") + b"\x85R.").content
+
+
+@pytest.mark.parametrize("name", ["dataclass", "field", "os", "torch", "Enum", "cast", "Any", "STORAGE_TYPES"])
+def test_names_that_the_module_of_dcps_metadata_imports_mean_nothing(tmp_path: Path, name: str) -> None:
+    dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "folder", no_dist=True)
+    (tmp_path / "folder" / ".metadata").write_bytes((Pickled().name(METADATA, name) + b".").content)
+    with pytest.raises(errors.Corrupt, match=f"{name} is not part of"):
+        convert(tmp_path / "folder", tmp_path / "to.pccheck")
+
+
+def test_metadata_that_would_execute_source_text_is_refused(tmp_path: Path) -> None:
+    dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "folder", no_dist=True)
+    (tmp_path / "folder" / ".metadata").write_bytes(gadget(tmp_path / "executed"))
+    with pytest.raises(errors.Corrupt):
+        convert(tmp_path / "folder", tmp_path / "to.pccheck")
+    assert not (tmp_path / "executed").exists()
+    field = torch.distributed.checkpoint.metadata.StorageMeta.__annotations__
+    assert set(field) == {"checkpoint_id", "save_id", "load_id", "modules"}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (METADATA, "StorageMeta"),
+        (METADATA, "TensorProperties"),
+        (METADATA, "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),
+    ],
+)
+def test_metadata_cannot_change_the_classes_that_it_names(tmp_path: Path, module: str, name: str) -> None:
+    dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "folder", no_dist=True)
+    noted = (Pickled().name(module, name) + b"N}").text("planted") + b"I1\ns\x86b."
+    (tmp_path / "folder" / ".metadata").write_bytes(noted.content)
+    try:
+        with pytest.raises(errors.Corrupt):
+            convert(tmp_path / "folder", tmp_path / "to.pccheck")
+    finally:
+        own = getattr(sys.modules[module], name)
+        changed = vars(own).get("planted")
+        if changed is not None:
+            delattr(own, "planted")
+    assert changed is None
+
+
 def test_what_cannot_be_represented_is_named(tmp_path: Path) -> None:
     torch.save({"config": OrderedDict(a=[1, {2, 3}]), "odd": torch.eye(3).to_sparse()}, tmp_path / "a.pt")
     with pytest.raises(errors.UnsupportedValue, match="odd"):

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,6 +163,105 @@ def test_a_path_saved_anew_is_not_removed_by_an_older_removal(tmp_path: Path, mo
     store.save(state_of(3.0), path)
     store.close()
     assert value_at(path) == 3.0
+
+
+@pytest.mark.parametrize("where", ["copied", "_enqueue"])
+def test_an_interrupted_save_leaves_no_checkpoint_of_a_state_that_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    path = tmp_path / "last.ckpt"
+    # Larger than the staging pool: most of it is not copied when the wait is interrupted.
+    state = state_of(2.0, size=30_000_000)
+    store = PathStore(tmp_path, **OPTIONS)
+    store.save(state_of(1.0, size=30_000_000), path, wait="durable")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RegionFolder if where == "_enqueue" else pccheck.Save, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.save(state, path, step=2)
+    state["weights"].fill_(-1.0)  # type: ignore[attr-defined]
+    if where == "copied":
+        with pytest.raises(errors.Cancelled):
+            store.wait()
+    store.close()
+    assert value_at(path) == 1.0 and pinned(tmp_path) == [0]
+
+
+def test_a_save_that_is_durable_is_not_reported_as_failed_where_old_references_cannot_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "elsewhere")
+
+    path = tmp_path / "last.ckpt"
+    with PathStore(tmp_path, slots=5, **OPTIONS) as store, monkeypatch.context() as patch:
+        patch.setattr(references, "_walked", denied)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            # More than there are slots: orphans are looked for too.
+            for step in range(6):
+                store.save(state_of(float(step)), path, step=step, wait="durable")
+        assert [str(one.message).count("keep their slots") for one in seen] == [1]
+        assert store.failures == 0 and value_at(path) == 5.0
+
+
+def test_a_reference_whose_folder_is_renamed_while_references_are_looked_for_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = os.walk
+
+    def renaming(top: Path, *arguments: object, **options: object) -> object:
+        for at, folders, names in walk(top, *arguments, **options):  # type: ignore[call-overload]
+            folders.sort()
+            yield at, folders, names
+            if (tmp_path / "z").exists():
+                # Was listed, and is not there any more when its turn comes.
+                (tmp_path / "z").rename(tmp_path / "a")
+
+    with PathStore(tmp_path, **OPTIONS) as store:
+        store.save(state_of(1.0), tmp_path / "one.ckpt", step=1)
+        store.save(state_of(2.0), tmp_path / "two.ckpt", step=2)
+        store.wait()
+        (tmp_path / "z").mkdir()
+        shutil.copy(tmp_path / "one.ckpt", tmp_path / "z" / "copy.ckpt")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "walk", renaming)
+            store.remove(tmp_path / "one.ckpt")
+            store.wait()
+        assert store.failures == 0
+    assert value_at(tmp_path / "a" / "copy.ckpt") == 1.0
+
+
+def test_what_a_crash_left_of_a_reference_keeps_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    with PathStore(tmp_path, **OPTIONS) as store:
+        store.save(state_of(0.0), path, wait="durable")
+        with monkeypatch.context() as patch:
+            # The file is written and neither renamed nor removed.
+            patch.setattr(Path, "replace", _disk_full)
+            patch.setattr(Path, "unlink", _disk_full)
+            with pytest.raises(OSError, match="No space left"):
+                store.save(state_of(1.0), path, step=1, wait="durable")
+        assert [references.is_reference(one) for one in tmp_path.glob(".*.tmp")] == [True]
+        store.save(state_of(2.0), path, step=2, wait="durable")
+    assert pinned(tmp_path) == [2]
+
+
+def test_checkpoints_that_are_lost_while_the_region_grows_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losing(*arguments: Any, **options: Any) -> int:
+        return pccheck.grow_region(*arguments, **options) + 1
+
+    with PathStore(tmp_path, slots=6, **OPTIONS) as store:
+        store.save(state_of(1.0), tmp_path / "a.ckpt", wait="durable")
+        # What no file can be made to do: its medium fails to read it.
+        monkeypatch.setattr("pccheck.torch.folders.grow_region", losing)
+        with pytest.warns(RuntimeWarning, match="without 1 of its checkpoints"):
+            store.save(state_of(2.0, size=4_000_000), tmp_path / "b.ckpt", wait="durable")
 
 
 def _disk_full(*_: object) -> None:

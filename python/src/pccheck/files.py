@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["make_folders", "replaced_file", "replaced_folder", "sync_folder"]
+__all__ = ["is_unfinished", "make_folders", "replaced_file", "replaced_folder", "sync_folder"]
 
-_numbers = itertools.count()
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 
 
 def sync_folder(folder: Path) -> None:
@@ -36,8 +37,16 @@ def make_folders(folder: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same folder that no other writer uses; hidden, so that it is not taken for a checkpoint."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.tmp")
+    """A name in the same folder that no other writer uses; hidden, so that it is not taken for a checkpoint.
+
+    It is random: process ids come again in other containers, and after what a crash has left behind.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def is_unfinished(name: str) -> bool:
+    """True of a file or folder that is being written to replace another, or that a crash has left of that."""
+    return _UNFINISHED.fullmatch(name) is not None
 
 
 @contextmanager
@@ -89,8 +98,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             sync_folder(Path(folder))
         if path.is_dir():
             old = _beside(path)
-            path.rename(old)
-            beside.rename(path)
+            try:
+                path.rename(old)
+                beside.rename(path)
+            except BaseException:
+                if old.is_dir() and not path.exists():
+                    old.rename(path)
+                raise
+            # The new name first: a crash must not find the old folder gone and the new one not yet there.
+            sync_folder(path.parent)
             shutil.rmtree(old, ignore_errors=True)
         else:
             beside.replace(path)

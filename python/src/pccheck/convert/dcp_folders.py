@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from .. import errors, trees
+from . import dcp_metadata
 from .torch_files import refused_global
 
 __all__ = ["read", "write"]
@@ -34,40 +35,12 @@ TREE_ENTRY = "pccheck_tree"
 #: what tensors are called that DCP gives no name, before their own
 _TENSOR_PREFIX = "pccheck_tensor."
 
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata",)
-_METADATA_GLOBALS = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
-}
-_PATH_MODULES = ("pathlib", "pathlib._local")
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes nothing but what torch writes to ``.metadata``."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = "." not in name
-        if plain and (module in _METADATA_MODULES or (module, name) in _METADATA_GLOBALS):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module in _PATH_MODULES and name.endswith("Path"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a DCP folder's metadata")
-
 
 class _Reader(FileSystemReader):
     """torch's reader, but for what unpickles without limits."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with Path(self.path, ".metadata").open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        return metadata
+        return dcp_metadata.read(Path(self.path, ".metadata"))
 
 
 class _LoadPlanner(DefaultLoadPlanner):

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ _SLOT_ALIGN_BYTES = 2 << 20
 # The next states of a run are seldom exactly as large as its first: counters get digits, metrics get entries.
 _HEADROOM_BYTES = 256 << 10
 _EXIT_TIMEOUT = 60.0
+#: of a walk over the references that does not tell which there are
+_UNKNOWN = (errors.Corrupt, errors.Unsupported, OSError)
 
 _open_folders: dict[tuple[Path, int], RegionFolder] = {}
 _registry_lock = threading.Lock()
@@ -95,6 +98,7 @@ class RegionFolder:
         # Of the thread alone: removals put off since a save failed.
         self._put_off: dict[Path, _Job] = {}
         self._save_failed = False
+        self._warned = False
 
     @classmethod
     def acquire(cls, folder: Path, rank: int, options: FolderOptions) -> RegionFolder:
@@ -140,34 +144,44 @@ class RegionFolder:
                     self._store.close()
                     self._store = None
 
-    def begin(
+    def save(
         self,
         tensors: Mapping[str, Any],
         metadata: Mapping[str, str],
         path: Path,
         step: int,
         failed: Callable[[BaseException], None],
-    ) -> Save:
-        """Begins a save of host arrays that ends with a reference at ``path``. Wait for ``copied`` of what it returns.
+    ) -> None:
+        """Saves host arrays, which ends with a reference at ``path``; they may change on return.
 
-        ``failed`` is called by the thread if it does not come to that.
+        ``failed`` is called by the thread if it does not come to that. When this is interrupted, the save is cancelled:
+        the arrays may change before they are copied.
         """
         self._check_process()
         reference_id = references.new_id()
         note = {"id": reference_id, "path": os.path.relpath(path, self.folder)}
         metadata = {**metadata, REFERENCE_KEY: json.dumps(note)}
-        with self._entry:
-            store = self._ready(tensors, metadata)
-            try:
-                save = self._begin(store, step, tensors, metadata)
-            except errors.TooLarge:
-                needed = payload_bytes(tensors, metadata)
-                store = self._grow(store, store.got().slot_count, needed + needed // 32 + _HEADROOM_BYTES)
-                save = self._begin(store, step, tensors, metadata)
-            name = self.region.name
-            reference = Reference(name, self._uuid, save.generation, step, reference_id)
-            self._enqueue(_Job(path, failed, save, reference))
-            return save
+        save: Save | None = None
+        try:
+            with self._entry:
+                store = self._ready(tensors, metadata)
+                try:
+                    save = self._begin(store, step, tensors, metadata)
+                except errors.TooLarge:
+                    needed = payload_bytes(tensors, metadata)
+                    store = self._grow(store, store.got().slot_count, needed + needed // 32 + _HEADROOM_BYTES)
+                    save = self._begin(store, step, tensors, metadata)
+                name = self.region.name
+                reference = Reference(name, self._uuid, save.generation, step, reference_id)
+                self._enqueue(_Job(path, failed, save, reference))
+            with suppress(errors.PccheckError):
+                # Why it failed is told by the thread that waits until it is durable.
+                save.copied()
+        except BaseException:
+            if save is not None:
+                with suppress(errors.PccheckError):
+                    save.cancel()
+            raise
 
     def _begin(self, store: Store, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Save:
         return store.save(step, tensors, metadata, timeout=self.options.timeout, pin=True)
@@ -293,7 +307,7 @@ class RegionFolder:
         """Frees what a crash between commit and reference, or a deleted reference, has left pinned."""
         try:
             referenced = references.references_below(self.folder, self._uuid)
-        except (errors.Corrupt, errors.Unsupported):
+        except _UNKNOWN:
             # What it means is unknown, so nothing is known to be superfluous.
             return
         for info in store.checkpoints():
@@ -307,9 +321,18 @@ class RegionFolder:
         store.close()
         self._store = None
         try:
-            grow_region(self.region, slots=slots, payload_bytes=payload, lock_timeout=self.options.lock_timeout)
+            left_out = grow_region(
+                self.region, slots=slots, payload_bytes=payload, lock_timeout=self.options.lock_timeout
+            )
         finally:
             self._store = self._opened()
+        if left_out:
+            warnings.warn(
+                f"{self.region} was enlarged without {left_out} of its checkpoints, which the medium could not read "
+                f"any more: their files below {self.folder} cannot be loaded",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return self._store
 
     # The thread.
@@ -395,9 +418,20 @@ class RegionFolder:
         return reference.generation if reference.region_uuid == self._uuid else None
 
     def _unpin(self, generation: int) -> None:
-        """Frees a checkpoint whose reference is gone, unless a copy of that reference is left."""
+        """Frees a checkpoint whose reference is gone, unless a copy of that reference is left.
+
+        Where that cannot be told, the checkpoint is kept until slots are short: what was asked for is done.
+        """
         assert self._store is not None
-        if generation not in references.references_below(self.folder, self._uuid):
+        try:
+            referenced = references.references_below(self.folder, self._uuid)
+        except _UNKNOWN as why:
+            if not self._warned:
+                self._warned = True
+                text = f"checkpoints in {self.region} that are no longer needed keep their slots: {why}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return
+        if generation not in referenced:
             with suppress(errors.NotFound):
                 self._store.unpin(generation)
 

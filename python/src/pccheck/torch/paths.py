@@ -121,10 +121,7 @@ class PathStore:
         tensors = host_tensors(flat.tensors)
         self._report()
         try:
-            save = region.begin(tensors, {TREE_KEY: flat.json}, at, step, self._failed)
-            with suppress(errors.PccheckError):
-                # Why it failed is told by the thread that waits until it is durable.
-                save.copied()
+            region.save(tensors, {TREE_KEY: flat.json}, at, step, self._failed)
             if wait == "durable":
                 region.wait(at)
         except errors.InvalidArgument:

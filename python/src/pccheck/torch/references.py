@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +27,8 @@ KEY = "pccheck_reference"
 VERSION = 1
 #: a reference is far smaller; a larger file is none
 MAX_BYTES = 4096
+#: how often a folder that changes meanwhile is walked again
+_WALKS = 4
 
 _START = f'{{"{KEY}":'.encode()
 _NOTE = "The checkpoint is in the region. To get a file of its own: python -m pccheck convert THIS_FILE checkpoint.pt"
@@ -141,21 +145,34 @@ def region_candidates(path: str | os.PathLike[str], reference: Reference) -> Ite
 def references_below(folder: Path, region_uuid: str) -> dict[int, list[Path]]:
     """Reference files below ``folder`` that name a region: generation to paths. Links are not followed.
 
-    A damaged reference might have named anything: it raises :class:`~pccheck.errors.Corrupt`.
+    A damaged reference might have named anything: it raises :class:`~pccheck.errors.Corrupt`. What cannot be looked at
+    might hold one: it raises :class:`OSError`.
     """
+    for _ in range(_WALKS):
+        with suppress(FileNotFoundError):
+            return _walked(folder, region_uuid)
+        # Something went away in mid-walk. It may have been renamed to where the walk had been already.
+    return _walked(folder, region_uuid)
+
+
+def _walked(folder: Path, region_uuid: str) -> dict[int, list[Path]]:
     found: dict[int, list[Path]] = {}
     for at, folders, names in os.walk(folder, onerror=_raise):
         if FOLDER in folders:
             folders.remove(FOLDER)
         for name in names:
             path = Path(at, name)
-            try:
-                plain = not path.is_symlink() and path.is_file() and path.stat().st_size <= MAX_BYTES
-                if not plain or not is_reference(path):
-                    continue
-                reference = _parse(path)
-            except FileNotFoundError:
+            # An unfinished file was never announced, and what a crash left of one never will be.
+            if files.is_unfinished(name) or path.is_symlink():
                 continue
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+                continue
+            with path.open("rb") as file:
+                is_one = file.read(len(_START)) == _START
+            if not is_one:
+                continue
+            reference = _parse(path)
             if reference.region_uuid == region_uuid:
                 found.setdefault(reference.generation, []).append(path)
     return found
