@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,16 @@ class OpenStore(Protocol):
 
 class RunPython(Protocol):
     def __call__(self, program: str, *arguments: object, prefix: list[str] = ...) -> str: ...
+
+
+def native_threads() -> set[str]:
+    """Threads of this process, but for those that the kernel adds and ends as it likes to serve an io_uring."""
+    found = set()
+    for entry in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if not (entry / "comm").read_text().startswith("iou-"):
+                found.add(entry.name)
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import native_threads
 
 torch = pytest.importorskip("torch")
 import torch.distributed.checkpoint as dcp  # noqa: E402
@@ -322,21 +323,17 @@ def test_a_cached_copy_is_not_written_to_while_a_save_reads_it(tmp_path: Path) -
 def test_saves_of_one_writer_reuse_its_open_regions(tmp_path: Path) -> None:
     writer = RegionWriter(tmp_path)
     save({"x": torch.ones(10)}, writer)
-    threads, native = threading.active_count(), _native_threads()
+    threads, native = threading.active_count(), len(native_threads())
     inodes = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
     for _ in range(5):
         save({"x": torch.ones(10)}, writer)
     # Another writer of the process shares them: the region's lock is held by the first.
     save({"x": torch.ones(10)}, RegionWriter(tmp_path, lock_timeout=0))
-    assert (threading.active_count(), _native_threads()) == (threads, native)
+    assert (threading.active_count(), len(native_threads())) == (threads, native)
     assert {path.name: path.stat().st_ino for path in tmp_path.iterdir()} == inodes
     del writer
     with pccheck.Store(tmp_path / "rank-00000.pccheck", max_in_flight=1, lock_timeout=0):
         pass
-
-
-def _native_threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def test_a_folder_that_was_removed_is_made_anew(tmp_path: Path) -> None:

@@ -235,6 +235,36 @@ print("decoupled")
     assert "decoupled" in run(tmp_path, script)
 
 
+def test_one_rank_alone_can_end_and_finish_announces_the_last_tag(tmp_path: Path) -> None:
+    script = (
+        TRAINING
+        + """
+import warnings
+warnings.simplefilter("always")
+made = engine(decoupled=True)
+train(made, range(1))
+made.save_checkpoint(str(folder))
+made.checkpoint_engine.finish()
+assert rank != 0 or (folder / "latest").read_text() == "global_step1"
+made.save_checkpoint(str(folder), tag="last")
+torch.distributed.barrier()
+if rank == 1:
+    # Nobody else is there to meet.
+    with warnings.catch_warnings(record=True) as told:
+        made.checkpoint_engine.cleanup()
+    assert any("tag last" in str(one.message) for one in told), told
+torch.distributed.barrier()
+made.checkpoint_engine.cleanup()
+assert (folder / "latest").read_text() == "global_step1"
+other = engine()
+other.load_checkpoint(str(folder), tag="last")
+assert other.global_steps == 1
+print("ended")
+"""
+    )
+    assert "ended" in run(tmp_path, script, world=2)
+
+
 def test_the_example_runs(tmp_path: Path) -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 40
     script = PRELUDE + f"import runpy; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"

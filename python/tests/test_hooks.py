@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import native_threads
 
 pytest.importorskip("torch")
 pytest.importorskip("numpy")
@@ -338,11 +339,6 @@ def test_waiting_in_vain_does_not_give_a_save_up(tmp_path: Path) -> None:
 # ---- what it costs --------------------------------------------------------------------------------------------------
 
 
-def threads() -> set[int]:
-    """Of this process, the library's own included."""
-    return {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
-
-
 def children() -> str:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
 
@@ -356,12 +352,12 @@ def test_no_thread_or_process_is_started_for_a_save(tmp_path: Path) -> None:
         optimizer.step()
         ckpt.save(0)
         ckpt.wait()
-        started = threads()
+        started = native_threads()
         for i in range(50):
             optimizer.step()
             ckpt.save(i)
             # The same threads, by identity: none ended and none began.
-            assert threads() == started
+            assert native_threads() == started
         ckpt.wait()
         assert ckpt.store.stats().saves_durable + ckpt.store.stats().saves_superseded >= 51
         assert children() == children_before

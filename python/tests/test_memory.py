@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MIB, SMALL, MakeRegion, OpenStore, RunPython
+from conftest import MIB, SMALL, MakeRegion, OpenStore, RunPython, native_threads
 
 import pccheck
 from pccheck import errors
@@ -73,7 +73,7 @@ def test_opening_and_closing_leaks_nothing(region: MakeRegion) -> None:
             pccheck.Store(path, keep=1000)
 
     cycle()
-    before = descriptors(), objects_of_the_package(), len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    before = descriptors(), objects_of_the_package(), len(native_threads())
     for _ in range(5):
         cycle()
     assert (descriptors(), objects_of_the_package(), len(os.listdir("/proc/self/task"))) == before  # noqa: PTH208

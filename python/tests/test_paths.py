@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import native_threads
 
 import pccheck
 from pccheck import errors
@@ -163,6 +164,37 @@ def test_a_path_saved_anew_is_not_removed_by_an_older_removal(tmp_path: Path, mo
     store.save(state_of(3.0), path)
     store.close()
     assert value_at(path) == 3.0
+
+
+def test_closing_in_a_given_time_cancels_the_rest_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, told = threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    store = PathStore(tmp_path, **OPTIONS)
+    store.save(state_of(1.0), tmp_path / "a.ckpt", wait="durable")
+    finish = RegionFolder._finish
+    monkeypatch.setattr(RegionFolder, "_finish", lambda self, job: (gate.wait(60), finish(self, job))[1])
+    # It replaces a reference, whose checkpoint would be freed.
+    store.save(state_of(2.0), tmp_path / "a.ckpt")
+    store.save(state_of(3.0), tmp_path / "b.ckpt")
+    store.remove(tmp_path / "a.ckpt")
+    region = store._open_region()
+    with pytest.raises(errors.TimedOut, match="cancelled"):
+        store.close(0.1)
+    gate.set()
+    region.wait()
+    # The first was durable, and its reference was being written.
+    assert value_at(tmp_path / "a.ckpt") in (1.0, 2.0) and not (tmp_path / "b.ckpt").exists() and not told
+    assert store.closed and store.failures >= 2
+
+
+def test_closing_does_not_wait_for_ever_for_another_threads_save(tmp_path: Path) -> None:
+    store = PathStore(tmp_path, **OPTIONS)
+    store.save(state_of(1.0), tmp_path / "a.ckpt")
+    with store._open_region().entered():
+        thread = threading.Thread(target=lambda: pytest.raises(errors.TimedOut, store.close, 0.1))
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("where", ["copied", "_enqueue"])
@@ -510,11 +542,11 @@ def test_no_thread_is_started_per_save(tmp_path: Path) -> None:
     with PathStore(tmp_path, **OPTIONS) as store:
         store.save(state_of(0.0), tmp_path / "a.ckpt", wait="durable")
         before = threading.active_count()
-        tasks = sum(1 for _ in Path("/proc/self/task").iterdir())
+        tasks = len(native_threads())
         for step in range(10):
             store.save(state_of(float(step)), tmp_path / "a.ckpt")
         assert threading.active_count() == before
-        assert sum(1 for _ in Path("/proc/self/task").iterdir()) == tasks
+        assert len(native_threads()) == tasks
 
 
 def test_options_are_checked(tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MIB, MakeRegion, OpenStore
+from conftest import MIB, MakeRegion, OpenStore, native_threads
 
 import pccheck
 from pccheck import errors
@@ -38,10 +37,6 @@ def until_used(handle: Any, thread: threading.Thread) -> None:
     """Returns once the thread's call uses the handle, or has ended."""
     while not handle._users and thread.is_alive():
         time.sleep(0.001)
-
-
-def native_threads() -> set[str]:
-    return {entry.name for entry in Path("/proc/self/task").iterdir()}
 
 
 @contextmanager

@@ -7,12 +7,14 @@
 
 DeepSpeed has no setting for foreign checkpoint engines: assign it, on every rank, after ``deepspeed.initialize``. What
 stands in the folders of the tags are small reference files, see :mod:`pccheck.torch.paths`. DeepSpeed's own offline
-scripts (``zero_to_fp32.py``) read its pickled files only.
+scripts (``zero_to_fp32.py``) read its pickled files only, and what its ``save_16bit_model`` writes is a reference too:
+``python -m pccheck convert`` makes an ordinary file of it.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,9 @@ from .torch.paths import PathStore, default_rank, load_reference
 
 __all__ = ["RegionCheckpointEngine"]
 
+#: what cleanup() waits at most
+_CLEANUP_SECONDS = 60.0
+
 
 class RegionCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     """A ``CheckpointEngine`` that keeps what a rank saves below a folder in one region of that folder.
@@ -40,7 +45,8 @@ class RegionCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     Args:
         config_params: as DeepSpeed's own engines take it; not used.
         decoupled: ``save_checkpoint`` returns when this rank's state is copied, and DeepSpeed announces the tag at the
-            next update of the model, which waits until it is durable. Else ``save_checkpoint`` waits.
+            next update of the model, which waits until it is durable; call :meth:`finish` after the last one. Else
+            ``save_checkpoint`` waits.
         options: of :class:`pccheck.torch.paths.PathStore`, but for ``on_error``.
     """
 
@@ -123,15 +129,43 @@ class RegionCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         """False: of a tensor that is a part of a larger one only the part is saved, so that no clone is needed."""
         return False
 
+    def finish(self) -> None:
+        """Commits and announces the last tag. Where ``decoupled``, call it on every rank after the last save.
+
+        Raises:
+            PccheckError: as :meth:`commit`.
+        """
+        if self._info is not None:
+            self._announce(self._info)
+
     def cleanup(self) -> None:
-        """Commits and announces the last tag, and closes the regions. DeepSpeed calls it where ``decoupled``."""
-        try:
-            if self._info is not None:
-                self._announce(self._info)
-        finally:
-            stores, self._stores, self._current = self._stores, {}, None
-            for store in stores.values():
-                store.close()
+        """Waits, for a minute at most, until what this rank saved is durable, and closes the regions.
+
+        DeepSpeed calls it where ``decoupled``, also while one rank alone ends: it does not wait for other ranks. With
+        more than one, a tag for which neither an update nor :meth:`finish` came is therefore not announced.
+
+        Raises:
+            PccheckError: why a save of this rank failed.
+        """
+        info, failure, stores = self._info, self._failure, self._stores
+        self._info = self._failure = self._current = None
+        self._stores = {}
+        for store in stores.values():
+            try:
+                store.close(_CLEANUP_SECONDS)
+            except (errors.PccheckError, OSError) as why:
+                failure = failure or why
+        if failure is not None:
+            raise failure
+        if info is not None and _ranks() == 1:
+            self._announce(info)
+        elif info is not None:
+            warnings.warn(
+                f"tag {info.tag} of {info.save_dir} is saved but not announced in its file 'latest': call "
+                "checkpoint_engine.finish() on every rank after the last save_checkpoint(); to load it name the tag",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _announce(self, info: CheckpointCommitInfo) -> None:
         """Commits a tag that DeepSpeed did not come to commit."""
@@ -141,14 +175,19 @@ class RegionCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 beside.write_text(info.tag)
 
 
+def _ranks() -> int:
+    distributed = torch.distributed
+    alone = not distributed.is_available() or not distributed.is_initialized()
+    return 1 if alone else distributed.get_world_size()
+
+
 def _count_of_ranks(flag: bool) -> int:
     """On how many ranks ``flag`` is true; every rank waits for all."""
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if _ranks() == 1:
         return int(flag)
     device = get_accelerator().current_device_name()
     count = torch.tensor(int(flag), device=device)
-    distributed.all_reduce(count)
+    torch.distributed.all_reduce(count)
     return int(count.item())
 
 

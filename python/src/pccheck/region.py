@@ -101,7 +101,9 @@ def create_region(path: str | os.PathLike[str], *, slots: int, payload_bytes: in
             f"make {target}: {why.strerror}", operation="format", path=str(target), errno=why.errno or 0
         ) from None
     finally:
-        hidden.unlink(missing_ok=True)
+        # It is not there where nothing could be made, and then the error that says why must stay.
+        with contextlib.suppress(OSError):
+            hidden.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

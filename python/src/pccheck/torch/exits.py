@@ -63,15 +63,21 @@ def _for_each(end: Callable[[Any, float], object]) -> None:
 
 
 class _OnSigterm:
-    """Finishes, then does what was done before on this signal."""
+    """Finishes, then does what was done before on this signal. One that comes meanwhile changes nothing."""
 
     def __init__(self, previous: Any) -> None:
         self._previous = previous
+        self._finishing = False
 
     def __call__(self, number: int, frame: Any) -> None:
+        # Schedulers repeat the signal: the one that is being handled goes on where this one interrupted it.
+        if self._finishing:
+            return
+        self._finishing = True
         try:
             _for_each(lambda trainer, timeout: trainer.finish(timeout))
         finally:
+            self._finishing = False
             if callable(self._previous):
                 self._previous(number, frame)
             else:

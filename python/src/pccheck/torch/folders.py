@@ -121,7 +121,11 @@ class RegionFolder:
             return found
 
     def release(self, timeout: float | None = None) -> None:
-        """Gives it back; the last one waits until all is done, and closes the region."""
+        """Gives it back; the last one waits until all is done, and closes the region.
+
+        Raises:
+            TimedOut: the region is closed all the same, and the saves that were not durable are cancelled.
+        """
         with _registry_lock:
             self._users -= 1
             last = self._users == 0
@@ -133,9 +137,25 @@ class RegionFolder:
     def _close(self, timeout: float | None) -> None:
         if self._pid != os.getpid():
             return
-        with self._entry:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        # A thread that is stuck in a save holds it.
+        if not self._entry.acquire(timeout=-1 if timeout is None else timeout):
+            raise errors.TimedOut(
+                f"another thread still saves to {self.folder} after {timeout} s",
+                operation="close",
+                path=str(self.region),
+                advice="end that thread's save first; the region stays open",
+            )
+        try:
             try:
-                self.wait(timeout=timeout)
+                self.wait(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except errors.TimedOut:
+                raise errors.TimedOut(
+                    f"saves to {self.folder} were not durable after {timeout} s and are cancelled",
+                    operation="close",
+                    path=str(self.region),
+                    advice="allow close() more time",
+                ) from None
             finally:
                 with self._changed:
                     self._stopping = True
@@ -143,6 +163,8 @@ class RegionFolder:
                 if self._store is not None:
                     self._store.close()
                     self._store = None
+        finally:
+            self._entry.release()
 
     def save(
         self,
@@ -361,6 +383,8 @@ class RegionFolder:
                 job.failed(why)
 
     def _do(self, job: _Job) -> None:
+        if self._stopping:
+            raise errors.Cancelled(f"{self.folder} was closed before this was done", path=str(job.path))
         if job.save is None:
             if self._save_failed:
                 # What was to replace it is not there.
@@ -422,7 +446,10 @@ class RegionFolder:
 
         Where that cannot be told, the checkpoint is kept until slots are short: what was asked for is done.
         """
-        assert self._store is not None
+        store = self._store
+        if store is None:
+            # Closed before this was done.
+            return
         try:
             referenced = references.references_below(self.folder, self._uuid)
         except _UNKNOWN as why:
@@ -432,8 +459,8 @@ class RegionFolder:
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             return
         if generation not in referenced:
-            with suppress(errors.NotFound):
-                self._store.unpin(generation)
+            with suppress(errors.NotFound, errors.InvalidState):
+                store.unpin(generation)
 
 
 def _at_exit() -> None:

@@ -189,7 +189,12 @@ class PathStore:
         self._report()
 
     def close(self, timeout: float | None = None) -> None:
-        """As :meth:`wait`; then the region is closed, unless another path store of this process uses it."""
+        """As :meth:`wait`; then the region is closed, unless another path store of this process uses it.
+
+        Raises:
+            TimedOut: the saves that were not durable in time are cancelled, and later removals with them.
+            PccheckError: why a save failed, unless ``on_error="warn"``. The region is closed.
+        """
         region, self._region = self._region, None
         if region is None:
             return
