@@ -60,7 +60,8 @@ class _StorageInfo(filesystem._StorageInfo, metaclass=_Sealed):
 class _TensorProperties(metadata.TensorProperties, metaclass=_Sealed):
     def __setstate__(self, state: Any) -> None:
         encoded = metadata._MEM_FORMAT_ENCODING
-        super().__setstate__(tuple(encoded(part.value) if type(part) is _MemoryFormat else part for part in state))
+        decoded = tuple(encoded(part.value) if type(part) is _MemoryFormat else part for part in state)
+        super().__setstate__(decoded)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class _MemoryFormat(metaclass=_Sealed):
