@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -395,3 +398,21 @@ def test_blobs_of_the_callers_planner_come_back(tmp_path: Path) -> None:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(found, RegionReader(tmp_path))
     assert found["blob"].getvalue() == b"bytes" and found["none"] is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_example_runs_and_resumes(tmp_path: Path, ranks: int) -> None:
+    example = Path(__file__).parent.parent / "examples" / "dcp_example.py"
+    assert len(example.read_text().splitlines()) <= 40
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    for steps in ("0 to 9", "10 to 19"):
+        command = [sys.executable, *(several if ranks > 1 else []), str(example), str(tmp_path / "run")]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"steps {steps} done") == ranks, done.stdout
+    # The same folder, resharded to one rank.
+    state = {"step": 0, "model": {"2.bias": torch.zeros(10)}}
+    load(state, RegionReader(tmp_path / "run"))
+    assert state["step"] == 19 and bool(state["model"]["2.bias"].any())  # type: ignore[index]
