@@ -35,4 +35,6 @@ for step in range(first, first + 10):
     state = {"model": weights, "optimizer": moments, "step": step}
     saving = dcp.async_save(state, storage_writer=writer, process_group=group)
 saving.result()
+if dist.is_initialized():
+    dist.destroy_process_group()
 print(f"steps {first} to {step} done, loss {loss.item():.4f}")
