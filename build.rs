@@ -1,7 +1,7 @@
 //! Gives the shared library its SONAME, which carries the ABI major version; for the Python wheel (feature `python`)
 //! also writes the C header in the form that cffi reads.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Major version of the C ABI; raised only when an existing call changes its meaning.
 const ABI_MAJOR: u32 = 1;
@@ -19,11 +19,16 @@ fn main() {
     }
 }
 
-/// Where maturin looks for `header.h`: the folder that cargo builds in, some levels above `OUT_DIR`.
+/// Where maturin looks for `header.h`: the folder that cargo builds in. `OUT_DIR` is `PROFILE/build/PACKAGE/out` in it, or
+/// that in a folder of the target's name, where one was given.
 fn target_dir() -> PathBuf {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("OUT_DIR"));
-    let marked = |dir: &&Path| dir.join("CACHEDIR.TAG").is_file();
-    out.ancestors().find(marked).expect("the target folder").to_path_buf()
+    let target = std::env::var_os("TARGET").expect("TARGET");
+    let above_profile = out.ancestors().nth(4).expect("OUT_DIR lies in the target folder");
+    match above_profile.file_name() == Some(&target) {
+        true => above_profile.parent().unwrap_or(above_profile).to_path_buf(),
+        false => above_profile.to_path_buf(),
+    }
 }
 
 /// cffi knows no preprocessor but for `#define NAME number`.
