@@ -56,7 +56,11 @@ pub const FORCED: [History; 4] = [
 pub const STEADY: [History; 5] = [
     history("steady, 1 save", steady(Setup::tight(1, 1)), wrap_steadily),
     history("steady, 2 saves, keep 2", steady(Setup::tight(2, 2)), wrap_steadily),
-    history("steady streams", Setup { raw: true, staging_chunks: 4, ..steady(Setup::tight(2, 1)) }, wrap_steadily),
+    history(
+        "steady streams",
+        Setup { raw: true, staging_chunks: 4, ..steady(Setup::tight(2, 1)) },
+        wrap_steadily,
+    ),
     history("steady, failed saves", steady(Setup::tight(2, 1).slots(6)), failed),
     history("steady, cancelled saves", steady(Setup::tight(1, 1)), cancelled_steadily),
 ];

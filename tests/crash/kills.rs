@@ -43,7 +43,12 @@ fn kills_amid_pins_marks_discards_failures_and_streams() {
 /// The next life believes what the chunk tables of the last one say.
 #[test]
 fn kills_of_saves_that_find_chunks_in_their_places() {
-    kill_all("kills, unchanged chunks", &STEADY, SimSchedule::Inline, (12 / scale().min(12), Effort::small()));
+    kill_all(
+        "kills, unchanged chunks",
+        &STEADY,
+        SimSchedule::Inline,
+        (12 / scale().min(12), Effort::small()),
+    );
 }
 
 #[test]

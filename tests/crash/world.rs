@@ -66,7 +66,16 @@ impl Setup {
     /// The fewest slots for `in_flight` and `keep`.
     pub const fn tight(in_flight: u32, keep: u32) -> Setup {
         let slots = in_flight + keep;
-        Setup { slots, in_flight, keep, hold: false, dense: false, raw: false, steady: false, staging_chunks: 24 }
+        Setup {
+            slots,
+            in_flight,
+            keep,
+            hold: false,
+            dense: false,
+            raw: false,
+            steady: false,
+            staging_chunks: 24,
+        }
     }
 
     pub const fn slots(self, slots: u32) -> Setup {
@@ -155,7 +164,11 @@ impl Content {
 
     /// The metadata that goes with it.
     pub fn note(setup: &Setup, generation: u64) -> String {
-        if setup.steady { "any".into() } else { step_of(generation).to_string() }
+        if setup.steady {
+            "any".into()
+        } else {
+            step_of(generation).to_string()
+        }
     }
 }
 
@@ -233,7 +246,12 @@ impl Life {
             self.stream(&content, &Content::note(&self.setup, generation), options)
         } else {
             let tensor = Tensor { name: "w", dtype: Dtype::U8, shape: &shape, data: &content.data };
-            self.store.save(content.step, &[tensor], &[("step", &Content::note(&self.setup, generation))], options)
+            self.store.save(
+                content.step,
+                &[tensor],
+                &[("step", &Content::note(&self.setup, generation))],
+                options,
+            )
         };
         if begun.is_err() {
             self.say(label::UNPINNING, generation);
@@ -249,12 +267,8 @@ impl Life {
 
     /// Odd pieces, back to front, so that chunks are spilled and read back in a small pool.
     fn stream(&self, content: &Content, note: &str, options: SaveOptions) -> Result<Save, Error> {
-        let mut raw = self.store.begin_raw(
-            content.step,
-            content.data.len() as u64,
-            &[("step", note)],
-            options,
-        )?;
+        let mut raw =
+            self.store.begin_raw(content.step, content.data.len() as u64, &[("step", note)], options)?;
         let starts: Vec<usize> = (0..content.data.len()).step_by(1500).collect();
         for &at in starts.iter().rev() {
             raw.write_at(at as u64, &content.data[at..(at + 1500).min(content.data.len())])?;

@@ -92,8 +92,12 @@ impl Content {
     pub fn committed(&mut self, hashes: &[u128]) -> Content {
         let mut content = mem::take(self);
         let written = |hash| KnownChunk { hash, steady: false };
-        content.chunks =
-            content.chunks.iter().zip(hashes).map(|(found, &hash)| Some(found.unwrap_or(written(hash)))).collect();
+        content.chunks = content
+            .chunks
+            .iter()
+            .zip(hashes)
+            .map(|(found, &hash)| Some(found.unwrap_or(written(hash))))
+            .collect();
         content
     }
 }
@@ -148,7 +152,8 @@ mod tests {
         assert_eq!(known(&content), [Some(0), None, Some(2)]);
         let content = content.committed(&[0, 7, 2]);
         assert_eq!(known(&content), [Some(0), Some(7), Some(2)]);
-        let steady: Vec<bool> = (0..3).filter_map(|chunk| content.known(chunk)).map(|known| known.steady).collect();
+        let steady: Vec<bool> =
+            (0..3).filter_map(|chunk| content.known(chunk)).map(|known| known.steady).collect();
         assert_eq!(steady, [true, false, false]);
     }
 
