@@ -348,8 +348,9 @@ typedef struct pcc_open_options {
     uint32_t queue_depth;
     // 1: lock the staging pool in memory where the limit allows it. Default 0.
     uint32_t lock_memory;
-    // 0.
-    uint32_t reserved;
+    // A save does not write chunks that its slot durably holds already, as their hashes tell; but of so many saves into
+    // a slot one writes everything, so that damage is not kept for ever. 1: every save does. 0 or default: 16.
+    uint32_t rewrite_every;
     // Names this training run, the same on all its ranks: steps are compared within one run. Default 0.
     uint64_t run_id;
     // Bytes of the staging pool, which bounds the memory that the library takes. At least (N + 1) chunks.
@@ -490,6 +491,8 @@ typedef struct pcc_stats_info {
     uint32_t claimable_slots;
     // 0.
     uint32_t reserved;
+    // Those of durable_bytes that were in their places already, and were not written.
+    uint64_t unchanged_bytes;
 } pcc_stats_info;
 
 // What was got at open, as opposed to what was asked for. Texts live as long as the store.

@@ -20,6 +20,8 @@ pub struct Stats {
     pub saves_cancelled: u64,
     /// Payload bytes of durable saves.
     pub durable_bytes: u64,
+    /// Those of them that were in their places already, and were not written.
+    pub unchanged_bytes: u64,
     /// Nanoseconds in which at least one save was in flight.
     pub busy_ns: u64,
     /// Sum over durable saves of the nanoseconds from begin to copied.
@@ -45,6 +47,7 @@ pub(crate) struct Metrics {
     failed: AtomicU64,
     cancelled: AtomicU64,
     durable_bytes: AtomicU64,
+    unchanged_bytes: AtomicU64,
     copied_ns: AtomicU64,
     durable_ns: AtomicU64,
     busy: Mutex<Busy>,
@@ -82,12 +85,14 @@ impl Metrics {
         }
     }
 
-    pub fn saves_durable(&self, bytes: u64, superseded: bool, copied: Duration, durable: Duration) {
+    /// `bytes`: of the payload, and those of them that were not written.
+    pub fn saves_durable(&self, bytes: (u64, u64), superseded: bool, copied: Duration, durable: Duration) {
         self.copied_ns.fetch_add(ns(copied), Ordering::Relaxed);
         self.durable_ns.fetch_add(ns(durable), Ordering::Relaxed);
         self.durable.fetch_add(1, Ordering::Relaxed);
         self.superseded.fetch_add(u64::from(superseded), Ordering::Relaxed);
-        self.durable_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.durable_bytes.fetch_add(bytes.0, Ordering::Relaxed);
+        self.unchanged_bytes.fetch_add(bytes.1, Ordering::Relaxed);
     }
 
     pub fn saves_failed(&self) {
@@ -107,6 +112,7 @@ impl Metrics {
             saves_failed: self.failed.load(Ordering::Relaxed),
             saves_cancelled: self.cancelled.load(Ordering::Relaxed),
             durable_bytes: self.durable_bytes.load(Ordering::Relaxed),
+            unchanged_bytes: self.unchanged_bytes.load(Ordering::Relaxed),
             busy_ns: ns(self.busy.lock().now()),
             copied_ns: self.copied_ns.load(Ordering::Relaxed),
             durable_ns: self.durable_ns.load(Ordering::Relaxed),

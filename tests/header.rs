@@ -225,7 +225,7 @@ layouts! {
     pcc_format_options { struct_bytes, force, prewrite, medium, reserved }
     pcc_open_options {
         struct_bytes, read_only, medium, backend, required_durability, max_in_flight, keep, hold, writers, readers,
-        queue_depth, lock_memory, reserved, run_id, staging_bytes, chunk_bytes, lock_wait_ms
+        queue_depth, lock_memory, rewrite_every, run_id, staging_bytes, chunk_bytes, lock_wait_ms
     }
     pcc_save_options { struct_bytes, wait_ms, stream, confirm, pin }
     pcc_tensor { struct_bytes, name, shape, data, bytes, dtype, rank, device, device_index }
@@ -245,7 +245,8 @@ layouts! {
     }
     pcc_stats_info {
         struct_bytes, saves_begun, saves_durable, saves_superseded, saves_failed, saves_cancelled, durable_bytes,
-        busy_ns, copied_ns, durable_ns, newest_generation, in_flight, quarantined_slots, claimable_slots, reserved
+        busy_ns, copied_ns, durable_ns, newest_generation, in_flight, quarantined_slots, claimable_slots, reserved,
+        unchanged_bytes
     }
     pcc_got_info {
         struct_bytes, path_text, notes_text, region_uuid, slot_bytes, staging_bytes, staging_huge_bytes, chunk_bytes,

@@ -130,6 +130,7 @@ pub unsafe extern "C" fn pcc_stats(store: *const pcc_store, stats: *mut pcc_stat
             quarantined_slots: now.quarantined_slots,
             claimable_slots: now.claimable_slots,
             reserved: 0,
+            unchanged_bytes: now.unchanged_bytes,
         };
         caller.fill(stats, value)
     };

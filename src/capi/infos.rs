@@ -142,6 +142,8 @@ pub struct pcc_stats_info {
     pub claimable_slots: u32,
     /// 0.
     pub reserved: u32,
+    /// Those of durable_bytes that were in their places already, and were not written.
+    pub unchanged_bytes: u64,
 }
 
 /// What was got at open, as opposed to what was asked for. Texts live as long as the store.
@@ -222,7 +224,7 @@ versioned!(pcc_progress, 56, {});
 versioned!(pcc_durable, 48, {});
 versioned!(pcc_checkpoint_info, 80, {});
 versioned!(pcc_tensor_info, 64, {});
-versioned!(pcc_stats_info, 104, {});
+versioned!(pcc_stats_info, 112, {});
 versioned!(pcc_got_info, 104, {});
 versioned!(pcc_verify_report, 40, {});
 versioned!(pcc_tuning, 48, {});

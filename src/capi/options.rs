@@ -59,8 +59,9 @@ pub struct pcc_open_options {
     pub queue_depth: u32,
     /// 1: lock the staging pool in memory where the limit allows it. Default 0.
     pub lock_memory: u32,
-    /// 0.
-    pub reserved: u32,
+    /// A save does not write chunks that its slot durably holds already, as their hashes tell; but of so many saves into
+    /// a slot one writes everything, so that damage is not kept for ever. 1: every save does. 0 or default: 16.
+    pub rewrite_every: u32,
     /// Names this training run, the same on all its ranks: steps are compared within one run. Default 0.
     pub run_id: u64,
     /// Bytes of the staging pool, which bounds the memory that the library takes. At least (N + 1) chunks.
@@ -203,6 +204,7 @@ versioned!(pcc_open_options, 88, {
     writers: OpenOptions::default().writers,
     readers: OpenOptions::default().readers,
     queue_depth: OpenOptions::default().queue_depth,
+    rewrite_every: OpenOptions::default().rewrite_every,
     staging_bytes: OpenOptions::default().staging_bytes,
     chunk_bytes: OpenOptions::default().chunk_bytes,
     lock_wait_ms: OpenOptions::default().lock_wait.map_or(-1, |wait| wait.as_millis() as i64),
@@ -307,7 +309,6 @@ impl Caller {
     }
 
     pub fn open_options(&self, options: &pcc_open_options) -> Outcome<OpenOptions> {
-        self.reserved("reserved", options.reserved.into())?;
         Ok(OpenOptions {
             read_only: self.flag("read_only", options.read_only)?,
             medium: self.medium(options.medium)?,
@@ -322,6 +323,11 @@ impl Caller {
             writers: options.writers,
             readers: options.readers,
             queue_depth: options.queue_depth,
+            // Programs that know it as reserved pass 0.
+            rewrite_every: match options.rewrite_every {
+                0 => OpenOptions::default().rewrite_every,
+                saves => saves,
+            },
             lock_memory: self.flag("lock_memory", options.lock_memory)?,
             lock_wait: wait_of(options.lock_wait_ms),
         })

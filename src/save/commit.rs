@@ -46,7 +46,7 @@ fn commit_one(shared: &Shared, save: &SaveCore) -> Result<()> {
     }
     let record = committed_record(shared, save);
     let superseded_by = if shared.faults.free_before_commit() {
-        let superseded_by = shared.region.publish(record.clone());
+        let superseded_by = shared.region.publish(record.clone(), save.committed_content());
         shared.region.write_commit(&record)?;
         superseded_by
     } else {
@@ -56,11 +56,11 @@ fn commit_one(shared: &Shared, save: &SaveCore) -> Result<()> {
         if save.spec.pin && shared.faults.pin_after_commit() {
             shared.region.pin_before_commit(save.claim)?;
         }
-        shared.region.publish(record)
+        shared.region.publish(record, save.committed_content())
     };
     let (copied, durable) = save.ages();
     shared.forget(save, |metrics| {
-        metrics.saves_durable(save.spec.payload_bytes, superseded_by.is_some(), copied, durable);
+        metrics.saves_durable(save.bytes(), superseded_by.is_some(), copied, durable);
     });
     save.end(Ok((save.claim.slot, superseded_by)));
     Ok(())

@@ -19,6 +19,12 @@ pub struct Faults {
     /// Write the pin of a save that is to be pinned only after its commit record.
     #[cfg(feature = "sim")]
     pub pin_after_commit: bool,
+    /// Still believe a chunk to be in its place after something else was written there.
+    #[cfg(feature = "sim")]
+    pub remember_overwritten: bool,
+    /// Believe that what a cancelled save was to write is in its place.
+    #[cfg(feature = "sim")]
+    pub know_uncommitted: bool,
 }
 
 macro_rules! fault {
@@ -35,3 +41,4 @@ macro_rules! fault {
 }
 
 fault! { skip_writing_mark commit_before_payload free_before_commit commit_on_last_chunk pin_after_commit }
+fault! { remember_overwritten know_uncommitted }

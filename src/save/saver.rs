@@ -16,10 +16,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::ChunkHasher;
 use crate::metrics::Metrics;
 use crate::save::commit;
-use crate::save::core::{cancelled, internal, out_of_time, Origin, SaveCore, SaveSpec};
+use crate::save::core::{cancelled, internal, out_of_time, ChunkWork, Origin, SaveCore, SaveSpec};
 use crate::save::faults::Faults;
 use crate::slots::SlotState;
-use crate::source::Source;
 use crate::staging::StagingBuffer;
 use crate::store::Region;
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -228,8 +227,8 @@ impl Shared {
         if active.len() >= self.region.options().max_in_flight as usize {
             return Ok(None);
         }
-        let Some(claim) = self.region.claim(spec.pin)? else { return Ok(None) };
-        let save = SaveCore::new(self, claim, spec.clone(), origin.clone());
+        let Some((claim, content)) = self.region.claim(spec.pin)? else { return Ok(None) };
+        let save = SaveCore::new(self, claim, content, spec.clone(), origin.clone());
         active.insert(claim.generation, save.clone());
         self.metrics.saves_begun();
         Ok(Some(save))
@@ -296,7 +295,10 @@ impl Shared {
     pub fn end_failed(&self, save: &SaveCore, error: &Error) {
         match error.kind() {
             ErrorKind::DurabilityUnknown => self.region.quarantine(save.claim),
-            kind => self.region.release(save.claim, kind != ErrorKind::Cancelled),
+            kind => {
+                let cancelled = kind == ErrorKind::Cancelled;
+                self.region.release(save.claim, !cancelled, save.left_content(cancelled));
+            }
         }
         self.forget(save, |metrics| match error.kind() {
             ErrorKind::Cancelled => metrics.saves_cancelled(),
@@ -321,13 +323,13 @@ impl Shared {
         }
     }
 
-    fn next_chunk(&self) -> Option<(Arc<SaveCore>, u64, Arc<dyn Source>)> {
+    fn next_chunk(&self) -> Option<(Arc<SaveCore>, ChunkWork)> {
         // Outlives the lock: the last owner of a save drops what its caller gave.
         let mut done = Vec::new();
         let mut queue = self.copy_queue.lock();
         while let Some(entry) = queue.first_entry() {
             match entry.get().take_chunk() {
-                Some((chunk, source)) => return Some((entry.get().clone(), chunk, source)),
+                Some(work) => return Some((entry.get().clone(), work)),
                 None => done.push(entry.remove()),
             }
         }
@@ -349,44 +351,67 @@ fn run_copier(shared: &Shared) {
             let _ = shared.copy_work.wait(ticket, None);
             continue;
         }
-        let Some(buffer) = shared.acquire_buffer() else { return };
-        if let Some((save, chunk, source)) = shared.next_chunk() {
-            copy_chunk(shared, &save, chunk, source, buffer);
+        let Some(mut buffer) = shared.acquire_buffer() else { return };
+        while let Some((save, work)) = shared.next_chunk() {
+            match copy_chunk(shared, &save, work, buffer) {
+                Some(unused) => buffer = unused,
+                None => break,
+            }
         }
     }
 }
 
+/// Copies a chunk and has it written, unless its place holds it already. Returns the buffer where that was not used.
 fn copy_chunk(
     shared: &Shared,
     save: &SaveCore,
-    chunk: u64,
-    source: Arc<dyn Source>,
+    work: ChunkWork,
     mut buffer: StagingBuffer,
-) {
+) -> Option<StagingBuffer> {
     let _at_work = save.at_work();
+    let ChunkWork { chunk, source, steady } = work;
     if shared.region.flush_failures() != save.flush_failures {
         drop(source);
-        return save.fail(shared.region.last_flush_error());
+        save.fail(shared.region.last_flush_error());
+        return Some(buffer);
     }
-    let len = save.chunk_len(chunk);
-    let mut hasher = ChunkHasher::new();
-    let fill = || source.fill(chunk * save.chunk_bytes, &mut buffer[..len], &mut hasher);
+    let (offset, len) = (chunk * save.chunk_bytes, save.chunk_len(chunk));
+    let fill = || {
+        if let Some(hash) = steady {
+            let mut hasher = ChunkHasher::new();
+            source.hash(offset, len, &mut hasher)?;
+            if hasher.finish() == hash {
+                return Ok(None);
+            }
+        }
+        let mut hasher = ChunkHasher::new();
+        source.fill(offset, &mut buffer[..len], &mut hasher)?;
+        Ok(Some(hasher.finish()))
+    };
     let filled = catch_unwind(AssertUnwindSafe(fill));
     // The caller's memory may be freed once `copied` is told: let go of the source before.
     drop(source);
     match filled {
-        Ok(Ok(())) => {
+        Ok(Ok(None)) => {
+            save.chunk_found(chunk);
+            Some(buffer)
+        }
+        Ok(Ok(Some(hash))) => {
             let padded = len.next_multiple_of(crate::format::BLOCK_BYTES as usize);
             buffer[len..padded].fill(0);
-            save.chunk_copied(chunk, hasher.finish(), buffer);
+            save.chunk_copied(chunk, hash, buffer)
         }
-        Ok(Err(error)) => save.fail(error),
+        Ok(Err(error)) => {
+            save.fail(error);
+            Some(buffer)
+        }
         Err(panic) => {
             // Something may still be copying into the buffer. It is lost, and the store with it, but not the other
             // saves in flight. Dropping what was thrown could panic again.
             std::mem::forget((panic, buffer));
             shared.region.poison();
             save.fail(internal("copying from the state failed by a defect"));
+            None
         }
     }
 }

@@ -113,4 +113,14 @@ impl Source for HostSource {
         self.persister.fence();
         Ok(())
     }
+
+    fn hash(&self, offset: u64, len: usize, hasher: &mut ChunkHasher) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let src = self.run_at(offset + done as u64, len - done);
+            hasher.update(src);
+            done += src.len();
+        }
+        Ok(())
+    }
 }

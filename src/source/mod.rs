@@ -13,4 +13,7 @@ pub trait Source: Send + Sync {
     ///
     /// When it returns, `dst` is visible to every thread and to devices. Called from several threads at once.
     fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher) -> Result<()>;
+
+    /// Feeds payload bytes `offset..offset + len` to `hasher`, in order. Called from several threads at once.
+    fn hash(&self, offset: u64, len: usize, hasher: &mut ChunkHasher) -> Result<()>;
 }

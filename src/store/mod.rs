@@ -12,6 +12,7 @@ pub use options::{
     FormatOptions, OpenOptions, DEFAULT_CHUNK_BYTES, DEFAULT_LOCK_WAIT, DEFAULT_STAGING_BYTES, MAX_IN_FLIGHT,
     MAX_WRITERS,
 };
+pub(crate) use region::Content;
 pub use region::{read_table, Claimed, Region};
 
 /// Wall-clock time, for people: nothing is ordered by it.

@@ -14,6 +14,10 @@ pub const MAX_WRITERS: u32 = 64;
 pub const DEFAULT_CHUNK_BYTES: u64 = 4 << 20;
 /// Staging pool unless the caller sets one.
 pub const DEFAULT_STAGING_BYTES: u64 = 256 << 20;
+/// Of so many saves into a slot one writes everything, unless the caller sets something else.
+pub const DEFAULT_REWRITE_EVERY: u32 = 16;
+/// Most saves into a slot of which one must write everything.
+pub const MAX_REWRITE_EVERY: u32 = 1 << 16;
 /// How long `open` waits for the writer's lock unless told otherwise.
 pub const DEFAULT_LOCK_WAIT: Duration = Duration::from_secs(10);
 
@@ -84,6 +88,9 @@ pub struct OpenOptions {
     pub readers: u32,
     /// Operations in flight on the `direct` medium.
     pub queue_depth: u32,
+    /// A save does not write chunks that its slot durably holds already, but for every so many-th save into each slot,
+    /// which writes everything, so that damage is not kept for ever. 1: every save writes everything.
+    pub rewrite_every: u32,
     /// Lock the staging pool in memory where the limit allows it.
     pub lock_memory: bool,
     /// How long to wait for another writer's lock; `None` waits for ever.
@@ -107,6 +114,7 @@ impl Default for OpenOptions {
             writers: cores.clamp(1, 4),
             readers: cores.clamp(1, 4),
             queue_depth: 32,
+            rewrite_every: DEFAULT_REWRITE_EVERY,
             lock_memory: false,
             lock_wait: Some(DEFAULT_LOCK_WAIT),
         }
@@ -128,6 +136,7 @@ impl OpenOptions {
         range("writers", self.writers.into(), 1, MAX_WRITERS.into())?;
         range("readers", self.readers.into(), 1, MAX_WRITERS.into())?;
         range("queue_depth", self.queue_depth.into(), 1, 4096)?;
+        range("rewrite_every", self.rewrite_every.into(), 1, MAX_REWRITE_EVERY.into())?;
         range("chunk_bytes", self.chunk_bytes, MIN_CHUNK_BYTES, MAX_CHUNK_BYTES)?;
         if !self.chunk_bytes.is_multiple_of(BLOCK_BYTES) {
             return Err(invalid(

@@ -218,7 +218,7 @@ fn bad_options_and_paths_are_refused() {
     refuse(&|o| o.medium = 9, PCC_INVALID_ARGUMENT, &["medium is 9"]);
     refuse(&|o| o.backend = 3, PCC_INVALID_ARGUMENT, &["backend is 3"]);
     refuse(&|o| o.required_durability = 0, PCC_INVALID_ARGUMENT, &["required_durability is 0"]);
-    refuse(&|o| o.reserved = 1, PCC_INVALID_ARGUMENT, &["reserved is 1"]);
+    refuse(&|o| o.rewrite_every = 1 << 17, PCC_INVALID_ARGUMENT, &["rewrite_every is 131072"]);
     refuse(&|o| o.max_in_flight = 0, PCC_INVALID_ARGUMENT, &["max_in_flight is 0"]);
     refuse(&|o| o.max_in_flight = 4, PCC_INVALID_ARGUMENT, &["5 slots", "has 4"]);
     refuse(&|o| o.chunk_bytes = 100, PCC_INVALID_ARGUMENT, &["chunk_bytes is 100"]);

@@ -7,7 +7,7 @@ use pccheck::medium::Barrier;
 use pccheck::ErrorKind;
 
 use crate::explore::Script;
-use crate::world::{durable, ended, Life, Setup, WAIT};
+use crate::world::{durable, ended, Life, Setup, CHUNK_BYTES, WAIT};
 
 /// A named history and the region it wants.
 pub struct History {
@@ -52,6 +52,23 @@ pub const FORCED: [History; 4] = [
     history("a commit held back", Setup::tight(2, 1), commit_held_back),
 ];
 
+/// Saves that find much of what they save in its place, with all that may happen to such a place between two saves.
+pub const STEADY: [History; 5] = [
+    history("steady, 1 save", steady(Setup::tight(1, 1)), wrap_steadily),
+    history("steady, 2 saves, keep 2", steady(Setup::tight(2, 2)), wrap_steadily),
+    history(
+        "steady streams",
+        Setup { raw: true, staging_chunks: 4, ..steady(Setup::tight(2, 1)) },
+        wrap_steadily,
+    ),
+    history("steady, failed saves", steady(Setup::tight(2, 1).slots(6)), failed),
+    history("steady, cancelled saves", steady(Setup::tight(1, 1)), cancelled_steadily),
+];
+
+const fn steady(setup: Setup) -> Setup {
+    Setup { steady: true, ..setup }
+}
+
 /// Ends with a medium that goes on failing: what the last calls wrote is visible, and no flush reaches it.
 pub const FAILING: [History; 2] = [
     history("commit fails", Setup::tight(1, 1), commit_fails),
@@ -67,6 +84,38 @@ fn wrap(life: &Life) {
         let claims = used.iter().filter(|&&used| used == slot).count();
         assert!(claims >= 2, "slot {slot} was claimed {claims} times in {used:?}");
     }
+}
+
+fn wrap_steadily(life: &Life) {
+    wrap(life);
+    life.rounds(12);
+    assert!(life.store.stats().unchanged_bytes > 0, "nothing was ever found in its place");
+}
+
+/// Cancelled with everything written but one chunk, and with everything copied and nothing written.
+fn cancelled_steadily(life: &Life) {
+    life.watch_from_here();
+    life.rounds(4);
+    for _ in 0..5 {
+        let (save, hold) = begin_with_chunk_held(life, 1);
+        let written = || save.progress().written_bytes + CHUNK_BYTES >= save.progress().total_bytes;
+        while !written() {
+            std::thread::yield_now();
+        }
+        save.cancel();
+        life.sim.release(hold);
+        assert!(ended(&save).is_err());
+        life.rounds(2);
+        let hold = hold_write(life, Barrier::WritingMark);
+        let save = life.begin();
+        wait_held(life, hold);
+        save.wait_copied(WAIT).expect("copied");
+        save.cancel();
+        life.sim.release(hold);
+        assert!(ended(&save).is_err());
+        life.rounds(3);
+    }
+    assert!(life.store.stats().unchanged_bytes > 0, "nothing was ever found in its place");
 }
 
 fn pins(life: &Life) {

@@ -6,7 +6,7 @@ use pccheck::medium::sim::{Note, SimMedium, SimModel, SimSchedule, Trace};
 use pccheck::medium::Barrier;
 
 use crate::explore::{kill_then_lose_power, record, report, scale, Counts, Effort, MODELS};
-use crate::histories::{History, FAILING, FORCED, USES, WRAPPING};
+use crate::histories::{History, FAILING, FORCED, STEADY, USES, WRAPPING};
 use crate::power::reordered;
 use crate::world::{format_on, label, Setup};
 
@@ -38,6 +38,17 @@ fn killed_reopened_saved_then_power_lost() {
 fn kills_amid_pins_marks_discards_failures_and_streams() {
     kill_all("kills amid uses", &USES, SimSchedule::Inline, (12 / scale().min(12), Effort::small()));
     kill_all("kills amid forced orders", &FORCED, SimSchedule::Inline, (6 / scale().min(6), Effort::small()));
+}
+
+/// The next life believes what the chunk tables of the last one say.
+#[test]
+fn kills_of_saves_that_find_chunks_in_their_places() {
+    kill_all(
+        "kills, unchanged chunks",
+        &STEADY,
+        SimSchedule::Inline,
+        (12 / scale().min(12), Effort::small()),
+    );
 }
 
 #[test]

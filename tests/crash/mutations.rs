@@ -7,7 +7,7 @@ use pccheck::medium::Barrier;
 use pccheck::save::Faults;
 
 use crate::explore::{lose_power, run, Effort, Protocol, MODELS};
-use crate::histories::{History, FAILING, FORCED, USES, WRAPPING};
+use crate::histories::{History, FAILING, FORCED, STEADY, USES, WRAPPING};
 use crate::kills::{kill_on_failing_medium, kill_the_formatter};
 
 const PMEM: SimModel = SimModel::Pmem;
@@ -96,6 +96,18 @@ fn committing_on_the_last_chunk() {
 fn pinning_after_the_commit() {
     let late = with(|faults| faults.pin_after_commit = true);
     must_be_caught("pinned after commit", &[&USES[7]], late, &MODELS);
+}
+
+#[test]
+fn believing_in_chunks_that_were_overwritten() {
+    let late = with(|faults| faults.remember_overwritten = true);
+    must_be_caught("overwritten chunks remembered", &[&STEADY[2], &STEADY[4]], late, &MODELS);
+}
+
+#[test]
+fn believing_in_chunks_that_no_save_has_committed() {
+    let early = with(|faults| faults.know_uncommitted = true);
+    must_be_caught("uncommitted chunks known", &[&STEADY[4]], early, &MODELS);
 }
 
 #[test]

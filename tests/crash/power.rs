@@ -10,7 +10,7 @@ use pccheck::recovery::read_region;
 use pccheck::save::Faults;
 
 use crate::explore::{lose_power, record, report, seed, Effort, MODELS};
-use crate::histories::{History, FORCED, USES, WRAPPING};
+use crate::histories::{History, FORCED, STEADY, USES, WRAPPING};
 use crate::judge::{judge, Promises};
 use crate::world::{final_image, format_on, formatted, Life, Setup};
 
@@ -44,6 +44,12 @@ fn saves_that_wrap_around_all_slots() {
 #[test]
 fn saves_that_complete_in_any_order() {
     explore_all("any order", &WRAPPING[2..6], &[reordered(1), reordered(2)]);
+}
+
+#[test]
+fn saves_of_what_is_there_already() {
+    explore_all("unchanged chunks", &STEADY, &[SimSchedule::Inline]);
+    explore_all("unchanged chunks in any order", &STEADY[1..2], &[reordered(5)]);
 }
 
 #[test]

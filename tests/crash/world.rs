@@ -57,6 +57,8 @@ pub struct Setup {
     pub dense: bool,
     /// Every third save is a raw stream.
     pub raw: bool,
+    /// Most of a payload is as in some generation before, so that saves find chunks in their places.
+    pub steady: bool,
     pub staging_chunks: u64,
 }
 
@@ -64,7 +66,16 @@ impl Setup {
     /// The fewest slots for `in_flight` and `keep`.
     pub const fn tight(in_flight: u32, keep: u32) -> Setup {
         let slots = in_flight + keep;
-        Setup { slots, in_flight, keep, hold: false, dense: false, raw: false, staging_chunks: 24 }
+        Setup {
+            slots,
+            in_flight,
+            keep,
+            hold: false,
+            dense: false,
+            raw: false,
+            steady: false,
+            staging_chunks: 24,
+        }
     }
 
     pub const fn slots(self, slots: u32) -> Setup {
@@ -90,6 +101,7 @@ impl Setup {
             writers: 2,
             readers: 1,
             run_id: RUN_ID,
+            rewrite_every: 7,
             ..OpenOptions::default()
         }
     }
@@ -108,20 +120,25 @@ pub struct Content {
 
 impl Content {
     pub fn of(setup: &Setup, generation: u64) -> Arc<Content> {
-        type Known = Mutex<HashMap<(bool, bool, u64), Arc<Content>>>;
+        type Known = Mutex<HashMap<(bool, bool, bool, u64), Arc<Content>>>;
         static KNOWN: OnceLock<Known> = OnceLock::new();
-        let key = (setup.dense, setup.is_raw(generation), generation);
+        let key = (setup.dense, setup.steady, setup.is_raw(generation), generation);
         let mut known = KNOWN.get_or_init(Known::default).lock().expect("no panic under this lock");
         known.entry(key).or_insert_with(|| Arc::new(Content::make(setup, generation))).clone()
     }
 
     fn make(setup: &Setup, generation: u64) -> Content {
         // One to three chunks beside the header, the last one not full: old bytes stay behind shorter payloads.
-        let len = (1 + generation as usize % 3) * BLOCK - 100;
+        let chunks = match setup.steady {
+            true => [3, 3, 3, 3, 3, 2, 3, 3, 3, 3, 1][generation as usize % 11],
+            false => 1 + generation as usize % 3,
+        };
+        let len = chunks * BLOCK - 100;
         let mut data = vec![0; len];
         let stride = if setup.dense { 8 } else { 2048 };
         for at in (0..len - 8).step_by(stride) {
-            let word = generation.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(at as u32 / 8) ^ at as u64;
+            let seed = if setup.steady { variant(generation, at / BLOCK) } else { generation };
+            let word = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(at as u32 / 8) ^ at as u64;
             data[at..at + 8].copy_from_slice(&word.to_le_bytes());
         }
         let shape = [len as u64];
@@ -129,7 +146,7 @@ impl Content {
             TensorSpec { name: "w", dtype: Dtype::U8, shape: &shape, bytes: len as u64, alias_of: None };
         // The header, too, differs from one generation to the next: a chunk that is rewritten with what it held
         // would hide a missing mark.
-        let metadata = step_of(generation).to_string();
+        let metadata = Content::note(setup, generation);
         let metadata = [("step", metadata.as_str())];
         let planned = match setup.is_raw(generation) {
             true => plan_raw(len as u64, &metadata),
@@ -143,6 +160,24 @@ impl Content {
         let hashes: Vec<u128> =
             payload.chunks(CHUNK_BYTES as usize).map(pccheck::format::chunk_hash).collect();
         Content { step: step_of(generation), data, payload, table: encode_table(&hashes) }
+    }
+
+    /// The metadata that goes with it.
+    pub fn note(setup: &Setup, generation: u64) -> String {
+        if setup.steady {
+            "any".into()
+        } else {
+            step_of(generation).to_string()
+        }
+    }
+}
+
+/// What a steady payload's block of data is made from: the first is always new, the others come and go.
+fn variant(generation: u64, block: usize) -> u64 {
+    match block {
+        0 => generation,
+        1 => 1_000_000 + generation / 3 % 2,
+        _ => 2_000_000 + generation / 5 % 2,
     }
 }
 
@@ -208,10 +243,15 @@ impl Life {
         self.sim.note(Note::Issued { generation, fingerprint: content.data.len() as u64 });
         let shape = [content.data.len() as u64];
         let begun = if self.setup.is_raw(generation) {
-            self.stream(&content, options)
+            self.stream(&content, &Content::note(&self.setup, generation), options)
         } else {
             let tensor = Tensor { name: "w", dtype: Dtype::U8, shape: &shape, data: &content.data };
-            self.store.save(content.step, &[tensor], &[("step", &content.step.to_string())], options)
+            self.store.save(
+                content.step,
+                &[tensor],
+                &[("step", &Content::note(&self.setup, generation))],
+                options,
+            )
         };
         if begun.is_err() {
             self.say(label::UNPINNING, generation);
@@ -226,13 +266,9 @@ impl Life {
     }
 
     /// Odd pieces, back to front, so that chunks are spilled and read back in a small pool.
-    fn stream(&self, content: &Content, options: SaveOptions) -> Result<Save, Error> {
-        let mut raw = self.store.begin_raw(
-            content.step,
-            content.data.len() as u64,
-            &[("step", &content.step.to_string())],
-            options,
-        )?;
+    fn stream(&self, content: &Content, note: &str, options: SaveOptions) -> Result<Save, Error> {
+        let mut raw =
+            self.store.begin_raw(content.step, content.data.len() as u64, &[("step", note)], options)?;
         let starts: Vec<usize> = (0..content.data.len()).step_by(1500).collect();
         for &at in starts.iter().rev() {
             raw.write_at(at as u64, &content.data[at..(at + 1500).min(content.data.len())])?;

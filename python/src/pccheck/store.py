@@ -50,6 +50,8 @@ class Stats:
     saves_failed: int
     saves_cancelled: int
     durable_bytes: int
+    #: those of durable_bytes that were in their places already, and were not written
+    unchanged_bytes: int
     #: in which at least one save was in flight: durable_bytes over this is the bandwidth got
     busy_ns: int
     #: sums over durable saves, from begin
@@ -114,6 +116,8 @@ class Store:
         hold: keep every checkpoint until :meth:`mark_global` names a newer step (for groups of ranks).
         writers, readers: threads that copy and hash on save, and verify on restore.
         queue_depth: operations in flight on the direct medium.
+        rewrite_every: a save does not write chunks that its slot durably holds already, as their hashes tell; but of so
+            many saves into a slot one writes everything, so that damage is not kept for ever (default 16; 1: all do).
         lock_memory: lock the staging pool in memory where the limit allows it.
         run_id: names this training run, the same on all its ranks.
         staging_bytes: of the staging pool, which bounds the memory taken (default 256 MiB, at least N + 1 chunks).
@@ -139,6 +143,7 @@ class Store:
         writers: int | None = None,
         readers: int | None = None,
         queue_depth: int | None = None,
+        rewrite_every: int | None = None,
         lock_memory: bool = False,
         run_id: int = 0,
         staging_bytes: int | None = None,
@@ -157,6 +162,7 @@ class Store:
             writers=writers,
             readers=readers,
             queue_depth=queue_depth,
+            rewrite_every=rewrite_every,
             lock_memory=int(lock_memory),
             run_id=whole("run_id", run_id),
             staging_bytes=staging_bytes,

@@ -3,14 +3,13 @@
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::Instant;
 
-use super::{internal, out_of_time, Durable, Mark, Parked, SaveCore};
+use super::{internal, out_of_time, ChunkWork, Durable, Mark, Parked, SaveCore, SaveState};
 use crate::error::{Error, Result};
 use crate::format::encode_table;
 use crate::medium::{Barrier, Io, IoOp, IoSink};
 use crate::save::saver::Shared;
-use crate::source::Source;
 use crate::staging::StagingBuffer;
-use crate::sync::Arc;
+use crate::store::Content;
 
 /// Token of chunk-table writes; chunk writes carry their index, which is smaller.
 const TABLE_TOKEN: u64 = u64::MAX;
@@ -40,7 +39,7 @@ impl Drop for AtWork<'_> {
 impl SaveCore {
     /// Hands the next uncopied chunk to a copier; `None` when there is none left or the save has failed. Every success
     /// needs one `at_work`.
-    pub fn take_chunk(&self) -> Option<(u64, Arc<dyn Source>)> {
+    pub fn take_chunk(&self) -> Option<ChunkWork> {
         let mut state = self.state.lock();
         if state.failure.is_some() || state.next_chunk == self.chunk_count {
             return None;
@@ -49,7 +48,8 @@ impl SaveCore {
         let chunk = state.next_chunk;
         state.next_chunk += 1;
         state.copying += 1;
-        Some((chunk, source))
+        let steady = state.content.known(chunk).filter(|known| known.steady).map(|known| known.hash);
+        Some(ChunkWork { chunk, source, steady })
     }
 
     /// Takes over the registration that `take_chunk` made.
@@ -78,19 +78,83 @@ impl SaveCore {
         self.state.lock().failure.clone().map_or(Ok(()), Err)
     }
 
-    /// A copier filled `buffer` with `chunk` (padding zeroed): record its hash and write it.
-    pub fn chunk_copied(&self, chunk: u64, hash: u128, buffer: StagingBuffer) {
+    /// A copier filled `buffer` with `chunk` (padding zeroed): record its hash and write it, unless its place holds it
+    /// already; then the buffer is returned.
+    pub fn chunk_copied(&self, chunk: u64, hash: u128, buffer: StagingBuffer) -> Option<StagingBuffer> {
         let padded = self.chunk_len(chunk).next_multiple_of(crate::format::BLOCK_BYTES as usize);
-        let all_copied = {
+        let (found, all_copied) = {
             let mut state = self.state.lock();
-            state.hashes[chunk as usize] = hash;
-            state.chunks_copied += 1;
-            state.copied_bytes += self.chunk_len(chunk) as u64;
-            state.chunks_copied == self.chunk_count
+            let found = state.content.known(chunk).is_some_and(|known| known.hash == hash);
+            (found, self.note_copied(&mut state, chunk, hash, found))
         };
-        self.write(chunk * self.chunk_bytes, padded, buffer, chunk);
+        let unused = match found {
+            true => Some(buffer),
+            false => {
+                self.write(chunk * self.chunk_bytes, padded, buffer, chunk);
+                None
+            }
+        };
         if all_copied {
             self.finish_copy();
+        }
+        unused
+    }
+
+    /// A copier found that the chunk's place holds it already.
+    pub fn chunk_found(&self, chunk: u64) {
+        let all_copied = {
+            let mut state = self.state.lock();
+            // Nobody but the chunk's copier changes what is known of it.
+            let Some(known) = state.content.known(chunk) else { return };
+            self.note_copied(&mut state, chunk, known.hash, true)
+        };
+        if all_copied {
+            self.finish_copy();
+        }
+    }
+
+    /// True where it was the last one.
+    fn note_copied(&self, state: &mut SaveState, chunk: u64, hash: u128, found: bool) -> bool {
+        let len = self.chunk_len(chunk) as u64;
+        state.hashes[chunk as usize] = hash;
+        state.chunks_copied += 1;
+        state.copied_bytes += len;
+        if found {
+            state.content.found(chunk);
+            state.written_bytes += len;
+            state.unchanged_bytes += len;
+        }
+        state.chunks_copied == self.chunk_count
+    }
+
+    /// What is known of the slot once the commit record is durable.
+    pub fn committed_content(&self) -> Content {
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
+        state.content.committed(&state.hashes)
+    }
+
+    /// What is still known of the slot when the save has failed: where it was cancelled, all that it did not overwrite.
+    pub fn left_content(&self, cancelled: bool) -> Content {
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
+        let faulty = self.shared().is_ok_and(|shared| shared.faults.know_uncommitted());
+        match cancelled {
+            true if faulty => state.content.committed(&state.hashes),
+            true => std::mem::take(&mut state.content),
+            false => Content::default(),
+        }
+    }
+
+    /// Bytes of the payload, and those of them that were not written.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.spec.payload_bytes, self.state.lock().unchanged_bytes)
+    }
+
+    /// Something is about to be written in the chunk's place.
+    pub fn forget_chunk(&self, chunk: u64) {
+        if let Ok(shared) = self.shared() {
+            forget(&shared, &mut self.state.lock(), chunk);
         }
     }
 
@@ -134,6 +198,8 @@ impl SaveCore {
                 return;
             }
             state.in_flight += 1;
+            // The table's token is no chunk's.
+            forget(&shared, &mut state, token);
             if state.mark != Mark::Durable {
                 state.parked.push(Parked { offset, len, buffer, token });
                 return;
@@ -388,6 +454,13 @@ impl SaveCore {
                 std::mem::forget(panic);
             }
         }
+    }
+}
+
+/// Before the first byte of the chunk can reach the medium.
+fn forget(shared: &Shared, state: &mut SaveState, chunk: u64) {
+    if !shared.faults.remember_overwritten() {
+        state.content.forget(chunk);
     }
 }
 

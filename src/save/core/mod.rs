@@ -20,7 +20,7 @@ use crate::save::raw::RawChunks;
 use crate::save::saver::Shared;
 use crate::source::Source;
 use crate::staging::StagingBuffer;
-use crate::store::Claimed;
+use crate::store::{Claimed, Content};
 use crate::sync::{Arc, Condvar, Mutex, Weak};
 
 /// What a save is about, fixed at its begin.
@@ -44,7 +44,7 @@ pub struct Progress {
     pub total_bytes: u64,
     /// Bytes that have left the caller's memory.
     pub copied_bytes: u64,
-    /// Bytes handed to the medium and completed (not yet durable).
+    /// Bytes handed to the medium and completed (not yet durable), or found there.
     pub written_bytes: u64,
     /// Every byte has left the caller's memory.
     pub copied: bool,
@@ -81,6 +81,14 @@ pub(crate) enum Origin {
     Raw(Arc<RawChunks>),
 }
 
+/// One chunk to copy.
+pub(crate) struct ChunkWork {
+    pub chunk: u64,
+    pub source: Arc<dyn Source>,
+    /// Hash of what its place holds, where it is expected to be the same.
+    pub steady: Option<u128>,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mark {
     Pending,
@@ -115,6 +123,10 @@ pub(crate) struct SaveState {
     mark: Mark,
     parked: Vec<Parked>,
     hashes: Vec<u128>,
+    /// What the slot is known to hold: the save's own while it owns the slot.
+    content: Content,
+    /// Payload bytes that were found in their places.
+    unchanged_bytes: u64,
     committing: bool,
     copied_at: Option<Instant>,
     failure: Option<Error>,
@@ -160,12 +172,20 @@ pub(crate) struct SaveCore {
 }
 
 impl SaveCore {
-    pub fn new(shared: &Arc<Shared>, claim: Claimed, spec: SaveSpec, origin: Origin) -> Arc<SaveCore> {
+    pub fn new(
+        shared: &Arc<Shared>,
+        claim: Claimed,
+        mut content: Content,
+        spec: SaveSpec,
+        origin: Origin,
+    ) -> Arc<SaveCore> {
         let (source, raw) = match origin {
             Origin::Source(source) => (Some(source), None),
             Origin::Raw(chunks) => (None, Some(chunks)),
         };
-        let chunk_bytes = shared.region.options().chunk_bytes;
+        let options = shared.region.options();
+        let chunk_bytes = options.chunk_bytes;
+        content.prepare(chunk_bytes, spec.payload_bytes, options.rewrite_every);
         let unconfirmed = spec.confirm;
         let chunk_count = spec.payload_bytes.div_ceil(chunk_bytes);
         let table_offset = spec.payload_bytes.next_multiple_of(crate::format::BLOCK_BYTES);
@@ -192,6 +212,8 @@ impl SaveCore {
                 mark: Mark::Pending,
                 parked: Vec::new(),
                 hashes: vec![0; chunk_count as usize],
+                content,
+                unchanged_bytes: 0,
                 committing: false,
                 copied_at: None,
                 failure: None,

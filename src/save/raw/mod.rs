@@ -156,7 +156,7 @@ impl RawSave {
         let len = core.chunk_len(chunk);
         buffer[len..padded_len(core, chunk)].fill(0);
         let hash = chunk_hash(&buffer[..len]);
-        core.chunk_copied(chunk, hash, buffer);
+        drop(core.chunk_copied(chunk, hash, buffer));
     }
 
     /// A buffer within the save's share; spills another open chunk where the share is used up.
@@ -189,6 +189,7 @@ impl RawSave {
             let bytes = &mut buffer[..padded_len(core, chunk)];
             open.covered.zero_gaps(bytes);
             core.wait_marked(deadline)?;
+            core.forget_chunk(chunk);
             let medium = self.shared.region.medium();
             medium.copy(self.medium_offset(core, chunk), bytes)?;
             medium.fence(Barrier::Chunk)?;

@@ -2,15 +2,18 @@
 //!
 //! The steps of a save and what a failed flush means are in `steps`, what keeps a checkpoint in `retention`.
 
+mod content;
 mod repair;
 mod retention;
 mod steps;
 
 use std::path::{Path, PathBuf};
 
+pub(crate) use content::Content;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
-use crate::format::{Control, Layout, SlotRecord, Superblock, BLOCK_BYTES};
+use crate::format::{decode_table, Control, Layout, SlotRecord, Superblock, BLOCK_BYTES};
 use crate::medium::{Barrier, Medium, MediumInfo};
 use crate::recovery::{self, DecisionTable, Verdict};
 use crate::slots::{SlotState, SlotTable, SlotView};
@@ -30,6 +33,8 @@ pub struct Region {
     slots: SlotTable,
     /// Per slot the committed record that a crash may leave on the medium, whether or not it is still listed.
     records: Mutex<Vec<Option<SlotRecord>>>,
+    /// What is known of the bytes in each slot that no save owns.
+    contents: Mutex<Vec<Content>>,
     control: Mutex<ControlState>,
     lease: Mutex<Lease>,
     short_barriers: Mutex<()>,
@@ -101,6 +106,7 @@ impl Region {
                 _ => None,
             })
             .collect();
+        let contents = known_contents(&*medium, &table, &options);
         let region = Region {
             path: path.to_path_buf(),
             superblock: table.superblock.clone(),
@@ -108,6 +114,7 @@ impl Region {
             pool,
             slots: SlotTable::new(&views),
             records: Mutex::new(records),
+            contents: Mutex::new(contents),
             control: Mutex::new(control),
             lease: Mutex::new(lease),
             short_barriers: Mutex::new(()),
@@ -243,6 +250,25 @@ fn make_durable_again(medium: &dyn Medium, table: &DecisionTable) -> Result<()> 
         }
     }
     Ok(())
+}
+
+/// What the chunk tables of the adopted records say of their slots. Of one that cannot be read nothing is known.
+fn known_contents(medium: &dyn Medium, table: &DecisionTable, options: &OpenOptions) -> Vec<Content> {
+    let known = |decision: &recovery::SlotDecision| {
+        let record = decision.record.as_ref().filter(|_| decision.verdict == Verdict::Checkpoint)?;
+        if options.read_only || options.rewrite_every == 1 || record.chunk_bytes != options.chunk_bytes {
+            return None;
+        }
+        let table_bytes = usize::try_from(record.table_bytes()).ok()?;
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(table_bytes).ok()?;
+        bytes.resize(table_bytes, 0);
+        let offset = table.superblock.layout.slot_offset(record.slot) + record.table_offset;
+        medium.read(offset, &mut bytes).ok()?;
+        let hashes = decode_table(&bytes, record).ok()?;
+        Some(Content::adopted(record, &hashes, options.rewrite_every))
+    };
+    table.slots.iter().map(|decision| known(decision).unwrap_or_default()).collect()
 }
 
 fn slot_view(decision: &recovery::SlotDecision, control: &Control) -> SlotView {

@@ -1,6 +1,6 @@
 //! What keeps a checkpoint and what gives it up: pins, readers, the global mark, discards.
 
-use super::{Claimed, Region};
+use super::{Claimed, Content, Region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{GlobalMark, SlotRecord, MARK_DISCARDED, MARK_PINNED};
 use crate::medium::Medium;
@@ -239,6 +239,8 @@ impl Region {
     pub(crate) fn condemn(&self, record: &SlotRecord) {
         let _maintenance = self.maintenance.lock();
         let (slot, generation) = (record.slot, record.generation);
+        // Also where it is being read. Where a save has claimed the slot, that has taken what was known.
+        self.contents.lock()[slot as usize] = Content::default();
         if let Some(was_committed) = self.slots.withhold(slot, generation) {
             if !self.slots.lift_quarantine(slot, generation) {
                 self.slots.give_back(slot, generation, was_committed);

@@ -9,7 +9,7 @@
 //! through the lock and compares the count with that at the save's begin before it believes its own success:
 //! every save that was in flight at a failure fails.
 
-use super::{Claimed, Region};
+use super::{Claimed, Content, Region};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{RecordState, SlotRecord, MARK_PINNED, MARK_QUARANTINED, MAX_GENERATION};
 use crate::medium::Barrier;
@@ -18,9 +18,9 @@ use crate::store::control::{global_generation, LEASE_GENERATIONS};
 use crate::sync::atomic::Ordering;
 
 impl Region {
-    /// Takes the next generation and the free slot whose old content is oldest; `None` when no slot is free. With `pin`
-    /// the checkpoint will be pinned, for which the caller holds `room_to_pin`.
-    pub(crate) fn claim(&self, pin: bool) -> Result<Option<Claimed>> {
+    /// Takes the next generation and the free slot whose old content is oldest, with what is known of that; `None` when
+    /// no slot is free. With `pin` the checkpoint will be pinned, for which the caller holds `room_to_pin`.
+    pub(crate) fn claim(&self, pin: bool) -> Result<Option<(Claimed, Content)>> {
         let mut lease = self.lease.lock();
         if lease.next >= MAX_GENERATION {
             return Err(Error::new(
@@ -37,7 +37,8 @@ impl Region {
         let generation = lease.next;
         let Some(claim) = self.slots.claim(generation, pin) else { return Ok(None) };
         lease.next += 1;
-        Ok(Some(Claimed { slot: claim.slot, generation }))
+        let content = std::mem::take(&mut self.contents.lock()[claim.slot as usize]);
+        Ok(Some((Claimed { slot: claim.slot, generation }, content)))
     }
 
     /// Extends the lease while half of it is left, so that `claim` need not wait for the medium.
@@ -121,8 +122,10 @@ impl Region {
     }
 
     /// Publishes a durable commit in DRAM and reclaims; returns the generation that supersedes it, if any.
-    pub(crate) fn publish(&self, record: SlotRecord) -> Option<u64> {
+    pub(crate) fn publish(&self, record: SlotRecord, content: Content) -> Option<u64> {
         let (slot, generation) = (record.slot, record.generation);
+        // Before others can claim the slot.
+        self.contents.lock()[slot as usize] = content;
         self.records.lock()[slot as usize] = Some(record);
         let was_writing = self.slots.commit(slot, generation);
         debug_assert!(was_writing, "a save commits the slot it owns");
@@ -135,8 +138,10 @@ impl Region {
         views.iter().filter(|v| v.state == SlotState::Committed).map(|v| v.generation).max()
     }
 
-    /// Gives back the slot of a save that failed or was cancelled; `suspect` where the medium refused a write.
-    pub(crate) fn release(&self, claim: Claimed, suspect: bool) {
+    /// Gives back the slot of a save that failed or was cancelled, with what is still known of its content; `suspect`
+    /// where the medium refused a write.
+    pub(crate) fn release(&self, claim: Claimed, suspect: bool, content: Content) {
+        self.contents.lock()[claim.slot as usize] = content;
         let owned = match suspect {
             true => self.slots.release_last(claim.slot, claim.generation),
             false => self.slots.release(claim.slot, claim.generation),
