@@ -8,7 +8,9 @@ use std::mem::ManuallyDrop;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::file::RegionFile;
-use super::{check_io, io as transfer, refuse, Barrier, Io, IoOp, Medium, MediumInfo, MediumKind};
+use super::{
+    check_io, io as transfer, refuse, Barrier, Io, IoOp, Medium, MediumInfo, MediumKind, MediumMemory,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::without_forks;
 use crate::format::BLOCK_BYTES;
@@ -209,11 +211,15 @@ impl Medium for Mapped {
         io.sink.finished(io.token, io.buffer, result);
     }
 
+    fn memory(&self) -> Option<&dyn MediumMemory> {
+        Some(self)
+    }
+
     fn copy(&self, offset: u64, src: &[u8]) -> Result<()> {
         let dst = self.place("copy", offset, src.len() as u64)?;
         match self.kind {
             // SAFETY: `dst` is mapped for the checked length; `src` is the caller's memory, not the mapping, of which
-            // no reference is ever given out.
+            // no reference is given out but to who fills it.
             MediumKind::Dax => unsafe { self.persister.copy_durable(dst, src.as_ptr(), src.len()) },
             // SAFETY: as above.
             _ => unsafe { self.persister.copy_streaming(dst, src.as_ptr(), src.len()) },
@@ -252,6 +258,30 @@ impl Medium for Mapped {
         }
         self.file.check("write durably", offset, block.len() as u64, true)?;
         transfer::write_dsync(self.file.raw_fd(), offset, block).map_err(|error| self.file.about(error))
+    }
+}
+
+impl MediumMemory for Mapped {
+    fn fill(
+        &self,
+        offset: u64,
+        len: usize,
+        fill: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()> {
+        let padded = len.next_multiple_of(BLOCK_BYTES as usize);
+        let dst = self.place("copy", offset, padded as u64)?;
+        // SAFETY: mapped for the checked length, and always initialised. Nobody else refers to these bytes: those of a slot
+        // are one save's, which fills each chunk once, and all reading goes through the file.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(dst, padded) };
+        let write_back = self.kind == MediumKind::Dax;
+        fill(&mut bytes[..len], write_back)?;
+        let padding = &mut bytes[len..];
+        padding.fill(0);
+        if write_back {
+            // SAFETY: mapped, as above.
+            unsafe { self.persister.flush_lines(padding.as_ptr(), padding.len()) };
+        }
+        Ok(())
     }
 }
 

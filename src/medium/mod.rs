@@ -169,12 +169,30 @@ pub trait Medium: Send + Sync {
         ranges.iter().try_for_each(|&(offset, len)| self.persist(offset, len, barrier))
     }
 
+    /// The region's bytes as memory, where they are: then copying into a staging buffer first would be one copy too many.
+    fn memory(&self) -> Option<&dyn MediumMemory> {
+        None
+    }
+
     /// Makes one block (4 KiB at a block boundary) durable; orders nothing else.
     fn write_durable(&self, offset: u64, block: &[u8], barrier: Barrier) -> Result<()> {
         self.copy(offset, block)?;
         self.fence(barrier)?;
         self.persist(offset, block.len() as u64, barrier)
     }
+}
+
+/// A medium whose bytes are memory.
+pub trait MediumMemory {
+    /// Lets `fill` make the `len` bytes from `offset` (a block boundary) on in their place, and zeros the rest of the
+    /// last block. Promises what [`IoOp::Copy`] does once it returns, and [`Medium::fence`] by the calling thread orders it.
+    /// `fill` is told whether its stores must be written back from the processor's caches.
+    fn fill(
+        &self,
+        offset: u64,
+        len: usize,
+        fill: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()>;
 }
 
 /// Refuses an operation that breaks the contract of [`Medium::start`].

@@ -1,6 +1,7 @@
 //! Saves: from the caller's memory to a durable checkpoint.
 
 mod commit;
+mod copier;
 mod core;
 mod faults;
 mod raw;

@@ -13,11 +13,10 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::ChunkHasher;
 use crate::metrics::Metrics;
-use crate::save::commit;
-use crate::save::core::{cancelled, internal, out_of_time, ChunkWork, Origin, SaveCore, SaveSpec};
+use crate::save::core::{cancelled, out_of_time, ChunkWork, Origin, SaveCore, SaveSpec};
 use crate::save::faults::Faults;
+use crate::save::{commit, copier};
 use crate::slots::SlotState;
 use crate::staging::StagingBuffer;
 use crate::store::Region;
@@ -37,7 +36,7 @@ pub(crate) struct Shared {
     pub faults: Faults,
     /// Saves with chunks to copy, oldest first.
     copy_queue: Mutex<BTreeMap<u64, Arc<SaveCore>>>,
-    copy_work: Event,
+    pub copy_work: Event,
     mark_queue: Mutex<VecDeque<Arc<SaveCore>>>,
     mark_work: Event,
     commit_queue: Mutex<BTreeMap<u64, Arc<SaveCore>>>,
@@ -76,7 +75,7 @@ impl Saver {
         saver.spawn("pcc-mark", run_marker)?;
         saver.spawn("pcc-commit", commit::run_committer)?;
         for _ in 0..writers {
-            saver.spawn("pcc-copy", run_copier)?;
+            saver.spawn("pcc-copy", copier::run_copier)?;
         }
         Ok(saver)
     }
@@ -323,7 +322,7 @@ impl Shared {
         }
     }
 
-    fn next_chunk(&self) -> Option<(Arc<SaveCore>, ChunkWork)> {
+    pub fn next_chunk(&self) -> Option<(Arc<SaveCore>, ChunkWork)> {
         // Outlives the lock: the last owner of a save drops what its caller gave.
         let mut done = Vec::new();
         let mut queue = self.copy_queue.lock();
@@ -336,83 +335,8 @@ impl Shared {
         None
     }
 
-    fn has_copy_work(&self) -> bool {
+    pub fn has_copy_work(&self) -> bool {
         !self.copy_queue.lock().is_empty()
-    }
-}
-
-fn run_copier(shared: &Shared) {
-    loop {
-        let ticket = shared.copy_work.ticket();
-        if !shared.has_copy_work() {
-            if shared.closing() {
-                return;
-            }
-            let _ = shared.copy_work.wait(ticket, None);
-            continue;
-        }
-        let Some(mut buffer) = shared.acquire_buffer() else { return };
-        while let Some((save, work)) = shared.next_chunk() {
-            match copy_chunk(shared, &save, work, buffer) {
-                Some(unused) => buffer = unused,
-                None => break,
-            }
-        }
-    }
-}
-
-/// Copies a chunk and has it written, unless its place holds it already. Returns the buffer where that was not used.
-fn copy_chunk(
-    shared: &Shared,
-    save: &SaveCore,
-    work: ChunkWork,
-    mut buffer: StagingBuffer,
-) -> Option<StagingBuffer> {
-    let _at_work = save.at_work();
-    let ChunkWork { chunk, source, steady } = work;
-    if shared.region.flush_failures() != save.flush_failures {
-        drop(source);
-        save.fail(shared.region.last_flush_error());
-        return Some(buffer);
-    }
-    let (offset, len) = (chunk * save.chunk_bytes, save.chunk_len(chunk));
-    let fill = || {
-        if let Some(hash) = steady {
-            let mut hasher = ChunkHasher::new();
-            source.hash(offset, len, &mut hasher)?;
-            if hasher.finish() == hash {
-                return Ok(None);
-            }
-        }
-        let mut hasher = ChunkHasher::new();
-        source.fill(offset, &mut buffer[..len], &mut hasher)?;
-        Ok(Some(hasher.finish()))
-    };
-    let filled = catch_unwind(AssertUnwindSafe(fill));
-    // The caller's memory may be freed once `copied` is told: let go of the source before.
-    drop(source);
-    match filled {
-        Ok(Ok(None)) => {
-            save.chunk_found(chunk);
-            Some(buffer)
-        }
-        Ok(Ok(Some(hash))) => {
-            let padded = len.next_multiple_of(crate::format::BLOCK_BYTES as usize);
-            buffer[len..padded].fill(0);
-            save.chunk_copied(chunk, hash, buffer)
-        }
-        Ok(Err(error)) => {
-            save.fail(error);
-            Some(buffer)
-        }
-        Err(panic) => {
-            // Something may still be copying into the buffer. It is lost, and the store with it, but not the other
-            // saves in flight. Dropping what was thrown could panic again.
-            std::mem::forget((panic, buffer));
-            shared.region.poison();
-            save.fail(internal("copying from the state failed by a defect"));
-            None
-        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::format::ChunkHasher;
 use crate::medium::sim::{SimMedium, SimModel};
 use crate::source::Source;
 use crate::staging::{StagingOptions, StagingPool};
@@ -19,7 +20,7 @@ struct Bytes {
 }
 
 impl Source for Bytes {
-    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher) -> Result<()> {
+    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher, _: bool) -> Result<()> {
         std::thread::sleep(self.slow);
         assert!(self.panics_at != Some(offset / CHUNK), "the source dies (expected by the test)");
         dst.fill(7);
@@ -28,7 +29,7 @@ impl Source for Bytes {
     }
 
     fn hash(&self, offset: u64, len: usize, hasher: &mut ChunkHasher) -> Result<()> {
-        self.fill(offset, &mut vec![0; len], hasher)
+        self.fill(offset, &mut vec![0; len], hasher, false)
     }
 }
 

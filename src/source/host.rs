@@ -79,10 +79,19 @@ impl HostSource {
         // SAFETY: `new`'s contract: readable and unchanged while `self` lives.
         unsafe { std::slice::from_raw_parts(first, len) }
     }
+
+    /// Takes into account what was copied by cached stores.
+    fn gathered(&self, bytes: &[u8], hasher: &mut ChunkHasher, write_back: bool) {
+        hasher.update(bytes);
+        if write_back {
+            // SAFETY: the bytes are mapped: they are borrowed.
+            unsafe { self.persister.flush_lines(bytes.as_ptr(), bytes.len()) };
+        }
+    }
 }
 
 impl Source for HostSource {
-    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher) -> Result<()> {
+    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher, write_back: bool) -> Result<()> {
         let mut done = 0;
         // Bytes of `dst` before `done` that were gathered but not hashed yet.
         let mut gathered_from = 0;
@@ -92,22 +101,27 @@ impl Source for HostSource {
                 dst[done..done + src.len()].copy_from_slice(src);
                 done += src.len();
                 if done - gathered_from >= GATHERED_MAX_BYTES {
-                    hasher.update(&dst[gathered_from..done]);
+                    self.gathered(&dst[gathered_from..done], hasher, write_back);
                     gathered_from = done;
                 }
                 continue;
             }
-            hasher.update(&dst[gathered_from..done]);
+            self.gathered(&dst[gathered_from..done], hasher, write_back);
             for piece in src.chunks(PIECE_BYTES) {
                 hasher.update(piece);
                 let to = &mut dst[done..done + piece.len()];
-                // SAFETY: `to` and `piece` are distinct, valid and of the same length.
-                unsafe { self.persister.copy_streaming(to.as_mut_ptr(), piece.as_ptr(), piece.len()) };
+                let (to, from, len) = (to.as_mut_ptr(), piece.as_ptr(), piece.len());
+                match write_back {
+                    // SAFETY: `to` and `piece` are distinct, valid and of the same length.
+                    true => unsafe { self.persister.copy_durable(to, from, len) },
+                    // SAFETY: as above.
+                    false => unsafe { self.persister.copy_streaming(to, from, len) },
+                }
                 done += piece.len();
             }
             gathered_from = done;
         }
-        hasher.update(&dst[gathered_from..done]);
+        self.gathered(&dst[gathered_from..done], hasher, write_back);
         // Non-temporal stores are weakly ordered: without the fence another thread or the device could read
         // the buffer before they arrive.
         self.persister.fence();

@@ -11,8 +11,9 @@ use crate::format::ChunkHasher;
 pub trait Source: Send + Sync {
     /// Copies payload bytes `offset..offset + dst.len()` into `dst` and feeds the same bytes, in order, to `hasher`.
     ///
-    /// When it returns, `dst` is visible to every thread and to devices. Called from several threads at once.
-    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher) -> Result<()>;
+    /// When it returns, `dst` is visible to every thread and to devices; with `write_back` it has also left the
+    /// processor's caches, so that it is durable where `dst` is persistent memory. Called from several threads at once.
+    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher, write_back: bool) -> Result<()>;
 
     /// Feeds payload bytes `offset..offset + len` to `hasher`, in order. Called from several threads at once.
     fn hash(&self, offset: u64, len: usize, hasher: &mut ChunkHasher) -> Result<()>;

@@ -14,6 +14,10 @@ const PMEM: SimModel = SimModel::Pmem;
 const SSD: SimModel = SimModel::Ssd { torn: true };
 const CACHE: SimModel = SimModel::PageCache;
 
+/// Chunks that change are stored into their places on persistent memory, whatever is known of these, but where the
+/// writing mark is slow: there it depends on the scheduler whether a false belief does harm.
+const WRITTEN: [SimModel; 2] = [SSD, CACHE];
+
 /// What the checker says of `history` under a broken protocol.
 fn found(history: &History, model: SimModel, protocol: Protocol) -> Option<String> {
     let effort = Effort { live_on_every: u64::MAX, ..Effort::usual() };
@@ -22,17 +26,22 @@ fn found(history: &History, model: SimModel, protocol: Protocol) -> Option<Strin
 }
 
 fn must_be_caught(what: &str, histories: &[&History], protocol: Protocol, on: &[SimModel]) {
+    for model in MODELS {
+        must_be_caught_if(on.contains(&model), what, histories, protocol, model);
+    }
+}
+
+fn must_be_caught_if(
+    expected: bool,
+    what: &str,
+    histories: &[&History],
+    protocol: Protocol,
+    model: SimModel,
+) {
     for history in histories {
-        for model in MODELS {
-            let finding = found(history, model, protocol);
-            println!(
-                "{what}, {}, {model:?}: {}",
-                history.name,
-                finding.as_deref().unwrap_or("nothing found")
-            );
-            let expected = on.contains(&model);
-            assert_eq!(finding.is_some(), expected, "{what}, {}, {model:?}: {finding:?}", history.name);
-        }
+        let finding = found(history, model, protocol);
+        println!("{what}, {}, {model:?}: {}", history.name, finding.as_deref().unwrap_or("nothing found"));
+        assert_eq!(finding.is_some(), expected, "{what}, {}, {model:?}: {finding:?}", history.name);
     }
 }
 
@@ -101,13 +110,17 @@ fn pinning_after_the_commit() {
 #[test]
 fn believing_in_chunks_that_were_overwritten() {
     let late = with(|faults| faults.remember_overwritten = true);
-    must_be_caught("overwritten chunks remembered", &[&STEADY[2], &STEADY[4]], late, &MODELS);
+    for model in WRITTEN {
+        must_be_caught_if(true, "overwritten chunks remembered", &[&STEADY[2], &STEADY[4]], late, model);
+    }
 }
 
 #[test]
 fn believing_in_chunks_that_no_save_has_committed() {
     let early = with(|faults| faults.know_uncommitted = true);
-    must_be_caught("uncommitted chunks known", &[&STEADY[4]], early, &MODELS);
+    for model in WRITTEN {
+        must_be_caught_if(true, "uncommitted chunks known", &[&STEADY[4]], early, model);
+    }
 }
 
 #[test]

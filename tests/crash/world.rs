@@ -98,7 +98,8 @@ impl Setup {
             hold: self.hold,
             staging_bytes: self.staging_chunks * CHUNK_BYTES,
             chunk_bytes: CHUNK_BYTES,
-            writers: 2,
+            // On persistent memory a chunk that is held back holds its copier; up to two are, at once.
+            writers: 4,
             readers: 1,
             run_id: RUN_ID,
             rewrite_every: 7,

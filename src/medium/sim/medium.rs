@@ -8,7 +8,7 @@ use super::gates::{Attempt, AttemptKind, Gates, HoldId};
 use super::trace::{Event, Note, OpId, SimModel, Start, ThreadTag, Trace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BLOCK_BYTES;
-use crate::medium::{Barrier, Durability, Io, IoOp, Medium, MediumInfo, MediumKind};
+use crate::medium::{Barrier, Durability, Io, IoOp, Medium, MediumInfo, MediumKind, MediumMemory};
 use crate::sync::{thread, Arc, Condvar, Mutex, MutexGuard};
 
 /// When operations given to [`Medium::start`] complete.
@@ -456,6 +456,11 @@ impl Medium for SimMedium {
         shared.changed.notify_all();
     }
 
+    /// Persistent memory is memory; the others stand for what is written to.
+    fn memory(&self) -> Option<&dyn MediumMemory> {
+        (self.shared.model == SimModel::Pmem).then_some(self)
+    }
+
     fn copy(&self, offset: u64, src: &[u8]) -> Result<()> {
         let range = (offset, src.len() as u64);
         self.shared.check_range("simulated copy", offset, range.1, true)?;
@@ -490,5 +495,23 @@ impl Medium for SimMedium {
         // A durable write fails as a whole: its copy lands perhaps, and the durability of the rest is unknown.
         self.shared.run_copy(&mut state, Ok(()), offset, block)?;
         self.shared.run_persist(state, outcome, range, barrier)
+    }
+}
+
+impl MediumMemory for SimMedium {
+    /// As a copy that was started, but its thread waits while a gate holds it. The stores land when `fill` is done.
+    fn fill(
+        &self,
+        offset: u64,
+        len: usize,
+        fill: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()> {
+        const OP: &str = "simulated copy in place";
+        let mut bytes = vec![0; len.next_multiple_of(BLOCK)];
+        let range = (offset, bytes.len() as u64);
+        self.shared.check_range(OP, offset, range.1, true)?;
+        fill(&mut bytes[..len], true)?;
+        let (mut state, outcome) = self.shared.pass(OP, AttemptKind::StartCopy, range, None);
+        self.shared.run_copy(&mut state, outcome, offset, &bytes)
     }
 }

@@ -1,221 +1,13 @@
-//! How a save moves on: chunks are copied, parked, written, marked, committed; and how it ends.
+//! How a save moves on once its chunks are on their way: it is marked, confirmed, committed; and how it ends.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::Instant;
 
-use super::{internal, out_of_time, ChunkWork, Durable, Mark, Parked, SaveCore, SaveState};
+use super::{internal, out_of_time, Durable, Mark, SaveCore};
 use crate::error::{Error, Result};
 use crate::format::encode_table;
-use crate::medium::{Barrier, Io, IoOp, IoSink};
-use crate::save::saver::Shared;
-use crate::staging::StagingBuffer;
-use crate::store::Content;
-
-/// Token of chunk-table writes; chunk writes carry their index, which is smaller.
-const TABLE_TOKEN: u64 = u64::MAX;
-
-/// A copier or raw writer at work on a save, which does not end meanwhile. Dropped also where its thread dies, so that
-/// nobody waits for it for ever.
-pub(crate) struct AtWork<'a>(&'a SaveCore);
-
-impl Drop for AtWork<'_> {
-    fn drop(&mut self) {
-        let save = self.0;
-        // During an unwinding a second panic would abort the process.
-        save.contained(|| {
-            let ended = {
-                let mut state = save.state.lock();
-                state.copying -= 1;
-                state.copying == 0 && state.outcome.is_some()
-            };
-            save.settle();
-            if ended {
-                save.run_on_end();
-            }
-        });
-    }
-}
 
 impl SaveCore {
-    /// Hands the next uncopied chunk to a copier; `None` when there is none left or the save has failed. Every success
-    /// needs one `at_work`.
-    pub fn take_chunk(&self) -> Option<ChunkWork> {
-        let mut state = self.state.lock();
-        if state.failure.is_some() || state.next_chunk == self.chunk_count {
-            return None;
-        }
-        let source = state.source.clone()?;
-        let chunk = state.next_chunk;
-        state.next_chunk += 1;
-        state.copying += 1;
-        let steady = state.content.known(chunk).filter(|known| known.steady).map(|known| known.hash);
-        Some(ChunkWork { chunk, source, steady })
-    }
-
-    /// Takes over the registration that `take_chunk` made.
-    pub fn at_work(&self) -> AtWork<'_> {
-        AtWork(self)
-    }
-
-    /// True while there are chunks to hand out.
-    pub fn has_chunks(&self) -> bool {
-        let state = self.state.lock();
-        state.failure.is_none() && state.source.is_some() && state.next_chunk < self.chunk_count
-    }
-
-    /// Registers a raw writer, so that the save does not end under it.
-    pub fn enter(&self) -> Result<AtWork<'_>> {
-        let mut state = self.state.lock();
-        if let Some(failure) = &state.failure {
-            return Err(failure.clone());
-        }
-        state.copying += 1;
-        Ok(AtWork(self))
-    }
-
-    /// Why the save has failed, where it has.
-    pub fn check(&self) -> Result<()> {
-        self.state.lock().failure.clone().map_or(Ok(()), Err)
-    }
-
-    /// A copier filled `buffer` with `chunk` (padding zeroed): record its hash and write it, unless its place holds it
-    /// already; then the buffer is returned.
-    pub fn chunk_copied(&self, chunk: u64, hash: u128, buffer: StagingBuffer) -> Option<StagingBuffer> {
-        let padded = self.chunk_len(chunk).next_multiple_of(crate::format::BLOCK_BYTES as usize);
-        let (found, all_copied) = {
-            let mut state = self.state.lock();
-            let found = state.content.known(chunk).is_some_and(|known| known.hash == hash);
-            (found, self.note_copied(&mut state, chunk, hash, found))
-        };
-        let unused = match found {
-            true => Some(buffer),
-            false => {
-                self.write(chunk * self.chunk_bytes, padded, buffer, chunk);
-                None
-            }
-        };
-        if all_copied {
-            self.finish_copy();
-        }
-        unused
-    }
-
-    /// A copier found that the chunk's place holds it already.
-    pub fn chunk_found(&self, chunk: u64) {
-        let all_copied = {
-            let mut state = self.state.lock();
-            // Nobody but the chunk's copier changes what is known of it.
-            let Some(known) = state.content.known(chunk) else { return };
-            self.note_copied(&mut state, chunk, known.hash, true)
-        };
-        if all_copied {
-            self.finish_copy();
-        }
-    }
-
-    /// True where it was the last one.
-    fn note_copied(&self, state: &mut SaveState, chunk: u64, hash: u128, found: bool) -> bool {
-        let len = self.chunk_len(chunk) as u64;
-        state.hashes[chunk as usize] = hash;
-        state.chunks_copied += 1;
-        state.copied_bytes += len;
-        if found {
-            state.content.found(chunk);
-            state.written_bytes += len;
-            state.unchanged_bytes += len;
-        }
-        state.chunks_copied == self.chunk_count
-    }
-
-    /// What is known of the slot once the commit record is durable.
-    pub fn committed_content(&self) -> Content {
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
-        state.content.committed(&state.hashes)
-    }
-
-    /// What is still known of the slot when the save has failed: where it was cancelled, all that it did not overwrite.
-    pub fn left_content(&self, cancelled: bool) -> Content {
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
-        let faulty = self.shared().is_ok_and(|shared| shared.faults.know_uncommitted());
-        match cancelled {
-            true if faulty => state.content.committed(&state.hashes),
-            true => std::mem::take(&mut state.content),
-            false => Content::default(),
-        }
-    }
-
-    /// Bytes of the payload, and those of them that were not written.
-    pub fn bytes(&self) -> (u64, u64) {
-        (self.spec.payload_bytes, self.state.lock().unchanged_bytes)
-    }
-
-    /// Something is about to be written in the chunk's place.
-    pub fn forget_chunk(&self, chunk: u64) {
-        if let Ok(shared) = self.shared() {
-            forget(&shared, &mut self.state.lock(), chunk);
-        }
-    }
-
-    /// The last chunk has left the caller's memory: tell the waiters, then write the chunk table.
-    fn finish_copy(&self) {
-        // Dropped outside of the lock, and before `copied` is told: it is the caller's memory.
-        let source = self.state.lock().source.take();
-        drop(source);
-        self.state.lock().copied_at = Some(Instant::now());
-        self.changed.notify_all();
-        if let Err(error) = self.write_table() {
-            self.fail(error);
-        }
-    }
-
-    fn write_table(&self) -> Result<()> {
-        let shared = self.shared()?;
-        let table = encode_table(&self.state.lock().hashes);
-        let block = crate::format::BLOCK_BYTES as usize;
-        let piece_bytes = shared.region.pool().buffer_bytes();
-        for (index, piece) in table.chunks(piece_bytes).enumerate() {
-            let deadline = self.raw.as_ref().and_then(|raw| raw.deadline());
-            let mut buffer = shared.acquire_buffer_for(self, deadline)?;
-            let padded = piece.len().next_multiple_of(block);
-            buffer[..piece.len()].copy_from_slice(piece);
-            buffer[piece.len()..padded].fill(0);
-            self.write(self.table_offset + (index * piece_bytes) as u64, padded, buffer, TABLE_TOKEN);
-        }
-        self.state.lock().table_queued = true;
-        self.settle();
-        Ok(())
-    }
-
-    /// Writes a buffer at an offset of the slot, or parks it until the writing mark is durable.
-    pub fn write(&self, slot_offset: u64, len: usize, buffer: StagingBuffer, token: u64) {
-        let Ok(shared) = self.shared() else { return };
-        let offset = shared.region.layout().slot_offset(self.claim.slot) + slot_offset;
-        {
-            let mut state = self.state.lock();
-            if state.failure.is_some() {
-                return;
-            }
-            state.in_flight += 1;
-            // The table's token is no chunk's.
-            forget(&shared, &mut state, token);
-            if state.mark != Mark::Durable {
-                state.parked.push(Parked { offset, len, buffer, token });
-                return;
-            }
-        }
-        self.submit(&shared, Parked { offset, len, buffer, token });
-    }
-
-    fn submit(&self, shared: &Shared, write: Parked) {
-        let Some(sink) = self.this.upgrade() else { return };
-        let Parked { offset, len, buffer, token } = write;
-        shared.region.medium().start(Io { op: IoOp::Copy, offset, len, buffer, token, sink });
-    }
-
-    // ---- marking, committing, ending -----------------------------------------------------------------------
-
     /// False where the save failed before its mark was written: the marker must then leave the slot alone.
     pub fn wants_mark(&self) -> bool {
         let wanted = {
@@ -295,7 +87,7 @@ impl SaveCore {
     }
 
     /// Runs `work` on a thread that must outlive a defect: a panic poisons the store and ends this save alone.
-    fn contained(&self, work: impl FnOnce()) {
+    pub(super) fn contained(&self, work: impl FnOnce()) {
         let Err(panic) = catch_unwind(AssertUnwindSafe(work)) else { return };
         // Dropping what was thrown could panic again.
         std::mem::forget(panic);
@@ -306,7 +98,7 @@ impl SaveCore {
     }
 
     /// Moves the save on if nothing is at work on it: to the committer when complete, to its end when failed.
-    fn settle(&self) {
+    pub(super) fn settle(&self) {
         enum Next {
             Commit,
             AwaitConfirmation,
@@ -446,7 +238,7 @@ impl SaveCore {
     }
 
     /// Either `end` or `set_on_end` finds the callback, never both. Its panic must not end a thread of the engine.
-    fn run_on_end(&self) {
+    pub(super) fn run_on_end(&self) {
         let callback = self.on_end.lock().take();
         if let Some(callback) = callback {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(callback)) {
@@ -454,46 +246,5 @@ impl SaveCore {
                 std::mem::forget(panic);
             }
         }
-    }
-}
-
-/// Before the first byte of the chunk can reach the medium.
-fn forget(shared: &Shared, state: &mut SaveState, chunk: u64) {
-    if !shared.faults.remember_overwritten() {
-        state.content.forget(chunk);
-    }
-}
-
-impl IoSink for SaveCore {
-    fn finished(&self, token: u64, buffer: StagingBuffer, result: Result<()>) {
-        drop(buffer);
-        let Ok(shared) = self.shared() else { return };
-        // The medium's thread serves all saves.
-        self.contained(|| self.write_finished(&shared, token, result));
-    }
-}
-
-impl SaveCore {
-    fn write_finished(&self, shared: &Shared, token: u64, result: Result<()>) {
-        // On persistent memory the thread that stored the chunk runs this, and its fence makes the chunk durable.
-        let result = result.and_then(|()| shared.region.medium().fence(Barrier::Chunk));
-        {
-            let mut state = self.state.lock();
-            state.in_flight -= 1;
-            match result {
-                Ok(()) if token != TABLE_TOKEN => {
-                    state.written_bytes += self.chunk_len(token) as u64;
-                    state.last_chunk_written |= token + 1 == self.chunk_count;
-                }
-                Ok(()) => {}
-                Err(error) => {
-                    let error = error.at_path(shared.region.path());
-                    state.failure.get_or_insert(error);
-                    let parked = std::mem::take(&mut state.parked);
-                    state.in_flight -= parked.len() as u32;
-                }
-            }
-        }
-        self.settle();
     }
 }

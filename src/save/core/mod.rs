@@ -9,6 +9,7 @@
 //!   then is the slot given back, so that no late write can hit a slot that another save has claimed. After the
 //!   death of a thread of the engine it is failed at once, and the slot is never given back.
 
+mod chunks;
 mod flow;
 
 use std::time::{Duration, Instant};

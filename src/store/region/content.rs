@@ -18,13 +18,14 @@ use std::mem;
 
 use crate::format::SlotRecord;
 
-/// A chunk whose bytes are durably on the medium.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct KnownChunk {
-    /// XXH3-128 of its bytes.
-    pub hash: u128,
-    /// The last save into the slot found it there, and need not have copied it: the next one looks before it copies.
-    pub steady: bool,
+/// One chunk's place.
+#[derive(Debug, Clone, Copy, Default)]
+struct Place {
+    /// XXH3-128 of the bytes that are durably there, where known.
+    known: Option<u128>,
+    /// The last save into the slot had the same bytes as the one before. Only a guess about the next one, which looks
+    /// before it copies.
+    steady: bool,
 }
 
 /// What is known of one slot's payload. The default: nothing.
@@ -32,7 +33,7 @@ pub(crate) struct KnownChunk {
 pub(crate) struct Content {
     chunk_bytes: u64,
     payload_bytes: u64,
-    chunks: Vec<Option<KnownChunk>>,
+    places: Vec<Place>,
     /// Saves into the slot since everything was written.
     saves_since_rewrite: u32,
 }
@@ -45,7 +46,7 @@ impl Content {
         Content {
             chunk_bytes: record.chunk_bytes,
             payload_bytes: record.payload_bytes,
-            chunks: hashes.iter().map(|&hash| Some(KnownChunk { hash, steady: false })).collect(),
+            places: hashes.iter().map(|&hash| Place { known: Some(hash), steady: false }).collect(),
             saves_since_rewrite: phase as u32,
         }
     }
@@ -55,49 +56,48 @@ impl Content {
         let same_chunks = self.chunk_bytes == chunk_bytes;
         let due = self.saves_since_rewrite + 1 >= rewrite_every;
         if due || !same_chunks {
-            self.chunks.clear();
+            self.places.clear();
         }
         self.saves_since_rewrite = if due { 0 } else { self.saves_since_rewrite + 1 };
         let count = payload_bytes.div_ceil(chunk_bytes) as usize;
-        let common = self.chunks.len().min(count);
+        let common = self.places.len().min(count);
         if payload_bytes != self.payload_bytes && common > 0 {
             // The last one in common may be the old or the new payload's shorter one.
-            self.chunks[common - 1] = None;
+            self.places[common - 1] = Place::default();
         }
-        self.chunks.resize(count, None);
+        self.places.resize(count, Place::default());
         self.chunk_bytes = chunk_bytes;
         self.payload_bytes = payload_bytes;
     }
 
-    /// What the medium durably holds in the chunk's place.
-    pub fn known(&self, chunk: u64) -> Option<KnownChunk> {
-        self.chunks.get(chunk as usize).copied().flatten()
+    /// Hash of what the medium durably holds in the chunk's place.
+    pub fn known(&self, chunk: u64) -> Option<u128> {
+        self.places.get(chunk as usize)?.known
     }
 
-    /// The save found the chunk's bytes there.
-    pub fn found(&mut self, chunk: u64) {
-        if let Some(Some(known)) = self.chunks.get_mut(chunk as usize) {
-            known.steady = true;
+    /// The same, where the save is likely to have the same bytes.
+    pub fn steady(&self, chunk: u64) -> Option<u128> {
+        self.places.get(chunk as usize).filter(|place| place.steady)?.known
+    }
+
+    /// Whether the save has the bytes that were known to be in the chunk's place.
+    pub fn compared(&mut self, chunk: u64, same: bool) {
+        if let Some(place) = self.places.get_mut(chunk as usize) {
+            place.steady = same;
         }
     }
 
     /// Something is about to be written in the chunk's place.
     pub fn forget(&mut self, chunk: u64) {
-        if let Some(known) = self.chunks.get_mut(chunk as usize) {
-            *known = None;
+        if let Some(place) = self.places.get_mut(chunk as usize) {
+            place.known = None;
         }
     }
 
     /// The content once the save that owns it has durably committed; `hashes` of all its chunks.
     pub fn committed(&mut self, hashes: &[u128]) -> Content {
         let mut content = mem::take(self);
-        let written = |hash| KnownChunk { hash, steady: false };
-        content.chunks = content
-            .chunks
-            .iter()
-            .zip(hashes)
-            .map(|(found, &hash)| Some(found.unwrap_or(written(hash))))
-            .collect();
+        content.places.iter_mut().zip(hashes).for_each(|(place, &hash)| place.known = Some(hash));
         content
     }
 }
@@ -117,7 +117,7 @@ mod tests {
     }
 
     fn known(content: &Content) -> Vec<Option<u128>> {
-        content.chunks.iter().map(|chunk| chunk.map(|known| known.hash)).collect()
+        content.places.iter().map(|place| place.known).collect()
     }
 
     #[test]
@@ -146,15 +146,17 @@ mod tests {
     fn what_is_forgotten_is_known_again_after_the_commit_only() {
         let mut content = content(3 * CHUNK);
         content.prepare(CHUNK, 3 * CHUNK, NEVER);
-        content.found(0);
+        content.compared(0, true);
         content.forget(1);
-        content.found(1);
+        content.compared(1, false);
         assert_eq!(known(&content), [Some(0), None, Some(2)]);
-        let content = content.committed(&[0, 7, 2]);
+        let mut content = content.committed(&[0, 7, 2]);
         assert_eq!(known(&content), [Some(0), Some(7), Some(2)]);
-        let steady: Vec<bool> =
-            (0..3).filter_map(|chunk| content.known(chunk)).map(|known| known.steady).collect();
-        assert_eq!(steady, [true, false, false]);
+        content.prepare(CHUNK, 3 * CHUNK, NEVER);
+        let steady: Vec<Option<u128>> = (0..3).map(|chunk| content.steady(chunk)).collect();
+        assert_eq!(steady, [Some(0), None, None]);
+        content.forget(0);
+        assert_eq!(content.steady(0), None, "a guess about nothing");
     }
 
     #[test]
