@@ -1,8 +1,12 @@
-//! What the machine can do at best: plain O_DIRECT transfers of one block of memory, and plain copying.
+//! What the machine can do at best: plain O_DIRECT transfers of one block of memory, and plain copying; on a file system in
+//! memory also plain copying into a mapped file.
 //!
 //! Nothing of the engine is used: no chunks, no staging, no hashing, no protocol. Memory is the same huge-page block
 //! that the engine saves, so not even a copy stands between it and the disk.
-#![expect(unsafe_code, reason = "ring entries carry raw pointers to buffers")]
+#![expect(
+    unsafe_code,
+    reason = "ring entries carry raw pointers to buffers, a mapping is written through one"
+)]
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -12,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types, IoUring};
+use memmap2::{MmapOptions, MmapRaw};
 use pccheck::{Error, ErrorKind, Result};
 
 const OP: &str = "plain transfer";
@@ -34,14 +39,27 @@ pub struct Mode {
     pub depth: usize,
     /// Bytes of each.
     pub bytes: usize,
-    /// By io_uring; otherwise by as many threads.
-    pub ring: bool,
+    /// What carries them out.
+    pub way: Way,
+}
+
+/// What carries plain transfers out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// io_uring.
+    Ring,
+    /// As many threads as there are operations in flight.
+    Threads,
+    /// As many threads, which copy between the memory and a mapping of the file.
+    Mapping,
 }
 
 /// A file of the state's size, preallocated and written, and the fastest ways to write and to read it.
 pub struct Plain {
     file: File,
     path: PathBuf,
+    /// Of files in memory, which have no flush that it would evade.
+    mapping: Option<MmapRaw>,
     /// False where the file system refuses O_DIRECT: then transfers go through the page cache.
     pub direct: bool,
     /// Fastest way of writing.
@@ -68,21 +86,30 @@ impl Plain {
         if allocated != 0 {
             return Err(failed(&std::io::Error::from_raw_os_error(allocated)));
         }
-        let ring = IoUring::new(2).is_ok();
-        let first = Mode { depth: MODES[0].0, bytes: MODES[0].1, ring };
-        let mut plain = Plain { file, path: path.to_path_buf(), direct, write_mode: first, read_mode: first };
+        let mapping = match in_memory(&file) {
+            true => Some(MmapOptions::new().len(source.len()).map_raw(&file).map_err(|e| failed(&e))?),
+            false => None,
+        };
+        let way = if IoUring::new(2).is_ok() { Way::Ring } else { Way::Threads };
+        let first = Mode { depth: MODES[0].0, bytes: MODES[0].1, way };
+        let path = path.to_path_buf();
+        let mut plain = Plain { file, path, mapping, direct, write_mode: first, read_mode: first };
         // Allocated extents are slower until they were written once.
         plain.write(source, 1)?;
-        plain.write_mode = plain.fastest(ring, |plain, mode| plain.write_in(source, 1, mode))?;
-        plain.read_mode = plain.fastest(ring, |plain, mode| plain.read_in(copy, mode))?;
+        let mut modes = MODES.map(|(depth, bytes)| Mode { depth, bytes, way }).to_vec();
+        if plain.mapping.is_some() {
+            let depth = thread::available_parallelism().map_or(2, |cores| cores.get());
+            modes.push(Mode { depth, bytes: source.len().div_ceil(depth), way: Way::Mapping });
+        }
+        plain.write_mode = plain.fastest(&modes, |plain, mode| plain.write_in(source, 1, mode))?;
+        plain.read_mode = plain.fastest(&modes, |plain, mode| plain.read_in(copy, mode))?;
         Ok(plain)
     }
 
-    fn fastest(&self, ring: bool, mut run: impl FnMut(&Plain, Mode) -> Result<Duration>) -> Result<Mode> {
+    fn fastest(&self, modes: &[Mode], mut run: impl FnMut(&Plain, Mode) -> Result<Duration>) -> Result<Mode> {
         let mut best = (Duration::MAX, self.write_mode);
         for _ in 0..TRIALS {
-            for (depth, bytes) in MODES {
-                let mode = Mode { depth, bytes, ring };
+            for &mode in modes {
                 let took = run(self, mode)?;
                 if took < best.0 {
                     best = (took, mode);
@@ -104,12 +131,19 @@ impl Plain {
 
     fn write_in(&self, source: &[u8], times: usize, mode: Mode) -> Result<Duration> {
         let began = Instant::now();
-        match mode.ring {
+        match mode.way {
             // SAFETY: writing only reads the memory.
-            true => unsafe {
+            Way::Ring => unsafe {
                 self.through_ring(Direction::Write, source.as_ptr().cast_mut(), source.len(), times, mode)
             }?,
-            false => {
+            Way::Mapping => {
+                // SAFETY: nobody else uses the mapping: each call ends before the next one begins.
+                let mapped = unsafe { self.mapped() };
+                for _ in 0..times {
+                    let _ = self::copy(source, mapped, mode.depth);
+                }
+            }
+            Way::Threads => {
                 let pass = || {
                     in_threads(mode, source.chunks(mode.bytes), |at, piece| self.file.write_all_at(piece, at))
                 };
@@ -122,15 +156,33 @@ impl Plain {
 
     fn read_in(&self, to: &mut [u8], mode: Mode) -> Result<Duration> {
         let began = Instant::now();
-        match mode.ring {
+        match mode.way {
             // SAFETY: `to` is borrowed exclusively until every operation has completed.
-            true => unsafe { self.through_ring(Direction::Read, to.as_mut_ptr(), to.len(), 1, mode) }?,
-            false => {
+            Way::Ring => unsafe { self.through_ring(Direction::Read, to.as_mut_ptr(), to.len(), 1, mode) }?,
+            // SAFETY: as in `write_in`.
+            Way::Mapping => {
+                let _ = self::copy(unsafe { self.mapped() }, to, mode.depth);
+            }
+            Way::Threads => {
                 in_threads(mode, to.chunks_mut(mode.bytes), |at, piece| self.file.read_exact_at(piece, at))
                     .map_err(|e| self.failed(&e))?
             }
         }
         Ok(began.elapsed())
+    }
+
+    /// The mapped file; empty where it is not.
+    ///
+    /// # Safety
+    ///
+    /// What an earlier call returned must not be in use any more.
+    #[expect(clippy::mut_from_ref, reason = "the mapping is shared memory, not part of the value")]
+    unsafe fn mapped(&self) -> &mut [u8] {
+        match &self.mapping {
+            // SAFETY: mapped for its length; the caller's promise makes this the only reference.
+            Some(map) => unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr(), map.len()) },
+            None => &mut [],
+        }
     }
 
     fn failed(&self, error: &std::io::Error) -> Error {
@@ -199,6 +251,16 @@ impl Plain {
     }
 }
 
+/// Whether the file system keeps its files in memory alone.
+fn in_memory(file: &File) -> bool {
+    const TMPFS_MAGIC: libc::c_long = 0x0102_1994;
+    // SAFETY: zero is a value of every field.
+    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: an open descriptor and a struct to fill.
+    let asked = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut found) };
+    asked == 0 && found.f_type as libc::c_long == TMPFS_MAGIC
+}
+
 /// Shares pieces of `mode.bytes` out among `mode.depth` threads.
 fn in_threads<P: Send>(
     mode: Mode,
@@ -244,9 +306,9 @@ mod tests {
         let mut state = State::new(STATE_BYTES_MIN * 3).unwrap();
         let mut copied = HugeBlock::new(state.bytes().len()).unwrap();
         let plain = Plain::prepare(&dir.path().join("plain"), state.bytes(), &mut copied).unwrap();
-        for ring in [plain.write_mode.ring, false] {
+        for way in [plain.write_mode.way, Way::Threads] {
             state.change();
-            let mode = Mode { depth: 3, bytes: 1 << 18, ring };
+            let mode = Mode { depth: 3, bytes: 1 << 18, way };
             plain.write_in(state.bytes(), 2, mode).unwrap();
             copied.fill(0);
             plain.read_in(&mut copied, mode).unwrap();
@@ -254,6 +316,24 @@ mod tests {
         }
         copied.fill(0);
         copy(state.bytes(), &mut copied, 3);
+        assert!(&copied[..] == state.bytes());
+    }
+
+    #[test]
+    fn a_file_in_memory_is_also_copied_to_through_a_mapping() {
+        let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return };
+        let mut state = State::new(STATE_BYTES_MIN).unwrap();
+        let mut copied = HugeBlock::new(state.bytes().len()).unwrap();
+        let plain = Plain::prepare(&dir.path().join("plain"), state.bytes(), &mut copied).unwrap();
+        assert!(plain.mapping.is_some());
+        state.change();
+        let mode = Mode { depth: 2, bytes: state.bytes().len() / 2, way: Way::Mapping };
+        plain.write_in(state.bytes(), 2, mode).unwrap();
+        copied.fill(0);
+        plain.read_in(&mut copied, Mode { depth: 2, bytes: 1 << 18, way: Way::Threads }).unwrap();
+        assert!(&copied[..] == state.bytes());
+        copied.fill(0);
+        plain.read_in(&mut copied, mode).unwrap();
         assert!(&copied[..] == state.bytes());
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use pccheck::Result;
 use serde_json::{json, Value};
 
-use super::ceiling::Mode;
+use super::ceiling::{Mode, Way};
 use super::measure::{Measurement, Round};
 use super::Args;
 use crate::commands::medium_name;
@@ -96,8 +96,7 @@ pub fn publish(args: &Args, results: &[Measurement]) -> Result<()> {
     }
     let mut text = String::from("Settings\n");
     text += &settings_table(results);
-    text +=
-        "\nSaving: from begin to durable, GB/s: median (least-greatest); ratio to plain O_DIRECT writing\n";
+    text += "\nSaving: from begin to durable, GB/s: median (least-greatest); ratio to plain writing\n";
     let mut rows =
         Table::new(&["#", "first save", "durable GB/s", "plain GB/s", "ratio", "<plain writing by"]);
     for (number, (m, f)) in results.iter().zip(&figures).enumerate() {
@@ -126,7 +125,7 @@ pub fn publish(args: &Args, results: &[Measurement]) -> Result<()> {
         ]);
     }
     text += &rows.render();
-    text += "\nRestoring with verification, GB/s; ratio to plain O_DIRECT reading\n";
+    text += "\nRestoring with verification, GB/s; ratio to plain reading\n";
     let mut rows = Table::new(&["#", "restore GB/s", "plain GB/s", "ratio", "<plain reading by"]);
     for (number, (m, f)) in results.iter().zip(&figures).enumerate() {
         rows.row(vec![
@@ -174,7 +173,11 @@ fn settings_table(results: &[Measurement]) -> String {
 }
 
 fn mode_text(mode: Mode, direct: bool) -> String {
-    let by = if mode.ring { "io_uring" } else { "threads" };
+    let by = match mode.way {
+        Way::Ring => "io_uring",
+        Way::Threads => "threads",
+        Way::Mapping => return format!("copying, {} threads, mapped file", mode.depth),
+    };
     let cached = if direct { "" } else { ", page cache" };
     format!("{by}, {} x {}{cached}", mode.depth, units::size(mode.bytes as u64))
 }
