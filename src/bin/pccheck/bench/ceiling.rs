@@ -159,9 +159,10 @@ impl Plain {
         match mode.way {
             // SAFETY: `to` is borrowed exclusively until every operation has completed.
             Way::Ring => unsafe { self.through_ring(Direction::Read, to.as_mut_ptr(), to.len(), 1, mode) }?,
-            // SAFETY: as in `write_in`.
             Way::Mapping => {
-                let _ = self::copy(unsafe { self.mapped() }, to, mode.depth);
+                // SAFETY: as in `write_in`.
+                let mapped = unsafe { self.mapped() };
+                let _ = self::copy(mapped, to, mode.depth);
             }
             Way::Threads => {
                 in_threads(mode, to.chunks_mut(mode.bytes), |at, piece| self.file.read_exact_at(piece, at))
