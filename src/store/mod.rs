@@ -5,6 +5,7 @@ pub(crate) mod format;
 pub(crate) mod grow;
 mod options;
 mod region;
+mod striped;
 
 pub use format::format_medium;
 pub use grow::LeftOut;
@@ -13,6 +14,7 @@ pub use options::{
     MAX_WRITERS,
 };
 pub use region::{read_table, Claimed, Region};
+pub use striped::format_members;
 
 /// Wall-clock time, for people: nothing is ordered by it.
 pub(crate) fn unix_ns() -> u64 {
