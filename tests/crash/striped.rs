@@ -4,13 +4,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use pccheck::engine::Store;
 use pccheck::format::{ChosenLabel, StripeLayout, LABEL_AREA_BYTES};
 use pccheck::medium::sim::{
-    for_each_crash_image, EnumerateOptions, Image, Note, SimMedium, SimModel, SimSchedule,
+    for_each_crash_image, for_each_kill, EnumerateOptions, Image, Note, SimMedium, SimModel, SimSchedule,
 };
 use pccheck::medium::{read_label, rewrite_label, Barrier, Medium};
 use pccheck::recovery::read_region;
-use pccheck::store::{format_members, FormatOptions};
+use pccheck::save::Faults;
+use pccheck::store::{format_members, FormatOptions, OpenOptions};
 use pccheck::Result;
 
 use crate::explore::Protocol;
@@ -81,6 +83,18 @@ fn payload_that_is_flushed_on_member_0_only_is_missed() {
         let deaf = History { name, setup: Setup { stripes, ..*setup }, script: *script };
         must_be_caught("flushed on member 0 only", &[&deaf], Protocol::default(), &[SSD, CACHE]);
     }
+}
+
+fn moved(name: &str) -> Vec<Vec<u8>> {
+    [b"/a".to_vec(), name.as_bytes().to_vec(), b"/c".to_vec()].to_vec()
+}
+
+/// Notes in member 0 that member 1 is at `name`, as the command does.
+fn relocate(sim: &Arc<SimMedium>, name: &str) -> std::result::Result<(), String> {
+    let member = &FORMAT.windows(sim, region_bytes())[0];
+    let chosen = read_label(|offset, dst| member.read(offset, dst), member.len_bytes());
+    let chosen = chosen.map_err(|e| e.to_string())?.ok_or("no label is left")?;
+    rewrite_label(&**member, &chosen, moved(name)).map_err(|e| e.to_string())
 }
 
 const FORMAT: Stripes = Stripes { members: 3, unit_bytes: 2 << 20, deaf: false };
@@ -157,6 +171,45 @@ fn a_crash_in_formatting_members_leaves_a_whole_region_or_none() {
     }
 }
 
+/// What a killed process left visible is not durable, labels included: opening for writing must make it so before
+/// anything is promised. Otherwise the region cannot be found any more once the power is lost.
+#[test]
+fn labels_that_a_killed_process_wrote_are_durable_once_the_region_was_opened() {
+    for model in MODELS {
+        let sim = Arc::new(SimMedium::new(FORMAT.sim_bytes(region_bytes()), model));
+        format_again(&sim, ["/a", "/b", "/c"]);
+        relocate(&sim, "/moved").expect("relocate");
+        let (mut opened, mut images) = (0, 0);
+        for_each_kill(&sim.trace(), &EnumerateOptions::default(), |_, next| {
+            let next = Arc::new(next);
+            let member = &FORMAT.windows(&next, region_bytes())[0];
+            let found = read_label(|offset, dst| member.read(offset, dst), member.len_bytes());
+            let Ok(Some(_)) = found else { return Ok(()) };
+            opened += 1;
+            let region = FORMAT.medium(&next, region_bytes());
+            let options =
+                OpenOptions { chunk_bytes: 4096, staging_bytes: 16 * 4096, ..OpenOptions::default() };
+            let store = Store::open_on(region, &options, Faults::default());
+            store.map_err(|e| format!("labelled, and does not open: {e}"))?;
+            next.note(Note::Acknowledged { generation: 0 });
+            for_each_crash_image(&next.trace(), &EnumerateOptions::default(), |_, image| {
+                let promised = image.notes().contains(&Note::Acknowledged { generation: 0 });
+                images += u64::from(promised);
+                match opens(image) {
+                    Ok(Some(_)) => Ok(()),
+                    _ if !promised => Ok(()),
+                    found => Err(format!("opened, and after power loss: {found:?}")),
+                }
+            })
+            .map(drop)
+            .map_err(|finding| finding.to_string())
+        })
+        .unwrap_or_else(|finding| panic!("{model:?}: {finding}"));
+        println!("{model:?}: {opened} opened, {images} images after that");
+        assert!(opened > 2 && images > 2, "{model:?}: {opened} opened, {images} images after that");
+    }
+}
+
 #[test]
 fn a_crash_in_relocating_leaves_the_old_place_or_the_new_one() {
     for model in MODELS {
@@ -169,11 +222,7 @@ fn a_crash_in_relocating_leaves_the_old_place_or_the_new_one() {
                 sim.write_durable(copy * 4096, &[7; 4096], Barrier::Control).expect("damage");
             }
             let sim = Arc::new(final_image(&sim).to_medium());
-            let member = &FORMAT.windows(&sim, region_bytes())[0];
-            let chosen = read_label(|offset, dst| member.read(offset, dst), member.len_bytes());
-            let chosen = chosen.expect("a label").expect("a label");
-            let moved = |name: &str| [b"/a".to_vec(), name.as_bytes().to_vec(), b"/c".to_vec()].to_vec();
-            rewrite_label(&**member, &chosen, moved("/somewhere/else")).expect("relocate");
+            relocate(&sim, "/somewhere/else").expect("relocate");
             sim.note(Note::Acknowledged { generation: 0 });
             let (mut before, mut after) = (0, 0);
             for_each_crash_image(&sim.trace(), &EnumerateOptions::default(), |_, image| {
@@ -190,5 +239,29 @@ fn a_crash_in_relocating_leaves_the_old_place_or_the_new_one() {
                 "{model:?}, damaged {damaged:?}: {before} before, {after} after"
             );
         }
+    }
+}
+
+/// Killed in relocating, relocated again by the next process, and then the power is lost.
+#[test]
+fn relocating_again_after_a_kill_never_loses_both_copies() {
+    for model in MODELS {
+        let sim = Arc::new(SimMedium::new(FORMAT.sim_bytes(region_bytes()), model));
+        format_again(&sim, ["/a", "/b", "/c"]);
+        let sim = Arc::new(final_image(&sim).to_medium());
+        relocate(&sim, "/first").expect("relocate");
+        let mut images = 0;
+        for_each_kill(&sim.trace(), &EnumerateOptions::default(), |_, next| {
+            let next = Arc::new(next);
+            relocate(&next, "/second")?;
+            for_each_crash_image(&next.trace(), &EnumerateOptions::default(), |_, image| {
+                images += 1;
+                opens(image)?.map(drop).ok_or("no label is left".to_owned())
+            })
+            .map(drop)
+            .map_err(|finding| finding.to_string())
+        })
+        .unwrap_or_else(|finding| panic!("{model:?}: {finding}"));
+        assert!(images > 20, "{model:?}: {images} images");
     }
 }

@@ -191,7 +191,12 @@ impl Medium for Striped {
         }
         for member in 0..self.members.len() {
             let spans = ranges.iter().filter_map(|&(offset, len)| self.layout.span(member, offset, len));
-            let spans: Vec<_> = spans.map(|(offset, len)| (self.data_offset + offset, len)).collect();
+            let placed = |(offset, len)| match (barrier, offset) {
+                // With its label: that, too, may be what a killed process left visible, and not durable.
+                (Barrier::Open, 0) => (0, self.data_offset + len),
+                _ => (self.data_offset + offset, len),
+            };
+            let spans: Vec<_> = spans.map(placed).collect();
             if !spans.is_empty() {
                 touched.push((member, spans));
             }

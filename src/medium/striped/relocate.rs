@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::label::label_of;
 use super::open::check_member;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{ChosenLabel, Label, LABEL_OFFSETS};
+use crate::format::{ChosenLabel, Label, LABEL_AREA_BYTES, LABEL_OFFSETS};
 use crate::medium::file::RegionFile;
 use crate::medium::open::medium_on;
 use crate::medium::{Barrier, Durability, Medium, MediumOptions};
@@ -47,12 +47,14 @@ pub fn relocate_member(path: &Path, index: u32, to: &Path, lock_wait: Duration) 
     rewrite_label(&*medium, &chosen, paths).map_err(|error| error.at_path(path))
 }
 
-/// Replaces the paths in a label: first over the copy that does not count, durable, then over the other.
+/// Replaces the paths in a label: first over the copy that does not count, durable, then over the other. What is found is
+/// made durable before: a killed process may have left the copy that counts visible only.
 pub fn rewrite_label(member: &dyn Medium, chosen: &ChosenLabel, paths: Vec<Vec<u8>>) -> Result<()> {
     let sequence = chosen.label.sequence.checked_add(1).ok_or_else(|| {
         Error::new(ErrorKind::Corrupt, OP, "the label's sequence number cannot be raised any more")
     })?;
     let block = Label { sequence, paths, ..chosen.label.clone() }.encode()?;
+    member.persist(0, LABEL_AREA_BYTES, Barrier::Open)?;
     for copy in [1 - chosen.copy, chosen.copy] {
         member.write_durable(LABEL_OFFSETS[copy], &block, Barrier::Control)?;
     }
