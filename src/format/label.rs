@@ -289,6 +289,14 @@ mod tests {
         }
     }
 
+    /// What this version wrote stays readable for ever.
+    #[test]
+    fn the_bytes_of_a_label_never_change() {
+        let block = sample().encode().unwrap();
+        assert_eq!(CHECKSUM.u64(&block), 0xb397d34c541b9dfa);
+        assert_eq!(block[..16], *b"PCCMEMB\0\x01\0\0\0\x03\0\0\0");
+    }
+
     #[test]
     fn the_newer_copy_counts_and_newer_formats_are_refused() {
         let old = sample().encode().unwrap();

@@ -230,5 +230,5 @@ impl Medium for Striped {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "sim"))]
 mod tests;
