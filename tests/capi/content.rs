@@ -50,7 +50,7 @@ fn a_region_is_striped_over_the_members_that_are_named() {
     let mut options = sized!(pcc_format_options);
     ok(c!(pcc_format_options_init(&mut options, size_of::<pcc_format_options>() as u64)));
     options.stripe_count = 2;
-    let mut format = |options: &pcc_format_options| c!(pcc_format(names[0].as_ptr(), 3, 1 << 20, options));
+    let format = |options: &pcc_format_options| c!(pcc_format(names[0].as_ptr(), 3, 1 << 20, options));
     fails(format(&options), PCC_BAD_POINTER, &["stripe_paths is NULL"]);
     let with_null = [stripe[0], null()];
     options.stripe_paths = with_null.as_ptr();

@@ -17,7 +17,10 @@ const SSD: SimModel = SimModel::Ssd { torn: false };
 /// Three members of four units each.
 fn bed() -> (Vec<Arc<SimMedium>>, Arc<Striped>) {
     let sims: Vec<Arc<SimMedium>> = (0..3).map(|_| Arc::new(SimMedium::new(DATA + 4 * UNIT, SSD))).collect();
-    let members = sims.iter().map(|sim| -> Arc<dyn Medium> { sim.clone() }).collect();
+    let mut members: Vec<Arc<dyn Medium>> = Vec::new();
+    for sim in &sims {
+        members.push(sim.clone());
+    }
     let layout = StripeLayout::new(3, UNIT, 12 * UNIT).unwrap();
     (sims, Arc::new(Striped::new(layout, DATA, members, true).unwrap()))
 }
@@ -97,8 +100,11 @@ fn barriers_of_several_threads_do_not_mix_up_their_outcomes() {
     assert!(sound.join().unwrap().iter().all(|failed| !failed), "another caller's failure");
 }
 
+/// A completion: its token, its result, and the bytes of its buffer.
+type Completed = (u64, Result<()>, Vec<u8>);
+
 #[derive(Default)]
-struct Ended(Mutex<Vec<(u64, Result<()>, Vec<u8>)>>);
+struct Ended(Mutex<Vec<Completed>>);
 
 impl IoSink for Ended {
     fn finished(&self, token: u64, buffer: StagingBuffer, result: Result<()>) {
