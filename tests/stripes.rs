@@ -151,6 +151,44 @@ fn what_is_saved_over_members_comes_back_by_every_medium() {
     }
 }
 
+/// Otherwise every chunk would be two transfers, one of them blocking.
+#[test]
+fn slots_take_whole_units_so_that_no_chunk_straddles_members() {
+    for unit in [UNIT, 4 * UNIT] {
+        let set = Set::unformatted(scratch(), 2);
+        format_region(&set.paths[0], &FormatOptions { stripe_unit_bytes: unit, ..set.format() })
+            .expect("format");
+        let store = set.open().expect("open");
+        let layout = *store.region().layout();
+        assert!(layout.slot_bytes > STATE_BYTES as u64);
+        for slot in 0..layout.slot_count {
+            assert!(
+                layout.slot_offset(slot).is_multiple_of(unit),
+                "slot {slot} at {}",
+                layout.slot_offset(slot)
+            );
+        }
+    }
+}
+
+/// Of several files, an error must say which one.
+#[test]
+fn errors_in_use_name_the_member() {
+    let set = Set::new(2);
+    set.save(1);
+    for medium in [Requested::Direct, Requested::Mmap] {
+        let reader = OpenOptions { read_only: true, medium, ..options() };
+        let store = Store::open(&set.paths[0], &reader).expect("open");
+        let member = fs::OpenOptions::new().write(true).open(&set.paths[1]).expect("open");
+        let len = member.metadata().expect("length").len();
+        member.set_len(LABEL_AREA_BYTES).expect("cut");
+        let error = store.open_checkpoint(Select::Newest, true).map(drop).expect_err("half of it is gone");
+        let (text, path) = (error.to_string(), set.paths[1].display().to_string());
+        assert!(text.contains("member 1") && text.contains(&path), "{medium:?}: {text}");
+        member.set_len(len).expect("as long as before");
+    }
+}
+
 #[test]
 fn members_in_memory_are_striped_too() {
     let set = Set::unformatted(scratch_in(Path::new("/dev/shm")), 2);
