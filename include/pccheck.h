@@ -168,6 +168,10 @@
 // expected kind.
 #define PCC_BAD_POINTER -24
 
+// A member of a striped region is lost, foreign, in the wrong place, too short or damaged, or the path is that of a
+// member other than the first. The text names the member.
+#define PCC_MEMBER -25
+
 // Version of the C ABI: the number in the SONAME. A library of another major is another library.
 #define PCC_ABI_MAJOR 1
 
@@ -319,6 +323,14 @@ typedef struct pcc_format_options {
     uint32_t medium;
     // 0.
     uint32_t reserved;
+    // Members beside `path`, which is member 0: `stripe_count` files or devices over which the region is striped, so
+    // that their bandwidth adds up. The region is opened by `path`, and all of them must be there. Default NULL.
+    const char *const *stripe_paths;
+    // How many, at most 15. Default 0: the region is not striped.
+    uint64_t stripe_count;
+    // Bytes of the region that lie together on one member: a power of two from 2 MiB to 1 GiB, which chunk_bytes must
+    // divide at open. Default 0: 4 MiB.
+    uint64_t stripe_unit_bytes;
 } pcc_format_options;
 
 // How a region is opened. Initialise with `pcc_open_options_init`; NULL means all defaults.
@@ -529,6 +541,12 @@ typedef struct pcc_got_info {
     uint32_t keep;
     // 1: opened read-only.
     uint32_t read_only;
+    // Bytes of the region that lie together on one member; 0: the region is not striped.
+    uint64_t stripe_unit_bytes;
+    // Files or devices over which the region is striped; 1: it is not.
+    uint32_t members;
+    // 0.
+    uint32_t reserved;
 } pcc_got_info;
 
 // One tensor: what a save reads, and what `pcc_restore` writes. The same array serves both. In an array every
@@ -841,7 +859,8 @@ pcc_status pcc_dtype_from_name(const char *name,
 // Durability: the empty region is durable on return.
 // Threads: any.
 // Ownership: nothing is kept; `options` may be NULL.
-// Errors: PCC_ALREADY_EXISTS, PCC_NO_SPACE, PCC_IN_USE, PCC_INVALID_ARGUMENT, PCC_UNSUPPORTED, PCC_IO, PCC_BAD_POINTER.
+// Errors: PCC_ALREADY_EXISTS, PCC_NO_SPACE, PCC_IN_USE, PCC_INVALID_ARGUMENT, PCC_TOO_LARGE (the members' paths),
+// PCC_UNSUPPORTED, PCC_IO, PCC_BAD_POINTER.
 pcc_status pcc_format(const char *path,
                       uint32_t slot_count,
                       uint64_t payload_bytes,

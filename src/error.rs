@@ -32,6 +32,9 @@ pub enum ErrorKind {
     Unsupported,
     /// The medium cannot give the durability that the caller requires.
     Durability,
+    /// A member of a striped region is lost, foreign, in the wrong place, too short or damaged; or the path is that of
+    /// a member by which the region is not opened.
+    Member,
     /// Another writer holds the region's lock.
     InUse,
     /// The device or file system has no room.
@@ -127,6 +130,15 @@ impl Error {
     #[must_use]
     pub fn at_offset(mut self, offset: u64) -> Self {
         self.edit(|inner| inner.offset = Some(offset));
+        self
+    }
+
+    /// Puts in front of the message what it is about, unless that stands there.
+    #[must_use]
+    pub fn within(mut self, what: &str) -> Self {
+        if !self.0.message.starts_with(what) {
+            self.edit(|inner| inner.message = format!("{what}: {}", inner.message));
+        }
         self
     }
 

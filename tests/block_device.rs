@@ -3,10 +3,10 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::{save_one, WAIT};
+use common::{save_one, scratch, WAIT};
 use pccheck::engine::{format_region, grow_region, Select, Store};
 use pccheck::medium::{Durability, IoBackend, MediumKind, Requested};
 use pccheck::store::{FormatOptions, OpenOptions};
@@ -65,4 +65,37 @@ fn a_device_holds_a_region_like_a_file() {
     let error = format_region(&path, &larger).expect_err("the device is smaller");
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     assert!(Store::open(&path, &options(IoBackend::Auto)).is_ok(), "a format that failed must not destroy");
+    striped_over_a_file_and_the_device(&path);
+}
+
+/// A member that is a device has no length of its own choosing, and one that is full says so by name.
+fn striped_over_a_file_and_the_device(device: &Path) {
+    let dir = scratch();
+    let file = dir.path().join("member0");
+    let set = |payload_bytes: u64, force: bool| FormatOptions {
+        force,
+        stripe: vec![device.to_path_buf()],
+        stripe_unit_bytes: 2 << 20,
+        ..FormatOptions::new(3, payload_bytes)
+    };
+    let error = format_region(&file, &set(8 << 20, false)).expect_err("a region is on the device");
+    assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+    let error = format_region(&file, &set(1 << 30, true)).expect_err("the device is smaller");
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    assert!(error.to_string().contains(&device.display().to_string()), "{error}");
+    assert!(Store::open(device, &options(IoBackend::Auto)).is_ok(), "a format that failed must not destroy");
+    assert!(!file.exists(), "half a set was left behind");
+
+    format_region(&file, &set(8 << 20, true)).expect("format");
+    let data: Vec<u8> = (0..8_000_000u32).map(|i| (i >> 7) as u8).collect();
+    let store = Store::open(&file, &options(IoBackend::Auto)).expect("open");
+    assert_eq!(store.medium_info().stripes.map(|stripes| stripes.members), Some(2));
+    for step in 0..4 {
+        save_one(&store, step, &data, &[]).expect("save").wait_durable(WAIT).expect("durable");
+    }
+    let opened = store.open_checkpoint(Select::Newest, true).expect("newest");
+    assert!(opened.checkpoint.read_tensor("w").expect("read") == data, "came back changed");
+    drop((opened, store));
+    let error = Store::open(device, &options(IoBackend::Auto)).err().expect("member 1 is no region");
+    assert_eq!(error.kind(), ErrorKind::Member);
 }

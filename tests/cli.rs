@@ -119,9 +119,10 @@ fn every_command_explains_itself_and_usage_errors_exit_with_2() {
     {
         assert!(help.contains(part), "{part} is missing from {help}");
     }
-    for command in
-        ["format", "inspect", "verify", "export", "import", "grow", "pin", "unpin", "bench", "demo"]
-    {
+    for command in [
+        "format", "inspect", "verify", "export", "import", "grow", "pin", "unpin", "relocate", "bench",
+        "demo",
+    ] {
         let help = bench.good(&format!("{command} --help"));
         assert!(help.contains("Examples:") && help.contains("--json"), "{command}: {help}");
         assert!(help.lines().all(|line| line.chars().count() <= 100), "{command}: too wide");
@@ -457,4 +458,43 @@ fn a_tiny_bench_measures_everything_and_cleans_up() {
     fs::write(bench.path("file"), "x").expect("write");
     bench.bad("bench file", 2);
     bench.bad("bench missing", 3);
+}
+
+#[test]
+fn a_striped_region_is_made_looked_into_and_told_where_a_member_is() {
+    let bench = Bench::new();
+    fs::create_dir(bench.path("a")).expect("a folder");
+    let made =
+        bench.json("format a/r0 --stripe a/r1 --stripe a/r2 --stripe-unit 2MiB --slots 4 --state 5M --json");
+    assert_eq!(made["members"], 3);
+    let store = Store::open(&bench.path("a/r0"), &small()).expect("open");
+    (1..4).for_each(|step| save(&store, step));
+    drop(store);
+    let seen = bench.json("inspect a/r0 --json");
+    assert_eq!(
+        (&seen["medium"]["members"], &seen["medium"]["stripe_unit_bytes"]),
+        (&3.into(), &(2 << 20).into())
+    );
+    assert!(bench.good("inspect a/r0").contains("3 members, units of 2 MiB"));
+    // Everything goes the same way as without members.
+    bench.good("verify a/r0 --all");
+    bench.good("pin a/r0 3");
+    bench.good("unpin a/r0 3");
+    bench.good("export a/r0 --output out.safetensors");
+    bench.good("import a/r0 out.safetensors --step 9");
+    assert_eq!(bench.json("inspect a/r0 --json")["checkpoints"][0]["step"], 9);
+    assert!(bench.bad("grow a/r0 --slots 6", 7).contains("import"));
+
+    assert!(bench.bad("inspect a/r1", 4).contains("a/r0"));
+    fs::rename(bench.path("a/r2"), bench.path("moved")).expect("move");
+    let lost = bench.bad("inspect a/r0", 4);
+    assert!(lost.contains("member 2") && lost.contains("pccheck relocate a/r0 2 PATH"), "{lost}");
+    assert!(bench.bad("relocate a/r0 2 a/r1", 4).contains("found member 1"));
+    bench.bad("relocate a/r0 3 moved", 2);
+    bench.bad("relocate a/r0 2 nothing", 3);
+    assert_eq!(bench.json("relocate a/r0 2 moved --json")["member"], 2);
+    bench.good("verify a/r0 --all");
+    assert!(bench.bad("format a/r0 --slots 3 --state 1M", 8).contains("striped"));
+    bench.bad("format b --stripe-unit 1M --stripe c --slots 3 --state 1M", 2);
+    bench.bad("format b --stripe-unit 2M --slots 3 --state 1M", 2);
 }

@@ -222,7 +222,9 @@ macro_rules! layouts {
 }
 
 layouts! {
-    pcc_format_options { struct_bytes, force, prewrite, medium, reserved }
+    pcc_format_options {
+        struct_bytes, force, prewrite, medium, reserved, stripe_paths, stripe_count, stripe_unit_bytes
+    }
     pcc_open_options {
         struct_bytes, read_only, medium, backend, required_durability, max_in_flight, keep, hold, writers, readers,
         queue_depth, lock_memory, rewrite_every, run_id, staging_bytes, chunk_bytes, lock_wait_ms
@@ -250,7 +252,8 @@ layouts! {
     }
     pcc_got_info {
         struct_bytes, path_text, notes_text, region_uuid, slot_bytes, staging_bytes, staging_huge_bytes, chunk_bytes,
-        recovered_checkpoints, staging_locked, medium, durability, slot_count, max_in_flight, keep, read_only
+        recovered_checkpoints, staging_locked, medium, durability, slot_count, max_in_flight, keep, read_only,
+        stripe_unit_bytes, members, reserved
     }
     pcc_verify_report { struct_bytes, intact, damaged, reclaimed, text_bytes }
     pcc_tune_options {

@@ -77,9 +77,15 @@ struct Totals {
 }
 
 impl History {
-    fn new(dir: &Path, way: Way) -> History {
-        let path = dir.join(format!("{way:?}"));
-        format_region(&path, &FormatOptions::new(SLOTS, content::PAYLOAD_BYTES)).expect("format");
+    fn new(dir: &Path, way: Way, members: usize) -> History {
+        let name = |index: usize| dir.join(format!("{way:?} over {members}, {index}"));
+        let path = name(0);
+        let format = FormatOptions {
+            stripe: (1..members).map(name).collect(),
+            stripe_unit_bytes: 2 << 20,
+            ..FormatOptions::new(SLOTS, content::PAYLOAD_BYTES)
+        };
+        format_region(&path, &format).expect("format");
         History {
             path,
             way,
@@ -281,8 +287,8 @@ fn seed() -> u64 {
     })
 }
 
-fn kill_often(dir: &Path, way: Way, kills: usize, seed: u64) -> Totals {
-    let mut history = History::new(dir, way);
+fn kill_often(dir: &Path, (way, members): (Way, usize), kills: usize, seed: u64) -> Totals {
+    let mut history = History::new(dir, way, members);
     let mut random = Random(seed ^ way as u64);
     let mut totals = Totals::default();
     for nth in 0..kills {
@@ -304,7 +310,7 @@ fn two_hundred_kills_lose_nothing_durable() {
             .map(|(index, way)| {
                 let kills = (KILLS + Way::ALL.len() - 1 - index) / Way::ALL.len();
                 let dir = dir.path();
-                scope.spawn(move || kill_often(dir, way, kills, seed))
+                scope.spawn(move || kill_often(dir, (way, 1), kills, seed))
             })
             .collect();
         runs.into_iter()
@@ -330,12 +336,24 @@ fn two_hundred_kills_lose_nothing_durable() {
     );
 }
 
+#[test]
+fn kills_of_a_striped_region_lose_nothing_durable() {
+    const KILLS_EACH: usize = 24;
+    let (dir, seed) = (scratch(), seed());
+    for (way, members) in [(Way::Uring, 2), (Way::Threads, 3), (Way::Mmap, 2)] {
+        let totals = kill_often(dir.path(), (way, members), KILLS_EACH, seed);
+        println!("{way:?} over {members}: {totals:?}, {ENV_SEED}={seed}");
+        assert_eq!(totals.kills, KILLS_EACH);
+        assert!(totals.durable > totals.kills, "{way:?}: the kills came too early to test anything");
+    }
+}
+
 /// The check itself can fail: a child that reports a save durable when it has only begun is found out.
 #[test]
 fn a_child_that_lies_about_durability_is_caught() {
     const MOST_KILLS: usize = 50;
     let (dir, seed) = (scratch(), seed());
-    let mut history = History::new(dir.path(), Way::Threads);
+    let mut history = History::new(dir.path(), Way::Threads, 1);
     let mut random = Random(seed);
     let caught = (0..MOST_KILLS).find_map(|nth| {
         let orders = Orders { lie: true, ..history.orders(nth) };

@@ -166,6 +166,9 @@ pub unsafe extern "C" fn pcc_got(store: *const pcc_store, got: *mut pcc_got_info
             max_in_flight: options.max_in_flight,
             keep: options.keep,
             read_only: options.read_only.into(),
+            stripe_unit_bytes: info.stripes.map_or(0, |stripes| stripes.unit_bytes),
+            members: info.stripes.map_or(1, |stripes| stripes.members),
+            reserved: 0,
         };
         caller.fill(got, value)
     };

@@ -183,6 +183,12 @@ pub struct pcc_got_info {
     pub keep: u32,
     /// 1: opened read-only.
     pub read_only: u32,
+    /// Bytes of the region that lie together on one member; 0: the region is not striped.
+    pub stripe_unit_bytes: u64,
+    /// Files or devices over which the region is striped; 1: it is not.
+    pub members: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 /// What `pcc_verify` found.
@@ -225,6 +231,6 @@ versioned!(pcc_durable, 48, {});
 versioned!(pcc_checkpoint_info, 80, {});
 versioned!(pcc_tensor_info, 64, {});
 versioned!(pcc_stats_info, 112, {});
-versioned!(pcc_got_info, 104, {});
+versioned!(pcc_got_info, 120, {});
 versioned!(pcc_verify_report, 40, {});
 versioned!(pcc_tuning, 48, {});

@@ -9,6 +9,7 @@ use super::guard::{self, versioned, Caller, Outcome};
 use super::status::pcc_status;
 use crate::engine::Select;
 use crate::error::{Error, ErrorKind};
+use crate::format::{DEFAULT_UNIT_BYTES, MAX_MEMBERS};
 use crate::save::SaveOptions;
 use crate::store::{FormatOptions, OpenOptions};
 
@@ -27,6 +28,14 @@ pub struct pcc_format_options {
     pub medium: u32,
     /// 0.
     pub reserved: u32,
+    /// Members beside `path`, which is member 0: `stripe_count` files or devices over which the region is striped, so
+    /// that their bandwidth adds up. The region is opened by `path`, and all of them must be there. Default NULL.
+    pub stripe_paths: *const *const c_char,
+    /// How many, at most 15. Default 0: the region is not striped.
+    pub stripe_count: u64,
+    /// Bytes of the region that lie together on one member: a power of two from 2 MiB to 1 GiB, which chunk_bytes must
+    /// divide at open. Default 0: 4 MiB.
+    pub stripe_unit_bytes: u64,
 }
 
 /// How a region is opened. Initialise with `pcc_open_options_init`; NULL means all defaults.
@@ -195,7 +204,7 @@ pub struct pcc_tune_options {
     pub reserved: u32,
 }
 
-versioned!(pcc_format_options, 24, {});
+versioned!(pcc_format_options, 48, {});
 versioned!(pcc_open_options, 88, {
     backend: PCC_BACKEND_AUTO,
     required_durability: durability_code(OpenOptions::default().required),
@@ -300,7 +309,19 @@ impl Caller {
         payload: u64,
     ) -> Outcome<FormatOptions> {
         self.reserved("reserved", options.reserved.into())?;
+        let most = u64::from(MAX_MEMBERS) - 1;
+        if options.stripe_count > most {
+            let count = options.stripe_count;
+            return Err(self.invalid(format!("stripe_count is {count}, expected at most {most}")));
+        }
+        let stripe = self.paths("stripe_paths", options.stripe_paths, options.stripe_count)?;
+        let unit_bytes = match options.stripe_unit_bytes {
+            0 => DEFAULT_UNIT_BYTES,
+            bytes => bytes,
+        };
         Ok(FormatOptions {
+            stripe,
+            stripe_unit_bytes: unit_bytes,
             force: self.flag("force", options.force)?,
             prewrite: self.flag("prewrite", options.prewrite)?,
             medium: self.medium(options.medium)?,

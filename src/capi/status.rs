@@ -61,6 +61,9 @@ pub const PCC_INTERNAL: i32 = -23;
 /// A pointer is NULL where it may not be, misaligned, passes the end of memory, or is not a handle of the
 /// expected kind.
 pub const PCC_BAD_POINTER: i32 = -24;
+/// A member of a striped region is lost, foreign, in the wrong place, too short or damaged, or the path is that of a
+/// member other than the first. The text names the member.
+pub const PCC_MEMBER: i32 = -25;
 
 struct Entry {
     status: pcc_status,
@@ -73,7 +76,7 @@ const fn entry(status: pcc_status, name: &'static CStr, text: &'static CStr) -> 
 }
 
 /// Every status, at the index of its absolute value.
-const TABLE: [Entry; 25] = [
+const TABLE: [Entry; 26] = [
     entry(PCC_OK, c"PCC_OK", c"success"),
     entry(PCC_INVALID_ARGUMENT, c"PCC_INVALID_ARGUMENT", c"an argument breaks the contract of the call"),
     entry(
@@ -115,6 +118,7 @@ const TABLE: [Entry; 25] = [
         c"PCC_BAD_POINTER",
         c"a pointer is NULL, misaligned, out of range or of the wrong kind",
     ),
+    entry(PCC_MEMBER, c"PCC_MEMBER", c"a member of a striped region is lost, foreign or damaged"),
 ];
 
 fn find(status: pcc_status) -> Option<&'static Entry> {
@@ -133,6 +137,7 @@ pub(crate) fn status_of(kind: ErrorKind) -> pcc_status {
         ErrorKind::UnsupportedFeature => PCC_UNSUPPORTED_FEATURE,
         ErrorKind::Unsupported => PCC_UNSUPPORTED,
         ErrorKind::Durability => PCC_DURABILITY,
+        ErrorKind::Member => PCC_MEMBER,
         ErrorKind::InUse => PCC_IN_USE,
         ErrorKind::NoSpace => PCC_NO_SPACE,
         ErrorKind::TooLarge => PCC_TOO_LARGE,
@@ -206,6 +211,7 @@ mod tests {
             (-22, "PCC_OUT_OF_MEMORY"),
             (-23, "PCC_INTERNAL"),
             (-24, "PCC_BAD_POINTER"),
+            (-25, "PCC_MEMBER"),
         ];
         assert_eq!(TABLE.len(), frozen.len());
         for (index, (entry, (status, name))) in TABLE.iter().zip(frozen).enumerate() {
@@ -217,7 +223,7 @@ mod tests {
 
     #[test]
     fn unknown_numbers_have_a_name_too() {
-        for status in [1, -25, i32::MIN] {
+        for status in [1, -26, i32::MIN] {
             assert!(find(status).is_none());
             assert!(!pcc_status_name(status).is_null() && !pcc_status_text(status).is_null());
         }

@@ -44,7 +44,8 @@ impl Opaque for pcc_store {
 /// Durability: the empty region is durable on return.
 /// Threads: any.
 /// Ownership: nothing is kept; `options` may be NULL.
-/// Errors: PCC_ALREADY_EXISTS, PCC_NO_SPACE, PCC_IN_USE, PCC_INVALID_ARGUMENT, PCC_UNSUPPORTED, PCC_IO, PCC_BAD_POINTER.
+/// Errors: PCC_ALREADY_EXISTS, PCC_NO_SPACE, PCC_IN_USE, PCC_INVALID_ARGUMENT, PCC_TOO_LARGE (the members' paths),
+/// PCC_UNSUPPORTED, PCC_IO, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_format(
     path: *const c_char,

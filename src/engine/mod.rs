@@ -11,7 +11,7 @@ pub use saves::{HostTensor, Tensor};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Block, PreferredMedium, Superblock, SUPERBLOCK_OFFSETS};
-use crate::medium::{open_medium, read_head, Medium, MediumInfo, MediumOptions, PreferredHint};
+use crate::medium::{open_medium, read_head, Medium, MediumInfo, MediumOptions, PreferredHint, Stripes};
 use crate::metrics::{Metrics, Stats};
 use crate::recovery::DecisionTable;
 use crate::save::{deadline_in, Faults, Saver};
@@ -94,6 +94,9 @@ impl Store {
         options: &OpenOptions,
         faults: Faults,
     ) -> Result<Store> {
+        if let Some(stripes) = medium.info().stripes.filter(|_| !options.read_only) {
+            check_chunk(stripes, options.chunk_bytes).map_err(|error| error.at_path(path))?;
+        }
         let region = Arc::new(Region::open_on(path, medium, pool, options.clone())?);
         let metrics = Arc::new(Metrics::default());
         let saver = match options.read_only {
@@ -232,6 +235,19 @@ impl Store {
             Error::new(ErrorKind::ReadOnly, op, "the store was opened read-only").at_path(self.region.path())
         })
     }
+}
+
+/// A chunk that straddled two members would be two transfers.
+fn check_chunk(stripes: Stripes, chunk_bytes: u64) -> Result<()> {
+    let unit_bytes = stripes.unit_bytes;
+    if unit_bytes.is_multiple_of(chunk_bytes) {
+        return Ok(());
+    }
+    let message = format!(
+        "chunk_bytes is {chunk_bytes}, expected to divide the {unit_bytes} bytes of a unit of the stripes"
+    );
+    Err(Error::new(ErrorKind::InvalidArgument, "open", message)
+        .advise(format!("open with chunk_bytes {unit_bytes}, or half of that, or a quarter, ...")))
 }
 
 /// Waiting "for ever" as a time that clocks can add.

@@ -1,6 +1,7 @@
 //! Where everything lies in a region: offsets from slot count and slot size, with checked arithmetic.
 
 use super::codec::round_up;
+use super::stripe::round_to_units;
 use super::table::HASH_BYTES;
 use super::{BLOCK_BYTES, MAX_CHUNK_BYTES, MAX_SLOTS, MIN_CHUNK_BYTES, MIN_SLOTS, SLOT_ALIGN_BYTES};
 use crate::error::{Error, ErrorKind, Result};
@@ -36,10 +37,19 @@ impl Layout {
     /// `InvalidArgument` when a number is outside its limits or the region would pass
     /// [`MAX_REGION_BYTES`].
     pub fn new(slot_count: u32, slot_bytes: u64) -> Result<Layout> {
+        Layout::in_units(slot_count, slot_bytes, SLOT_ALIGN_BYTES)
+    }
+
+    /// [`Layout::new`] for a striped region: slots, and what is before them, take whole units.
+    pub fn in_units(slot_count: u32, slot_bytes: u64, unit_bytes: u64) -> Result<Layout> {
         let bad = |message| Error::new(ErrorKind::InvalidArgument, "lay out region", message);
         let records_end = records_end(slot_count).ok_or_else(|| bad("slot count overflows".to_owned()))?;
         let payload_offset =
-            round_up(records_end, SLOT_ALIGN_BYTES).ok_or_else(|| bad("slot records overflow".to_owned()))?;
+            round_to_units(records_end, unit_bytes).ok_or_else(|| bad("slot records overflow".to_owned()))?;
+        let slot_bytes = match unit_bytes > SLOT_ALIGN_BYTES {
+            true => round_to_units(slot_bytes, unit_bytes).ok_or_else(|| bad("slot overflows".to_owned()))?,
+            false => slot_bytes,
+        };
         let layout = Layout { slot_count, slot_bytes, payload_offset };
         layout.check().map_err(bad)?;
         Ok(layout)

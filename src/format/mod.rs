@@ -8,6 +8,7 @@
 //! | [`record`] | one per slot: what the slot holds and whether it is committed |
 //! | [`payload`], [`header`], [`dtype`] | the safetensors file in a slot |
 //! | [`table`] | one hash per chunk of the payload |
+//! | [`label`], [`stripe`] | the members of a striped region, and what lies on each |
 //! | [`codec`] | little-endian fields at chained offsets, checksums |
 //!
 //! Every decoder takes arbitrary bytes and answers with an error, never with a panic, and allocates no
@@ -17,9 +18,11 @@ pub mod codec;
 pub mod control;
 pub mod dtype;
 pub mod header;
+pub mod label;
 pub mod layout;
 pub mod payload;
 pub mod record;
+pub mod stripe;
 pub mod superblock;
 pub mod table;
 mod uuid;
@@ -28,9 +31,11 @@ pub use codec::Block;
 pub use control::{Control, GlobalMark, SlotMark, MARK_DISCARDED, MARK_PINNED, MARK_QUARANTINED};
 pub use dtype::Dtype;
 pub use header::{header_len, parse_header, Payload, TensorInfo};
+pub use label::{ChosenLabel, Label, LABEL_AREA_BYTES, LABEL_OFFSETS};
 pub use layout::{Layout, CONTROL_OFFSETS, RECORDS_OFFSET, SUPERBLOCK_OFFSETS};
 pub use payload::{plan, plan_raw, MetadataTensor, PayloadPlan, TensorSpec};
 pub use record::{RecordState, SlotRecord, RAW_STREAM};
+pub use stripe::{StripeLayout, DEFAULT_UNIT_BYTES, MAX_MEMBERS, MIN_MEMBERS};
 pub use superblock::{PreferredMedium, Superblock};
 pub use table::{chunk_hash, decode_table, encode_table, table_hash, ChunkHasher};
 pub use uuid::Uuid;

@@ -42,6 +42,7 @@ fn every_field_is_where_the_specification_says() {
     compare("<!-- fields: control -->", control::FIELDS, 4096);
     compare("<!-- fields: mark -->", control::MARK_FIELDS, 16);
     compare("<!-- fields: record -->", record::FIELDS, 512);
+    compare("<!-- fields: label -->", label::FIELDS, 4096);
 }
 
 #[test]
@@ -62,6 +63,11 @@ fn every_limit_is_what_the_specification_says() {
         ("MAX_RANK", MAX_RANK as u64),
         ("MAX_HEADER_JSON_BYTES", MAX_HEADER_JSON_BYTES),
         ("MAX_REGION_BYTES", layout::MAX_REGION_BYTES),
+        ("MIN_MEMBERS", MIN_MEMBERS.into()),
+        ("MAX_MEMBERS", MAX_MEMBERS.into()),
+        ("MIN_UNIT_BYTES", stripe::MIN_UNIT_BYTES),
+        ("MAX_UNIT_BYTES", stripe::MAX_UNIT_BYTES),
+        ("LABEL_AREA_BYTES", LABEL_AREA_BYTES),
     ];
     let specified = table_after("### Limits");
     assert_eq!(specified.len(), coded.len());
@@ -114,7 +120,9 @@ fn offsets_magics_and_names_stand_in_the_specification() {
             SPEC.lines().find(|line| line.ends_with(what)).unwrap_or_else(|| panic!("no line on {what}"));
         assert_eq!(line.split_whitespace().next(), Some(&offset.to_string()[..]), "{line}");
     }
-    for magic in [superblock::SUPERBLOCK_MAGIC, control::CONTROL_MAGIC, record::RECORD_MAGIC] {
+    for magic in
+        [superblock::SUPERBLOCK_MAGIC, control::CONTROL_MAGIC, record::RECORD_MAGIC, label::LABEL_MAGIC]
+    {
         let text = format!("`{}`", magic.escape_ascii().to_string().replace("\\x00", "\\0"));
         assert!(SPEC.contains(&text), "{text}");
     }

@@ -124,6 +124,7 @@ impl Medium for Direct {
             durability: self.file.durability(),
             path,
             notes: self.notes.clone(),
+            stripes: None,
         }
     }
 

@@ -51,6 +51,8 @@ pub struct RegionFile {
     block_device: bool,
     fs_type: i64,
     durability: Durability,
+    /// Which member of a striped region it is, for errors: those of the region name the region's path.
+    member: Option<u32>,
     /// What becomes of the file when it is closed before `completed`.
     pub(super) undo: Undo,
     pub(super) completed: Arc<AtomicBool>,
@@ -162,8 +164,18 @@ impl RegionFile {
             (stat.st_size as u64, fs_in_memory(fs_type))
         };
         let durability = if volatile { Durability::Process } else { Durability::Power };
-        let (undo, completed) = (Undo::Nothing, Arc::new(AtomicBool::new(false)));
-        Ok(RegionFile { fd, path, len_bytes, writable, block_device, fs_type, durability, undo, completed })
+        Ok(RegionFile {
+            fd,
+            path,
+            len_bytes,
+            writable,
+            block_device,
+            fs_type,
+            durability,
+            member: None,
+            undo: Undo::Nothing,
+            completed: Arc::new(AtomicBool::new(false)),
+        })
     }
 
     /// The path; of a device, the one that links lead to.
@@ -209,9 +221,18 @@ impl RegionFile {
         self.fd.stamp()
     }
 
+    /// Notes that it is a member of a striped region.
+    pub(super) fn as_member(&mut self, index: u32) {
+        self.member = Some(index);
+    }
+
     /// Names this file in an error.
     pub(super) fn about(&self, error: Error) -> Error {
-        error.at_path(&self.path)
+        match self.member {
+            Some(index) => error.within(&format!("member {index}, {}", self.path.display())),
+            None => error,
+        }
+        .at_path(&self.path)
     }
 
     /// Refuses a range that leaves the region, a read-only file, and a forked child.

@@ -188,6 +188,7 @@ impl Medium for Mapped {
             durability: self.file.durability(),
             path: self.persister.name(),
             notes: self.notes.clone(),
+            stripes: None,
         }
     }
 

@@ -1,4 +1,5 @@
-//! How bytes become persistent. One trait, four media: `dax`, `mmap`, `direct`, and `sim` for tests.
+//! How bytes become persistent. One trait, four media: `dax`, `mmap`, `direct`, and `sim` for tests; and several of one
+//! kind as one, in stripes.
 //!
 //! # Verbs
 //!
@@ -44,6 +45,7 @@ mod path;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod site;
+mod striped;
 mod threads;
 mod uring;
 
@@ -52,8 +54,11 @@ pub use direct::IoBackend;
 pub use file::{sync_parent, RegionFile};
 pub use measure::{measure_preferred, Measured};
 pub use open::{open_medium, MediumOptions, PreferredHint, Requested};
-pub use path::{copy_owner, is_device, read_head, rename_over};
-pub use site::{Completion, Site};
+pub use path::{copy_owner, is_device, is_same_place, read_head, rename_over};
+pub use site::{into_media, Completion, Site};
+pub use striped::{
+    erase_labels, read_label, relocate_member, rewrite_label, write_label, write_labels, Striped, Stripes,
+};
 
 /// Why a fence or persist is issued: names each ordering point of the protocol, so that the crash checker
 /// can remove each in turn and prove that it is needed.
@@ -139,6 +144,8 @@ pub struct MediumInfo {
     pub path: &'static str,
     /// Notes for people on what was refused and what is used instead.
     pub notes: Vec<String>,
+    /// How the region is striped; none where it is not.
+    pub stripes: Option<Stripes>,
 }
 
 /// A region's bytes and the verbs that make them persistent.

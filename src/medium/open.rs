@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::direct::{Direct, IoBackend};
 use super::file::RegionFile;
 use super::mapped::Mapped;
-use super::{Durability, Medium};
+use super::{striped, Durability, Medium};
 use crate::error::{Error, ErrorKind, Result};
 use crate::staging::StagingPool;
 use crate::sync::Arc;
@@ -76,13 +76,14 @@ impl Default for MediumOptions {
     }
 }
 
-/// Opens the region at `path`, which must exist and have its final size.
+/// Opens the region at `path`, which must exist and have its final size; with all its members, if it is striped.
 ///
 /// `pool` is registered with io_uring where that is possible; operations with other pools' buffers work too.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::InUse`] when another writer holds the region; [`ErrorKind::Unsupported`] when the requested
+/// [`ErrorKind::InUse`] when another writer holds the region; [`ErrorKind::Member`], naming it, when a member is lost,
+/// foreign or damaged, or when `path` is another than the first; [`ErrorKind::Unsupported`] when the requested
 /// medium cannot be had here; [`ErrorKind::Durability`] when the medium cannot give what `required` names.
 /// Nothing is ever downgraded silently: see [`Medium::info`] for what was got.
 pub fn open_medium(
@@ -91,7 +92,13 @@ pub fn open_medium(
     pool: Option<&Arc<StagingPool>>,
 ) -> Result<Arc<dyn Medium>> {
     let file = RegionFile::open(path, options.writable, options.lock_wait)?;
-    medium_on(file, options, pool)
+    match striped::label_of(&file)? {
+        None => medium_on(file, options, pool),
+        Some(found) if found.label.index == 0 => {
+            striped::open_striped(file, &found.label, path, options, pool)
+        }
+        Some(found) => Err(striped::not_the_first(&found.label, path)),
+    }
 }
 
 /// [`open_medium`] of a file that is already open, under its lock if it is writable.
@@ -100,6 +107,17 @@ pub(super) fn medium_on(
     options: &MediumOptions,
     pool: Option<&Arc<StagingPool>>,
 ) -> Result<Arc<dyn Medium>> {
+    check_file(&file, options)?;
+    match options.kind {
+        Requested::Dax => Ok(Arc::new(Mapped::dax(file).map_err(|refused| refused.error)?)),
+        Requested::Mmap => Ok(Arc::new(Mapped::mmap(file)?)),
+        Requested::Direct => Ok(Arc::new(direct_on(file, options, pool)?)),
+        Requested::Auto => auto(file, options, pool),
+    }
+}
+
+/// Refuses an empty file, and one that cannot give the durability that is required.
+pub(super) fn check_file(file: &RegionFile, options: &MediumOptions) -> Result<()> {
     if file.len_bytes() == 0 {
         return Err(Error::new(
             ErrorKind::NotARegion,
@@ -118,20 +136,16 @@ pub(super) fn medium_on(
         .at_path(file.path())
         .advise("put the region on a disk, or accept durability across the death of the process only"));
     }
-    match options.kind {
-        Requested::Dax => Ok(Arc::new(Mapped::dax(file).map_err(|refused| refused.error)?)),
-        Requested::Mmap => Ok(Arc::new(Mapped::mmap(file)?)),
-        Requested::Direct => direct(file, options, pool),
-        Requested::Auto => auto(file, options, pool),
-    }
+    Ok(())
 }
 
-fn direct(
+/// `direct` on a file, as the options say.
+pub(super) fn direct_on(
     file: RegionFile,
     options: &MediumOptions,
     pool: Option<&Arc<StagingPool>>,
-) -> Result<Arc<dyn Medium>> {
-    Ok(Arc::new(Direct::new(file, pool, options.backend, options.queue_depth, options.io_threads)?))
+) -> Result<Direct> {
+    Direct::new(file, pool, options.backend, options.queue_depth, options.io_threads)
 }
 
 fn auto(
@@ -147,5 +161,5 @@ fn auto(
     if file.is_in_memory() || prefers_mmap || file.use_direct().is_err() {
         return Ok(Arc::new(Mapped::mmap(file)?));
     }
-    direct(file, options, pool)
+    Ok(Arc::new(direct_on(file, options, pool)?))
 }

@@ -1,18 +1,27 @@
 //! What is done with a region's path rather than with its bytes.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind as IoErrorKind, Read};
+use std::io::{ErrorKind as IoErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::{fchown, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::file::{not_storage, sync_parent};
 use crate::error::{Error, Result};
-use crate::format::RECORDS_OFFSET;
+use crate::format::{Label, LABEL_OFFSETS, RECORDS_OFFSET};
 
-/// The bytes in front of the slot records, or all where there are fewer; `None` where the path holds nothing.
+/// The bytes in front of the slot records, or all where there are fewer; `None` where the path holds nothing. Of a
+/// striped region, those are on member 0 behind its label.
 pub fn read_head(path: &Path) -> Result<Option<Vec<u8>>> {
-    let Some(file) = open_to_look(path)? else { return Ok(None) };
-    let head = read_at_most(file, RECORDS_OFFSET, path)?;
+    let Some(mut file) = open_to_look(path)? else { return Ok(None) };
+    let mut head = read_at_most(&file, RECORDS_OFFSET, path)?;
+    let copies = LABEL_OFFSETS.map(|offset| head.get(offset as usize..)?.first_chunk());
+    if let [Some(a), Some(b)] = copies {
+        if let Ok(Some(found)) = Label::choose(a, b) {
+            let at = SeekFrom::Start(found.label.data_offset);
+            file.seek(at).map_err(|e| Error::io("seek", &e).at_path(path))?;
+            head = read_at_most(&file, RECORDS_OFFSET, path)?;
+        }
+    }
     Ok((!head.is_empty()).then_some(head))
 }
 
@@ -41,6 +50,21 @@ fn read_at_most(file: impl Read, bytes: u64, path: &Path) -> Result<Vec<u8>> {
 pub fn is_device(path: &Path) -> Result<bool> {
     let metadata = fs::metadata(path).map_err(|e| Error::io("open", &e).at_path(path))?;
     Ok(metadata.file_type().is_block_device())
+}
+
+/// Whether two paths lead to one file or device, or to one that is not there yet.
+pub fn is_same_place(a: &Path, b: &Path) -> bool {
+    let place = |path: &Path| {
+        let found = fs::metadata(path).ok()?;
+        Some(match found.file_type().is_block_device() {
+            true => (true, found.rdev(), 0),
+            false => (false, found.dev(), found.ino()),
+        })
+    };
+    match (place(a), place(b)) {
+        (None, None) => std::path::absolute(a).ok() == std::path::absolute(b).ok(),
+        (a, b) => a == b,
+    }
 }
 
 /// Gives the file `to` mode, owner and group of the file `from`.

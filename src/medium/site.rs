@@ -11,6 +11,7 @@ use super::create::{
 };
 use super::file::{RegionFile, Undo};
 use super::open::medium_on;
+use super::striped::media_on;
 use super::{Medium, MediumOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::RECORDS_OFFSET;
@@ -32,13 +33,13 @@ pub struct Site {
 
 /// Whether the region at a [`Site`] is complete. Until it is, the file goes (or, where there was one before, is left
 /// empty) when its medium is closed.
-pub struct Completion(Arc<AtomicBool>);
+pub struct Completion(Vec<Arc<AtomicBool>>);
 
 impl Completion {
     /// The region is complete, and stays.
     pub fn keep(self) {
         // Release pairs with the acquire in the drop of the file.
-        self.0.store(true, Ordering::Release);
+        self.0.iter().for_each(|completed| completed.store(true, Ordering::Release));
     }
 }
 
@@ -66,6 +67,14 @@ impl Site {
             Err(error) => return Err(error),
         };
         Ok(Site { file: RegionFile::open(path, true, Duration::ZERO)?, created })
+    }
+
+    /// From here on it goes, if it was created by [`Site::take`], unless a region in it is completed. Before this
+    /// somebody else might have made one there.
+    pub fn claim(&mut self) {
+        if self.created {
+            self.file.undo = Undo::Remove;
+        }
     }
 
     /// Whether it holds something that a region would destroy. A file does unless it is empty: what it is for cannot
@@ -114,9 +123,7 @@ impl Site {
             }
             return prewrite.map_or(Ok(()), |progress| write_zeros(fd, bytes, progress));
         }
-        if self.created {
-            self.file.undo = Undo::Remove;
-        }
+        self.claim();
         let own = fs::metadata(self.file.path()).map_or(0, |found| found.blocks() * STAT_BLOCK_BYTES);
         require_space(fd, bytes.saturating_sub(own))?;
         if !self.created {
@@ -130,7 +137,17 @@ impl Site {
 
     /// The medium, under the same lock, and what keeps it when the region is complete.
     pub fn into_medium(self, options: &MediumOptions) -> Result<(Arc<dyn Medium>, Completion)> {
-        let completion = Completion(self.file.completed.clone());
+        let completion = Completion(vec![self.file.completed.clone()]);
         Ok((medium_on(self.file, options, None)?, completion))
     }
+}
+
+/// Media of one kind for the members of a striped region, in order, under the same locks, and what keeps all of them.
+pub fn into_media(sites: Vec<Site>, options: &MediumOptions) -> Result<(Vec<Arc<dyn Medium>>, Completion)> {
+    let completion = Completion(sites.iter().map(|site| site.file.completed.clone()).collect());
+    let files = sites.into_iter().zip(0..).map(|(mut site, index)| {
+        site.file.as_member(index);
+        site.file
+    });
+    Ok((media_on(files.collect(), options, None)?, completion))
 }

@@ -10,11 +10,12 @@ use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Control, Layout, PreferredMedium, Superblock, Uuid, BLOCK_BYTES, CONTROL_OFFSETS, FORMAT_VERSION,
+    Control, Label, Layout, PreferredMedium, Superblock, Uuid, BLOCK_BYTES, CONTROL_OFFSETS, FORMAT_VERSION,
     MIN_CHUNK_BYTES, RECORDS_OFFSET, SUPERBLOCK_OFFSETS,
 };
 use crate::medium::{self, Barrier, Medium, MediumOptions, PreferredHint, Requested};
 use crate::store::options::FormatOptions;
+use crate::store::striped::format_striped;
 use crate::store::DEFAULT_CHUNK_BYTES;
 
 const OP: &str = "format";
@@ -30,6 +31,9 @@ pub(crate) fn format_path(
     progress: Option<&mut dyn FnMut(u64, u64)>,
 ) -> Result<()> {
     options.validate()?;
+    if !options.stripe.is_empty() {
+        return format_striped(path, options, progress);
+    }
     let layout = layout_for(options)?;
     // Before the lock, which a live writer of the region there holds: what is there is the better reason to refuse.
     if let Some(found) = medium::Site::look(path)? {
@@ -53,21 +57,29 @@ pub(crate) fn format_path(
     let (opened, completion) = site.into_medium(&medium_options)?;
     let clear = clear_metadata(&*opened, &layout);
     clear.map_err(|e| e.at_path(path))?;
-    let preferred = match options.medium {
-        Requested::Auto => {
-            match medium::measure_preferred(path, layout.payload_offset, layout.slot_bytes)?.preferred {
-                PreferredHint::Direct => PreferredMedium::Direct,
-                PreferredHint::Mmap => PreferredMedium::Mmap,
-            }
-        }
-        Requested::Direct => PreferredMedium::Direct,
-        Requested::Mmap => PreferredMedium::Mmap,
-        Requested::Dax => PreferredMedium::Unknown,
-    };
+    let preferred = preferred_on(path, options.medium, layout.payload_offset, layout.slot_bytes)?;
     write_metadata(&*opened, &layout, preferred).map_err(|e| e.at_path(path))?;
     medium::sync_parent(path)?;
     completion.keep();
     Ok(())
+}
+
+/// The hint for a superblock: measured over `len` bytes from `offset` of the file, where `Auto` was asked for.
+pub(super) fn preferred_on(
+    path: &Path,
+    requested: Requested,
+    offset: u64,
+    len: u64,
+) -> Result<PreferredMedium> {
+    Ok(match requested {
+        Requested::Auto => match medium::measure_preferred(path, offset, len)?.preferred {
+            PreferredHint::Direct => PreferredMedium::Direct,
+            PreferredHint::Mmap => PreferredMedium::Mmap,
+        },
+        Requested::Direct => PreferredMedium::Direct,
+        Requested::Mmap => PreferredMedium::Mmap,
+        Requested::Dax => PreferredMedium::Unknown,
+    })
 }
 
 /// Formats an already open medium of sufficient size; what it held is gone.
@@ -92,10 +104,13 @@ pub fn format_medium(medium: &dyn Medium, options: &FormatOptions) -> Result<()>
 /// Where everything goes in a region of these options.
 pub(crate) fn layout_for(options: &FormatOptions) -> Result<Layout> {
     let slot_bytes = Layout::slot_bytes_for(options.payload_bytes, TABLE_CHUNK_BYTES)?;
-    Layout::new(options.slot_count, slot_bytes)
+    match options.stripe.is_empty() {
+        true => Layout::new(options.slot_count, slot_bytes),
+        false => Layout::in_units(options.slot_count, slot_bytes, options.stripe_unit_bytes),
+    }
 }
 
-fn check_replaceable(site: &medium::Site, path: &Path, force: bool) -> Result<()> {
+pub(super) fn check_replaceable(site: &medium::Site, path: &Path, force: bool) -> Result<()> {
     if force || !site.holds_data()? {
         return Ok(());
     }
@@ -107,21 +122,25 @@ fn check_replaceable(site: &medium::Site, path: &Path, force: bool) -> Result<()
         block[..len].copy_from_slice(&bytes[..len]);
         block
     };
-    let found = Superblock::choose(&block(SUPERBLOCK_OFFSETS[0]), &block(SUPERBLOCK_OFFSETS[1]));
-    let what = match found {
-        Ok((superblock, _)) => format!("it holds region {}", superblock.uuid),
-        Err(_) if head.iter().all(|&byte| byte == 0) => {
+    let copies = SUPERBLOCK_OFFSETS.map(block);
+    let member = Label::choose(&copies[0], &copies[1]).ok().flatten().map(|found| found.label);
+    let what = match (Superblock::choose(&copies[0], &copies[1]), member) {
+        (_, Some(Label { index, set, .. })) => {
+            format!("it is member {index} of the striped region of set {set}")
+        }
+        (Ok((superblock, _)), None) => format!("it holds region {}", superblock.uuid),
+        (Err(_), None) if head.iter().all(|&byte| byte == 0) => {
             "it begins with zeros and is not a pccheck region: an interrupted format, or a file of another's"
                 .to_string()
         }
-        Err(_) => "it holds data that is not a pccheck region".to_string(),
+        (Err(_), None) => "it holds data that is not a pccheck region".to_string(),
     };
     Err(Error::new(ErrorKind::AlreadyExists, OP, what)
         .at_path(path)
         .advise("choose another path, or give force to destroy what is there"))
 }
 
-fn clear_metadata(medium: &dyn Medium, layout: &Layout) -> Result<()> {
+pub(super) fn clear_metadata(medium: &dyn Medium, layout: &Layout) -> Result<()> {
     let zeros = [0u8; BLOCK_BYTES as usize];
     for offset in SUPERBLOCK_OFFSETS {
         medium.write_durable(offset, &zeros, Barrier::Control)?;
@@ -136,7 +155,11 @@ fn clear_metadata(medium: &dyn Medium, layout: &Layout) -> Result<()> {
     medium.persist(0, RECORDS_OFFSET + u64::from(layout.slot_count) * BLOCK_BYTES, Barrier::Control)
 }
 
-fn write_metadata(medium: &dyn Medium, layout: &Layout, preferred_medium: PreferredMedium) -> Result<()> {
+pub(super) fn write_metadata(
+    medium: &dyn Medium,
+    layout: &Layout,
+    preferred_medium: PreferredMedium,
+) -> Result<()> {
     let uuid = new_uuid()?;
     let control = Control::initial();
     medium.write_durable(CONTROL_OFFSETS[0], &control.encode(&uuid)?, Barrier::Control)?;
@@ -155,7 +178,7 @@ fn write_metadata(medium: &dyn Medium, layout: &Layout, preferred_medium: Prefer
     Ok(())
 }
 
-fn new_uuid() -> Result<Uuid> {
+pub(super) fn new_uuid() -> Result<Uuid> {
     use std::io::Read;
     let mut bytes = [0u8; 16];
     let source = Path::new("/dev/urandom");

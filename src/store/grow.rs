@@ -51,6 +51,11 @@ pub(crate) fn grow_path(
         ..Default::default()
     };
     let old = medium::open_medium(path, &options, None)?;
+    if old.info().stripes.is_some() {
+        return Err(Error::new(ErrorKind::Unsupported, OP, "a striped region cannot grow in place")
+            .at_path(path)
+            .advise("format a larger one over other files and import the exported checkpoints"));
+    }
     let table = read_table(&*old).map_err(|e| e.at_path(path))?;
     // What is copied must be what a crash of the old medium would keep.
     old.persist(0, old.len_bytes(), Barrier::Open)?;

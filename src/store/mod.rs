@@ -5,6 +5,7 @@ pub(crate) mod format;
 pub(crate) mod grow;
 mod options;
 mod region;
+mod striped;
 
 pub use format::format_medium;
 pub use grow::LeftOut;
@@ -14,6 +15,7 @@ pub use options::{
 };
 pub(crate) use region::Content;
 pub use region::{read_table, Claimed, Region};
+pub use striped::format_members;
 
 /// Wall-clock time, for people: nothing is ordered by it.
 pub(crate) fn unix_ns() -> u64 {

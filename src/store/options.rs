@@ -1,9 +1,13 @@
 //! What a caller may choose when formatting and opening a region, and the limits of each choice.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{BLOCK_BYTES, MAX_CHUNK_BYTES, MAX_SLOTS, MIN_CHUNK_BYTES, MIN_SLOTS};
+use crate::format::stripe::check_unit;
+use crate::format::{
+    BLOCK_BYTES, DEFAULT_UNIT_BYTES, MAX_CHUNK_BYTES, MAX_MEMBERS, MAX_SLOTS, MIN_CHUNK_BYTES, MIN_SLOTS,
+};
 use crate::medium::{Durability, IoBackend, Requested};
 
 /// Most saves that may be in flight at once.
@@ -34,12 +38,26 @@ pub struct FormatOptions {
     pub prewrite: bool,
     /// Medium whose suitability is assumed instead of measured (`Auto` measures).
     pub medium: Requested,
+    /// The members beside the path itself, which is member 0, at most [`MAX_MEMBERS`] with it: files or devices over which
+    /// the region is striped. Empty: it is not.
+    pub stripe: Vec<PathBuf>,
+    /// Bytes of the region that lie together on one member: a power of two from 2 MiB to 1 GiB. Chunks of saves must
+    /// divide it. Means nothing where the region is not striped.
+    pub stripe_unit_bytes: u64,
 }
 
 impl FormatOptions {
     /// `slot_count` slots for states of up to `payload_bytes`.
     pub fn new(slot_count: u32, payload_bytes: u64) -> Self {
-        FormatOptions { slot_count, payload_bytes, force: false, prewrite: false, medium: Requested::Auto }
+        FormatOptions {
+            slot_count,
+            payload_bytes,
+            force: false,
+            prewrite: false,
+            medium: Requested::Auto,
+            stripe: Vec::new(),
+            stripe_unit_bytes: DEFAULT_UNIT_BYTES,
+        }
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
@@ -55,7 +73,14 @@ impl FormatOptions {
                 "payload_bytes is 0, expected the bytes of the largest state".into(),
             ));
         }
-        Ok(())
+        if self.stripe.is_empty() {
+            return Ok(());
+        }
+        let members = self.stripe.len() + 1;
+        if members > MAX_MEMBERS as usize {
+            return Err(invalid("format", format!("{members} members, expected at most {MAX_MEMBERS}")));
+        }
+        check_unit(self.stripe_unit_bytes).map_err(|message| invalid("format", message))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What was saved is what is listed, enumerated, read and restored; damage is reported and passed over.
 
+use crate::common::scratch;
 use std::path::Path;
 
 use super::bed::*;
@@ -35,6 +36,58 @@ fn what_was_saved_is_listed_read_and_restored_after_reopening() {
     assert!(!c!(CStr::from_ptr(got.path_text)).is_empty());
     let recovery = text_of(|buf, cap| c!(pcc_recovery_text(store, buf, cap)));
     assert!(recovery.contains("checkpoint, generation 5 step 40"), "{recovery}");
+    c!(pcc_close(store));
+}
+
+#[test]
+fn a_region_is_striped_over_the_members_that_are_named() {
+    let dir = scratch();
+    let name = |index: u32| {
+        CString::new(dir.path().join(format!("r{index}")).to_str().expect("UTF-8")).expect("a path")
+    };
+    let names = [name(0), name(1), name(2)];
+    let stripe: Vec<*const c_char> = names[1..].iter().map(|name| name.as_ptr()).collect();
+    let mut options = sized!(pcc_format_options);
+    ok(c!(pcc_format_options_init(&mut options, size_of::<pcc_format_options>() as u64)));
+    options.stripe_count = 2;
+    let format = |options: &pcc_format_options| c!(pcc_format(names[0].as_ptr(), 3, 1 << 20, options));
+    fails(format(&options), PCC_BAD_POINTER, &["stripe_paths is NULL"]);
+    let with_null = [stripe[0], null()];
+    options.stripe_paths = with_null.as_ptr();
+    fails(format(&options), PCC_BAD_POINTER, &["stripe_paths[1]"]);
+    let with_empty = [c"".as_ptr(), stripe[0]];
+    options.stripe_paths = with_empty.as_ptr();
+    fails(format(&options), PCC_INVALID_ARGUMENT, &["stripe_paths[0] is empty"]);
+    options.stripe_paths = stripe.as_ptr();
+    options.stripe_count = 16;
+    fails(format(&options), PCC_INVALID_ARGUMENT, &["stripe_count is 16"]);
+    options.stripe_count = 2;
+    options.stripe_unit_bytes = 4096;
+    fails(format(&options), PCC_INVALID_ARGUMENT, &["4096"]);
+    options.stripe_unit_bytes = 0;
+    ok(format(&options));
+
+    let mut store = null_mut();
+    ok(c!(pcc_open(names[0].as_ptr(), &open_options(), &mut store)));
+    let mut state = State::new(3);
+    save_durably(store, 1, &mut state);
+    restores(store, &state);
+    let mut got = sized!(pcc_got_info);
+    ok(c!(pcc_got(store, &mut got)));
+    assert_eq!((got.members, got.stripe_unit_bytes), (3, 4 << 20));
+    c!(pcc_close(store));
+    fails(c!(pcc_open(names[1].as_ptr(), &open_options(), &mut store)), PCC_MEMBER, &["member 1", "r0"]);
+    std::fs::remove_file(dir.path().join("r2")).expect("remove");
+    fails(c!(pcc_open(names[0].as_ptr(), &open_options(), &mut store)), PCC_MEMBER, &["member 2", "r2"]);
+    // A program of before members were known asks for none, and is told of none.
+    let mut old = sized!(pcc_format_options);
+    old.struct_bytes = 24;
+    ok(c!(pcc_format(name(9).as_ptr(), 3, 1 << 20, &old)));
+    ok(c!(pcc_open(name(9).as_ptr(), &open_options(), &mut store)));
+    got.struct_bytes = 104;
+    got.members = 77;
+    ok(c!(pcc_got(store, &mut got)));
+    assert_eq!((got.slot_count, got.members), (3, 77));
     c!(pcc_close(store));
 }
 

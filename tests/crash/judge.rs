@@ -121,7 +121,8 @@ pub fn judge(
     read: impl Fn(u64, &mut [u8]) -> Result<(), Error>,
 ) -> Result<Option<Seen>, String> {
     let promises = Promises::of(notes);
-    let table = match read_region(&read, setup.layout().region_bytes()) {
+    let read = |offset: u64, dst: &mut [u8]| setup.read(offset, dst, &read);
+    let table = match read_region(read, setup.layout().region_bytes()) {
         Ok(table) => table,
         Err(_) if promises.issued == 0 => return Ok(None),
         Err(e) => return Err(format!("recovery fails: {e}")),

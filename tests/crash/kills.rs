@@ -1,6 +1,7 @@
 //! Prevents: a process that trusts what its killed predecessor left in volatile caches, and loses it with the power.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use pccheck::medium::sim::{Note, SimMedium, SimModel, SimSchedule, Trace};
 use pccheck::medium::Barrier;
@@ -10,7 +11,7 @@ use crate::histories::{History, FAILING, FORCED, STEADY, USES, WRAPPING};
 use crate::power::reordered;
 use crate::world::{format_on, label, Setup};
 
-fn kill_all(test: &str, histories: &[History], schedule: SimSchedule, follow: (u64, Effort)) {
+pub fn kill_all(test: &str, histories: &[History], schedule: SimSchedule, follow: (u64, Effort)) {
     let mut counts = BTreeMap::new();
     for History { name, setup, script } in histories {
         for model in MODELS {
@@ -57,18 +58,18 @@ fn killed_after_flushes_that_failed() {
 }
 
 /// Formatting, killed everywhere; every kill is followed up.
-pub fn kill_the_formatter(model: SimModel, removed: &[Barrier]) -> Result<Counts, String> {
-    let setup = Setup::tight(1, 1);
-    let sim = SimMedium::new(setup.layout().region_bytes(), model);
+pub fn kill_the_formatter(setup: &Setup, model: SimModel, removed: &[Barrier]) -> Result<Counts, String> {
+    let sim = Arc::new(SimMedium::new(setup.sim_bytes(), model));
     sim.note(Note::Other { label: label::WATCH, value: 0 });
-    format_on(&sim, &setup);
-    kill_then_lose_power(&setup, &sim.trace(), (1, Effort::thorough()), removed)
+    format_on(&sim, setup);
+    kill_then_lose_power(setup, &sim.trace(), (1, Effort::thorough()), removed)
 }
 
 #[test]
 fn a_region_whose_formatter_was_killed_is_none_or_sound() {
     for model in MODELS {
-        let counts = kill_the_formatter(model, &[]).unwrap_or_else(|finding| panic!("{model:?}: {finding}"));
+        let counts = kill_the_formatter(&Setup::tight(1, 1), model, &[])
+            .unwrap_or_else(|finding| panic!("{model:?}: {finding}"));
         assert!(counts.second_lives > 3, "{model:?}: {counts}");
     }
 }

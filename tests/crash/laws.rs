@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use pccheck::medium::sim::{check_trace, Law, OracleReport, SimModel, SimSchedule, Verb};
-use pccheck::medium::{Barrier, Medium};
+use pccheck::medium::Barrier;
 use pccheck::store::read_table;
 
 use crate::classify::Format;
@@ -12,16 +12,17 @@ use crate::explore::{run, Protocol, MODELS};
 use crate::histories::{History, FAILING, FORCED, STEADY, USES, WRAPPING};
 use crate::power::reordered;
 
-fn hold_to_laws(
+pub fn hold_to_laws(
     history: &History,
     model: SimModel,
     schedule: SimSchedule,
     protocol: Protocol,
 ) -> OracleReport {
     let sim = run(&history.setup, model, schedule, history.script, protocol);
-    let medium: &dyn Medium = &*sim;
-    let uuid = read_table(medium).expect("a region").superblock.uuid;
-    check_trace(&sim.trace(), &Format { layout: history.setup.layout(), uuid })
+    let medium = history.setup.medium(&sim);
+    let uuid = read_table(&*medium).expect("a region").superblock.uuid;
+    drop(medium);
+    check_trace(&sim.trace(), &Format { setup: history.setup, layout: history.setup.layout(), uuid })
 }
 
 #[test]

@@ -16,4 +16,6 @@ mod kills;
 mod laws;
 mod mutations;
 mod power;
+mod striped;
+mod stripes;
 mod world;

@@ -9,6 +9,7 @@ use pccheck::save::Faults;
 use crate::explore::{lose_power, run, Effort, Protocol, MODELS};
 use crate::histories::{History, FAILING, FORCED, STEADY, USES, WRAPPING};
 use crate::kills::{kill_on_failing_medium, kill_the_formatter};
+use crate::world::Setup;
 
 const PMEM: SimModel = SimModel::Pmem;
 const SSD: SimModel = SimModel::Ssd { torn: true };
@@ -25,7 +26,7 @@ fn found(history: &History, model: SimModel, protocol: Protocol) -> Option<Strin
     lose_power(&history.setup, &sim.trace(), &effort).err()
 }
 
-fn must_be_caught(what: &str, histories: &[&History], protocol: Protocol, on: &[SimModel]) {
+pub fn must_be_caught(what: &str, histories: &[&History], protocol: Protocol, on: &[SimModel]) {
     for model in MODELS {
         must_be_caught_if(on.contains(&model), what, histories, protocol, model);
     }
@@ -45,7 +46,7 @@ fn must_be_caught_if(
     }
 }
 
-fn without(barrier: Barrier) -> Protocol {
+pub fn without(barrier: Barrier) -> Protocol {
     Protocol { removed: Some(barrier), ..Protocol::default() }
 }
 
@@ -126,7 +127,7 @@ fn believing_in_chunks_that_no_save_has_committed() {
 #[test]
 fn without_the_flush_at_open() {
     for model in MODELS {
-        let finding = kill_the_formatter(model, &[Barrier::Open]).err();
+        let finding = kill_the_formatter(&Setup::tight(1, 1), model, &[Barrier::Open]).err();
         println!("no Open barrier, {model:?}: {finding:?}");
         assert!(finding.is_some(), "{model:?}: a superblock that only the cache holds was trusted");
         // Not for the records and the control block: these are written again, and that is needed anyway.

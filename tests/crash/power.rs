@@ -21,7 +21,7 @@ pub fn reordered(salt: u64) -> SimSchedule {
     SimSchedule::Reordered { seed: seed() * 100 + salt, max_delay: Duration::from_micros(300) }
 }
 
-fn explore_all(test: &str, histories: &[History], schedules: &[SimSchedule]) {
+pub fn explore_all(test: &str, histories: &[History], schedules: &[SimSchedule]) {
     let mut counts = BTreeMap::new();
     for History { name, setup, script } in histories {
         for model in MODELS {
@@ -90,7 +90,7 @@ fn a_lease_that_runs_out_in_mid_run() {
 fn formatting_leaves_a_region_or_none() {
     let setup = Setup::tight(1, 1);
     for model in MODELS {
-        let sim = SimMedium::new(setup.layout().region_bytes(), model);
+        let sim = Arc::new(SimMedium::new(setup.sim_bytes(), model));
         format_on(&sim, &setup);
         sim.note(Note::Acknowledged { generation: 0 });
         let (mut regions, mut none) = (0, 0);

@@ -10,9 +10,12 @@ use pccheck::engine::{Store, Tensor};
 use pccheck::error::ErrorKind;
 use pccheck::format::{encode_table, plan, plan_raw, Dtype, Layout, TensorSpec};
 use pccheck::medium::sim::{for_each_crash_image, EnumerateOptions, Image, Note, SimMedium, SimModel};
+use pccheck::medium::Medium;
 use pccheck::save::{Durable, Faults, Save, SaveOptions};
 use pccheck::store::{format_medium, FormatOptions, OpenOptions};
 use pccheck::Error;
+
+use crate::stripes::Stripes;
 
 /// What a note of kind `Other` means.
 pub mod label {
@@ -60,22 +63,20 @@ pub struct Setup {
     /// Most of a payload is as in some generation before, so that saves find chunks in their places.
     pub steady: bool,
     pub staging_chunks: u64,
+    /// Over several members.
+    pub stripes: Option<Stripes>,
 }
 
 impl Setup {
     /// The fewest slots for `in_flight` and `keep`.
     pub const fn tight(in_flight: u32, keep: u32) -> Setup {
         let slots = in_flight + keep;
-        Setup {
-            slots,
-            in_flight,
-            keep,
-            hold: false,
-            dense: false,
-            raw: false,
-            steady: false,
-            staging_chunks: 24,
-        }
+        let (hold, dense, raw, steady, staging_chunks, stripes) = (false, false, false, false, 24, None);
+        Setup { slots, in_flight, keep, hold, dense, raw, steady, staging_chunks, stripes }
+    }
+
+    pub const fn over(self, members: u32, unit_bytes: u64) -> Setup {
+        Setup { stripes: Some(Stripes { members, unit_bytes, deaf: false }), ..self }
     }
 
     pub const fn slots(self, slots: u32) -> Setup {
@@ -85,6 +86,38 @@ impl Setup {
     pub fn layout(&self) -> Layout {
         Layout::new(self.slots, Layout::slot_bytes_for(64 << 10, 64 << 10).expect("slot size"))
             .expect("layout")
+    }
+
+    /// Bytes of the simulated medium that the region takes.
+    pub fn sim_bytes(&self) -> u64 {
+        let bytes = self.layout().region_bytes();
+        self.stripes.map_or(bytes, |stripes| stripes.sim_bytes(bytes))
+    }
+
+    /// The region on `sim`.
+    pub fn medium(&self, sim: &Arc<SimMedium>) -> Arc<dyn Medium> {
+        match self.stripes {
+            Some(stripes) => stripes.medium(sim, self.layout().region_bytes()),
+            None => sim.clone(),
+        }
+    }
+
+    /// Reads the region by a function that reads the simulated medium.
+    pub fn read(
+        &self,
+        offset: u64,
+        dst: &mut [u8],
+        read: impl Fn(u64, &mut [u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match self.stripes {
+            Some(stripes) => stripes.read(self.layout().region_bytes(), (offset, dst), read),
+            None => read(offset, dst),
+        }
+    }
+
+    /// Where a byte of the region lies on the simulated medium.
+    pub fn place(&self, offset: u64) -> u64 {
+        self.stripes.map_or(offset, |stripes| stripes.place(self.layout().region_bytes(), offset))
     }
 
     fn is_raw(&self, generation: u64) -> bool {
@@ -188,13 +221,13 @@ pub fn step_of(generation: u64) -> u64 {
 
 /// A freshly formatted, wholly durable region. Formatting itself is enumerated by its own test.
 pub fn formatted(setup: &Setup, model: SimModel) -> Arc<SimMedium> {
-    let sim = SimMedium::new(setup.layout().region_bytes(), model);
+    let sim = Arc::new(SimMedium::new(setup.sim_bytes(), model));
     format_on(&sim, setup);
     Arc::new(final_image(&sim).to_medium())
 }
 
-pub fn format_on(sim: &SimMedium, setup: &Setup) {
-    format_medium(sim, &FormatOptions::new(setup.slots, 64 << 10)).expect("format");
+pub fn format_on(sim: &Arc<SimMedium>, setup: &Setup) {
+    format_medium(&*setup.medium(sim), &FormatOptions::new(setup.slots, 64 << 10)).expect("format");
 }
 
 /// The state after a crash that loses nothing.
@@ -220,7 +253,7 @@ pub struct Life {
 
 impl Life {
     pub fn open(sim: &Arc<SimMedium>, setup: &Setup, faults: Faults) -> Result<Life, Error> {
-        let store = Store::open_on(sim.clone(), &setup.options(), faults)?;
+        let store = Store::open_on(setup.medium(sim), &setup.options(), faults)?;
         // What an open store shows is promised: a trainer goes on from it.
         for info in store.checkpoints()? {
             sim.note(Note::Acknowledged { generation: info.record.generation });
@@ -371,9 +404,9 @@ impl Life {
         found.unwrap_or_else(|| panic!("no slot belongs to generation {generation}")) as u32
     }
 
-    /// Bytes of the region that chunk `chunk` (0: the header) of the save in `slot` takes.
+    /// Bytes of the simulated medium that chunk `chunk` (0: the header) of the save in `slot` takes.
     pub fn chunk_range(&self, slot: u32, chunk: u64) -> Range<u64> {
-        let at = self.setup.layout().slot_offset(slot) + chunk * CHUNK_BYTES;
+        let at = self.setup.place(self.setup.layout().slot_offset(slot) + chunk * CHUNK_BYTES);
         at..at + CHUNK_BYTES
     }
 }

@@ -17,6 +17,7 @@ __all__ = [
     "InvalidArgument",
     "InvalidState",
     "IoFailed",
+    "MemberError",
     "NoSlot",
     "NoSpace",
     "NotARegion",
@@ -216,6 +217,14 @@ class BadPointer(PccheckError):
     """An address that was passed to the library is not valid."""
 
     status, code = "PCC_BAD_POINTER", -24
+
+
+class MemberError(PccheckError):
+    """A member of a striped region is lost, foreign, in the wrong place, too short or damaged; or the path is that of a
+    member other than the first. The message names it.
+    """
+
+    status, code = "PCC_MEMBER", -25
 
 
 class UnsupportedValue(PccheckError, TypeError):

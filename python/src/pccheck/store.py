@@ -85,6 +85,10 @@ class Got:
     max_in_flight: int
     keep: int
     read_only: bool
+    #: files or devices over which the region is striped; 1 where it is not
+    members: int
+    #: bytes that lie together on one member; 0 where it is not striped
+    stripe_unit_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,6 +433,8 @@ class Store:
                 max_in_flight=found.max_in_flight,
                 keep=found.keep,
                 read_only=bool(found.read_only),
+                members=found.members,
+                stripe_unit_bytes=found.stripe_unit_bytes,
             )
 
     def recovery(self) -> str:

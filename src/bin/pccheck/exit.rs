@@ -14,7 +14,7 @@ Exit codes:
   1  failed for another reason (I/O error, a demo or bench that did not hold, ...)
   2  wrong usage or argument
   3  no such file, checkpoint or tensor
-  4  damaged: not a region, corrupt metadata or payload
+  4  damaged: not a region, a member lost or foreign, corrupt metadata or payload
   5  in use by another writer, or overwritten while it was read
   6  no space: on the disk, in the region, or in a slot
   7  not supported here: format version, feature, medium or durability
@@ -48,7 +48,7 @@ impl Status {
         match kind {
             ErrorKind::InvalidArgument => Status::Usage,
             ErrorKind::NotFound => Status::NotFound,
-            ErrorKind::Corrupt | ErrorKind::NotARegion => Status::Damaged,
+            ErrorKind::Corrupt | ErrorKind::NotARegion | ErrorKind::Member => Status::Damaged,
             ErrorKind::InUse | ErrorKind::Reclaimed => Status::InUse,
             ErrorKind::NoSpace | ErrorKind::TooLarge | ErrorKind::NoSlot => Status::NoSpace,
             ErrorKind::Unsupported

@@ -2,7 +2,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`commands`] | format, grow, inspect, verify, export, import, pin, unpin |
+//! | [`commands`] | format, grow, inspect, verify, export, import, pin, unpin, relocate |
 //! | [`bench`] | the engine beside the ceilings of the machine |
 //! | [`demo`] | trains, is killed again and again, and loses nothing |
 //! | [`units`], [`table`], [`output`], [`exit`] | sizes and times, aligned tables, what is printed, exit codes |
@@ -47,6 +47,7 @@ enum Command {
     Pin(commands::pin::Args),
     /// Lift a pin, durably (needs the writer's lock).
     Unpin(commands::pin::Args),
+    Relocate(commands::relocate::Args),
     Bench(bench::Args),
     Demo(demo::Args),
     #[command(hide = true)]
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         Command::Grow(args) => commands::grow::run(&args),
         Command::Pin(args) => commands::pin::run(&args, true),
         Command::Unpin(args) => commands::pin::run(&args, false),
+        Command::Relocate(args) => commands::relocate::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::DemoTrainer(args) => demo::trainer::run(&args),

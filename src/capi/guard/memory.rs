@@ -4,7 +4,7 @@
 use core::ffi::{c_char, c_void, CStr};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Caller, Outcome};
 use crate::capi::text::cut;
@@ -107,6 +107,28 @@ impl Caller {
             return Err(self.invalid("path is empty".into()));
         }
         Ok(Path::new(OsStr::from_bytes(path.to_bytes())))
+    }
+
+    /// An array of `count` paths; where that is 0, it may be NULL.
+    pub fn paths(&self, what: &str, array: *const *const c_char, count: u64) -> Outcome<Vec<PathBuf>> {
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        self.check(what, array)?;
+        self.check_span(what, array as usize, count.saturating_mul(size_of::<*const c_char>() as u64))?;
+        (0..count as usize)
+            .map(|index| {
+                // SAFETY: within the array, whose span was checked.
+                let place = unsafe { array.add(index) };
+                // SAFETY: aligned, as the array is, and by the promise readable.
+                let text = unsafe { place.read() };
+                let path = self.c_str(&format!("{what}[{index}]"), text)?;
+                if path.is_empty() {
+                    return Err(self.invalid(format!("{what}[{index}] is empty")));
+                }
+                Ok(PathBuf::from(OsStr::from_bytes(path.to_bytes())))
+            })
+            .collect()
     }
 
     /// Copies `text` and a NUL to `buf`, cut to `cap`.

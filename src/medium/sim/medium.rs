@@ -404,7 +404,8 @@ impl Medium for SimMedium {
             SimModel::Ssd { torn: true } => "simulated disk that tears sectors",
             SimModel::PageCache => "simulated page cache",
         };
-        MediumInfo { kind: MediumKind::Sim, durability: Durability::Power, path, notes: Vec::new() }
+        let (kind, durability) = (MediumKind::Sim, Durability::Power);
+        MediumInfo { kind, durability, path, notes: Vec::new(), stripes: None }
     }
 
     fn len_bytes(&self) -> u64 {

@@ -25,7 +25,9 @@ need 3. Nothing is overwritten without --force.
 Examples:
   pccheck format run.pcc --slots 4 --state 10GiB        three saves in flight of up to 10 GiB of tensors
   pccheck format /dev/nvme1n1 --slots 3 --payload 64G   on a whole block device
-  pccheck format run.pcc --slots 3 --state 1G --force   destroy what run.pcc holds"
+  pccheck format run.pcc --slots 3 --state 1G --force   destroy what run.pcc holds
+  pccheck format /nvme0/run.pcc --stripe /nvme1/run.pcc --slots 3 --state 64G
+                                                        over two disks, at the speed of both"
 )]
 pub struct Args {
     /// File or block device.
@@ -45,6 +47,19 @@ pub struct Args {
     /// Write the whole region once now, so that the first saves are as fast as later ones.
     #[arg(long)]
     prewrite: bool,
+    /// Another file or block device over which the region is striped; up to 15 times. The region is opened by the
+    /// first path, and all members must be there.
+    #[arg(long, value_name = "PATH")]
+    stripe: Vec<PathBuf>,
+    /// Bytes that lie together on one member: a power of two that the chunks of saves divide.
+    #[arg(
+        long,
+        value_name = "SIZE",
+        value_parser = units::parse_size,
+        default_value = "4MiB",
+        requires = "stripe"
+    )]
+    stripe_unit: u64,
     /// Medium to prefer; auto measures which is faster here.
     #[arg(long, value_enum, default_value_t = Medium::Auto)]
     medium: Medium,
@@ -65,6 +80,8 @@ pub fn run(args: &Args) -> Result<()> {
         force: args.force,
         prewrite: args.prewrite,
         medium: args.medium.into(),
+        stripe: args.stripe.clone(),
+        stripe_unit_bytes: args.stripe_unit,
         ..FormatOptions::new(args.slots, payload_bytes)
     };
     let bar = output::bytes_bar(0, "writing the region", args.json);
@@ -85,14 +102,17 @@ pub fn run(args: &Args) -> Result<()> {
             "slot_bytes": layout.slot_bytes,
             "region_bytes": layout.region_bytes(),
             "medium": super::medium_name(store.medium_info().kind),
+            "members": args.stripe.len() + 1,
         }));
     }
-    output::print(&table::pairs(&[
+    let mut pairs = vec![
         ("formatted", args.path.display().to_string()),
         ("region", superblock.uuid.to_string()),
         ("slots", format!("{} of {}", layout.slot_count, units::size(layout.slot_bytes))),
         ("size", units::size(layout.region_bytes())),
         ("medium", super::medium_name(store.medium_info().kind).to_string()),
         ("survives", super::survives(store.medium_info().durability).to_string()),
-    ]))
+    ];
+    pairs.extend(super::stripes_line(store.medium_info().stripes));
+    output::print(&table::pairs(&pairs))
 }

@@ -103,6 +103,7 @@ fn region_text(path: &Path, store: &Store, table: &DecisionTable) -> String {
         ),
         ("survives", super::survives(info.durability).to_string()),
     ];
+    lines.extend(super::stripes_line(info.stripes));
     match &table.control {
         Some(control) => lines.extend(control_lines(control, table.control_copy)),
         None => lines.push(("control", "both copies are lost".to_string())),
@@ -259,6 +260,8 @@ fn to_json(
             "survives_power_loss": info.durability == pccheck::medium::Durability::Power,
             "path": info.path,
             "notes": info.notes,
+            "members": info.stripes.map_or(1, |stripes| stripes.members),
+            "stripe_unit_bytes": info.stripes.map(|stripes| stripes.unit_bytes),
         },
         "control": table.control.as_ref().map(|control| control_json(control, table.control_copy)),
         "next_generation": table.next_generation,

@@ -6,6 +6,7 @@ pub mod grow;
 pub mod import;
 pub mod inspect;
 pub mod pin;
+pub mod relocate;
 pub mod rescue;
 pub mod verify;
 
@@ -14,10 +15,12 @@ use std::time::Duration;
 
 use pccheck::engine::{Select, Store};
 use pccheck::format::{Block, Superblock, SUPERBLOCK_OFFSETS};
-use pccheck::medium::{read_head, Durability, MediumKind, Requested};
+use pccheck::medium::{read_head, Durability, MediumKind, Requested, Stripes};
 use pccheck::recovery::{SlotDecision, Verdict};
 use pccheck::store::{OpenOptions, DEFAULT_CHUNK_BYTES};
 use pccheck::Result;
+
+use crate::units;
 
 /// Buffers of the staging pool of a store that is opened for reading.
 const READ_BUFFERS: u64 = 16;
@@ -62,6 +65,13 @@ pub fn survives(durability: Durability) -> &'static str {
         Durability::Process => "the death of the process, not power loss",
         Durability::Power => "power loss",
     }
+}
+
+/// How a region is striped, if it is, as a line of a table.
+pub fn stripes_line(stripes: Option<Stripes>) -> Option<(&'static str, String)> {
+    stripes.map(|Stripes { members, unit_bytes }| {
+        ("stripes", format!("{members} members, units of {}", units::size(unit_bytes)))
+    })
 }
 
 /// Which checkpoint a command is about; the newest unless told otherwise.
@@ -113,8 +123,12 @@ pub fn careful_writer(path: &Path, lock_wait: Duration) -> Result<OpenOptions> {
         lock_wait: Some(lock_wait),
         ..OpenOptions::default()
     };
-    let table = Store::open(path, &OpenOptions { read_only: true, ..options.clone() })?;
-    let table = table.recovered();
+    let store = Store::open(path, &OpenOptions { read_only: true, ..options.clone() })?;
+    if let Some(stripes) = store.medium_info().stripes {
+        // Chunks must divide the unit.
+        options.chunk_bytes = options.chunk_bytes.min(stripes.unit_bytes);
+    }
+    let table = store.recovered();
     let taken = |slot: &&SlotDecision| slot.pinned || slot.verdict == Verdict::Quarantined;
     let unusable = table.slots.iter().filter(taken).count() as u32;
     // The region goes on being that of its group run.
