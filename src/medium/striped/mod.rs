@@ -15,10 +15,10 @@ mod open;
 mod relocate;
 
 use self::flusher::{Barriers, Flusher};
-use super::{refuse, Barrier, Durability, Io, IoOp, Medium, MediumInfo, MediumKind};
+use super::{refuse, Barrier, Durability, Io, IoOp, Medium, MediumInfo, MediumKind, MediumMemory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkStamp;
-use crate::format::StripeLayout;
+use crate::format::{StripeLayout, BLOCK_BYTES};
 use crate::sync::Arc;
 
 pub use label::{erase_labels, read_label, write_label, write_labels};
@@ -166,6 +166,10 @@ impl Medium for Striped {
         io.sink.finished(io.token, io.buffer, result);
     }
 
+    fn memory(&self) -> Option<&dyn MediumMemory> {
+        self.members.iter().all(|member| member.memory().is_some()).then_some(self)
+    }
+
     fn copy(&self, offset: u64, src: &[u8]) -> Result<()> {
         self.check("copy", offset, src.len() as u64)?;
         self.layout.pieces(offset, src.len()).try_for_each(|piece| {
@@ -227,6 +231,28 @@ impl Medium for Striped {
         }
         let (member, offset) = self.layout.locate(offset);
         self.members[member].write_durable(self.data_offset + offset, block, barrier)
+    }
+}
+
+impl MediumMemory for Striped {
+    fn fill(
+        &self,
+        offset: u64,
+        len: usize,
+        fill: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()> {
+        let padded = len.next_multiple_of(BLOCK_BYTES as usize);
+        self.check("copy", offset, padded as u64)?;
+        let (member, at) = self.layout.locate(offset);
+        if let Some(memory) =
+            self.members[member].memory().filter(|_| self.layout.is_whole(offset, padded as u64))
+        {
+            return memory.fill(self.data_offset + at, len, fill);
+        }
+        // Chunks do not straddle members; whatever else does is copied twice.
+        let mut bytes = vec![0; padded];
+        fill(&mut bytes[..len], false)?;
+        self.copy(offset, &bytes)
     }
 }
 
