@@ -433,3 +433,27 @@ def test_no_tensors_at_all(store: pccheck.Store) -> None:
         assert checkpoint.metadata == {"only": "metadata"} and list(checkpoint) == []
         checkpoint.read_into({})
     store.restore({}).close()
+
+
+def test_chunks_that_are_in_their_places_are_counted_and_not_written(open_store: OpenStore, region: MakeRegion) -> None:
+    path = region(slots=2)
+    store = open_store(path, max_in_flight=1, chunk_bytes=64 << 10)
+    array = np.arange(100_000, dtype=np.float64)
+    counts = []
+    for step in range(4):
+        store.save(step, {"x": array}).durable(30)
+        counts.append(store.stats().unchanged_bytes)
+    payload = store.checkpoints()[0].payload_bytes
+    assert counts == [0, 0, payload, 2 * payload]
+    array[-1] = -1.0
+    store.save(4, {"x": array}).durable(30)
+    assert 2 * payload < store.stats().unchanged_bytes < 3 * payload
+    with store.open() as checkpoint:
+        assert np.array_equal(checkpoint.read("x"), array)
+    store.close()
+    store = open_store(path, max_in_flight=1, chunk_bytes=64 << 10, rewrite_every=1)
+    store.save(5, {"x": array}).durable(30)
+    assert store.stats().unchanged_bytes == 0
+    store.close()
+    with pytest.raises(errors.InvalidArgument, match="rewrite_every"):
+        pccheck.Store(path, rewrite_every=1 << 20)

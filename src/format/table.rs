@@ -1,6 +1,6 @@
 //! The chunk table: one XXH3-128 per chunk of the payload, itself covered by a hash in the slot record.
 
-use twox_hash::xxhash3_128;
+use twox_hash::xxhash3_128::{self, RawHasher, SecretBuffer, DEFAULT_SECRET_LENGTH};
 
 use super::codec::reserved;
 use super::SlotRecord;
@@ -19,13 +19,13 @@ pub fn table_hash(table: &[u8]) -> u128 {
     xxhash3_128::Hasher::oneshot(table)
 }
 
-/// [`chunk_hash`] of bytes that arrive in pieces.
-pub struct ChunkHasher(xxhash3_128::Hasher);
+/// [`chunk_hash`] of bytes that arrive in pieces. Allocates nothing: one is made for every chunk.
+pub struct ChunkHasher(RawHasher<&'static [u8; DEFAULT_SECRET_LENGTH]>);
 
 impl ChunkHasher {
     /// A hasher that has seen nothing.
     pub fn new() -> ChunkHasher {
-        ChunkHasher(xxhash3_128::Hasher::new())
+        ChunkHasher(RawHasher::new(SecretBuffer::default()))
     }
 
     /// Adds the next bytes of the chunk.
