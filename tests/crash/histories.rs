@@ -77,13 +77,14 @@ pub const FAILING: [History; 2] = [
 
 /// Striped: chunks and units are a block, so that header, data and chunk table of one save lie on different members,
 /// and the records of different slots, too; or units are two blocks, which chunk tables straddle.
-pub const STRIPED: [History; 6] = [
+pub const STRIPED: [History; 7] = [
     history("2 members, 1 save", Setup::tight(1, 1).over(2, 4096), wrap),
     history("2 members, 2 saves", Setup::tight(2, 1).over(2, 4096), wrap),
     history("3 members, 2 saves", Setup::tight(2, 2).over(3, 8192), wrap),
     history("2 members, pins", USES[0].setup.over(2, 4096), pins),
     history("2 members, failed saves", USES[4].setup.over(2, 4096), failed),
     history("3 members, raw streams", USES[5].setup.over(3, 4096), wrap),
+    history("2 members, steady", STEADY[1].setup.over(2, 4096), wrap_steadily),
 ];
 
 /// Striped, and ending with a medium that goes on failing.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pccheck::format::{StripeLayout, LABEL_AREA_BYTES};
 use pccheck::medium::sim::SimMedium;
-use pccheck::medium::{Barrier, Io, Medium, MediumInfo, Striped};
+use pccheck::medium::{Barrier, Io, Medium, MediumInfo, MediumMemory, Striped};
 use pccheck::Result;
 
 /// How a region is striped.
@@ -127,7 +127,23 @@ impl Medium for Window {
         }
     }
 
+    fn memory(&self) -> Option<&dyn MediumMemory> {
+        self.sim.memory().map(|_| self as &dyn MediumMemory)
+    }
+
     fn write_durable(&self, offset: u64, block: &[u8], barrier: Barrier) -> Result<()> {
         self.sim.write_durable(self.at(offset, block.len() as u64), block, barrier)
+    }
+}
+
+impl MediumMemory for Window {
+    fn fill(
+        &self,
+        offset: u64,
+        len: usize,
+        fill: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()> {
+        let memory = self.sim.memory().expect("asked for only where there is memory");
+        memory.fill(self.at(offset, len as u64), len, fill)
     }
 }

@@ -147,6 +147,36 @@ fn transfers_go_to_their_member_and_those_that_straddle_are_split() {
 }
 
 #[test]
+fn chunks_are_made_in_their_place_where_all_members_are_memory() {
+    let set = |models: [SimModel; 2]| {
+        let sims = models.map(|model| Arc::new(SimMedium::new(DATA + 4 * UNIT, model)));
+        let members: Vec<Arc<dyn Medium>> = vec![sims[0].clone(), sims[1].clone()];
+        let layout = StripeLayout::new(2, UNIT, 8 * UNIT).unwrap();
+        (sims, Striped::new(layout, DATA, members, true).unwrap())
+    };
+    assert!(set([SimModel::Pmem, SSD]).1.memory().is_none(), "one of them is a disk");
+    let (sims, striped) = set([SimModel::Pmem; 2]);
+    let memory = striped.memory().unwrap();
+    let mut fill = |place: &mut [u8], _: bool| {
+        place.fill(9);
+        Ok(())
+    };
+    memory.fill(3 * UNIT + 4096, 100, &mut fill).unwrap();
+    let block = |member: usize, offset: u64| {
+        let mut found = [1; 4096];
+        sims[member].read(DATA + offset, &mut found).unwrap();
+        assert!(found[100..].iter().all(|&byte| byte == 0) || found == [9; 4096]);
+        found[0]
+    };
+    assert_eq!(block(1, UNIT + 4096), 9);
+    // From the middle of unit 0, of member 0, into unit 1, of member 1.
+    memory.fill(4096, 4096 + 100, &mut fill).unwrap();
+    assert_eq!([block(0, 4096), block(1, 0), block(1, 4096)], [9, 9, 0]);
+    let error = memory.fill(8 * UNIT, 1, &mut fill).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
 fn members_that_do_not_fit_the_layout_are_refused() {
     let sim = |bytes| -> Arc<dyn Medium> { Arc::new(SimMedium::new(bytes, SSD)) };
     let layout = StripeLayout::new(2, UNIT, 8 * UNIT).unwrap();
