@@ -1,0 +1,119 @@
+"""What was measured, as text for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from measuring.figures import ABSENT, cell, columns
+
+from .summary import OURS
+from .systems import Entry
+
+
+def _copied(probe: dict[str, Any] | None) -> str:
+    if probe is None:
+        return ABSENT
+    return "kept" if probe["immutable"] else "yes" if probe["copied"] else "NO"
+
+
+def _verifies(probe: dict[str, Any] | None) -> str:
+    if probe is None:
+        return ABSENT
+    return {"refused": "yes", "restored unnoticed": "no"}.get(probe["damage"].split(":")[0], "?")
+
+
+def render(measured: dict[str, Any], systems: dict[str, Entry]) -> str:
+    """For every size one table of figures and one of ratios, then what must be said beside them."""
+    machine = measured["machine"]
+    parts = [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB; "
+        f"{machine['file_system']} on {machine['device']}; Linux {machine['kernel']}; "
+        + ", ".join(f"{name} {version}" for name, version in measured["versions"].items()),
+        "Medians over the rounds (least..greatest); later saves unless a column says first. benches/README.md "
+        "explains the columns.",
+    ]
+    for size in sorted({entry["size"] for entry in measured["summary"]}):
+        entries = [entry for entry in measured["summary"] if entry["size"] == size]
+        parts += [
+            f"\n{size / 1e6:g} MB, {max(entry['rounds'] for entry in entries)} rounds, "
+            f"1 + {measured['settings']['later']} saves per process",
+            _times(entries, measured["probes"], systems),
+            "",
+            _costs(entries, measured["probes"], systems),
+        ]
+        peers = [entry for entry in entries if any(entry.get(f"durable_over_{ours}") for ours in OURS)]
+        if peers:
+            parts += ["\nTimes of a peer over PCcheck's in the same round", _ratios(peers, systems)]
+    parts += _remarks(measured)
+    return "\n".join(parts)
+
+
+def _times(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> str:
+    head = ["system", "GB/s to durable", "of the ceiling", "first GB/s", "first/later"]
+    rows = [[*head, "trainer waits ms", "first ms", "copied"]]
+    for entry in entries:
+        found = entry["measures"]
+        rows.append(
+            [
+                systems[entry["system"]].label,
+                cell(found["durable_gb_per_second"], 1, 2, True),
+                "NOT DURABLE" if entry["flaws"] else cell(entry.get("share_of_ceiling"), 1, 2, True),
+                cell(found["first_durable_gb_per_second"], 1, 2),
+                cell(found["first_over_later"], 1, 2),
+                cell(found["blocked_seconds"], 1e3, 1, True),
+                cell(found["first_blocked_seconds"], 1e3, 1),
+                _copied(probes.get(entry["system"])),
+            ]
+        )
+    return columns(rows)
+
+
+def _costs(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> str:
+    head = ["system", "CPU s/GB", "machine s/GB", "extra MB", "cache MB"]
+    rows = [[*head, "opened s", "reopened s", "restored s", "verifies"]]
+    for entry in entries:
+        found = entry["measures"]
+        rows.append(
+            [
+                systems[entry["system"]].label,
+                cell(found["cpu_seconds_per_gb"], 1, 2, True),
+                cell(found["machine_cpu_seconds_per_gb"], 1, 2),
+                cell(found["extra_bytes"], 1e-6),
+                cell(found.get("cached_bytes"), 1e-6),
+                cell(found["open_seconds"], 1, 2),
+                cell(found["reopen_seconds"], 1, 2),
+                cell(found["restore_seconds"], 1, 3, True),
+                _verifies(probes.get(entry["system"])),
+            ]
+        )
+    return columns(rows)
+
+
+def _ratios(entries: list[dict[str, Any]], systems: dict[str, Entry]) -> str:
+    labels = {"pccheck": "default pool", "pccheck-whole": "pool = state"}
+    rows = [["peer", *(f"{what}, {labels[ours]}" for ours in OURS for what in ("durable", "first", "trainer"))]]
+    for entry in entries:
+        row = [systems[entry["system"]].label]
+        for ours in OURS:
+            row += [
+                cell(entry.get(f"{what}_over_{ours}"), 1, 2, True) for what in ("durable", "first_durable", "blocked")
+            ]
+        rows.append(row)
+    return columns(rows)
+
+
+def _remarks(measured: dict[str, Any]) -> list[str]:
+    remarks = [
+        f"{entry['size'] / 1e6:g} MB, {entry['system']}: not durable, so not compared: {entry['flaws'][0]}"
+        for entry in measured["summary"]
+        if entry["flaws"]
+    ]
+    remarks += [
+        f"{name}: {probe['damage']}" for name, probe in measured["probes"].items() if "not tried" in probe["damage"]
+    ]
+    remarks += [
+        f"{each['size'] / 1e6:g} MB, {each['system']}: left out: {each['reason']}" for each in measured["left_out"]
+    ]
+    for each in measured["failed"]:
+        remarks.append(f"{each['system']}: FAILED: {each['message']}")
+    return ["", *remarks] if remarks else []
