@@ -96,6 +96,8 @@ class Runner:
         return variables(self._environment.python) | {
             "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
             "PYTHONDONTWRITEBYTECODE": "1",
+            # Torch's threads sleep when they wait for each other: spinning, they take cores from whoever writes.
+            "OMP_WAIT_POLICY": "passive",
         }
 
 

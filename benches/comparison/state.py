@@ -17,7 +17,8 @@ def shapes(state_bytes: int) -> dict[str, tuple[int, ...]]:
     """Per GB 12 layers of 4 matrices and 2 vectors, and an embedding that takes what is left of `state_bytes`."""
     floats = state_bytes // 4
     layers = LAYERS_PER_GB * max(1, round(state_bytes / 1e9))
-    width = int((floats / (12 * layers + 1)) ** 0.5)
+    # A layer takes 12 width^2 + 13 width.
+    width = int(((169 + 48 * floats / layers) ** 0.5 - 13) / 24)
     if width >= 128:
         width -= width % 64
     found: dict[str, tuple[int, ...]] = {}
@@ -30,8 +31,8 @@ def shapes(state_bytes: int) -> dict[str, tuple[int, ...]]:
         found[f"{prefix}.norms"] = (4, width)
         found[f"{prefix}.biases"] = (9 * width,)
     used = sum(int(np.prod(shape)) for shape in found.values())
-    if used >= floats:
-        raise ValueError(f"expected a state of more than {4 * used} bytes, found {state_bytes}")
+    if width < 1 or used >= floats:
+        raise ValueError(f"expected a state of more than {4 * max(used, 25 * layers)} bytes, found {state_bytes}")
     found["embedding"] = (floats - used,)
     return found
 

@@ -114,6 +114,10 @@ def _remarks(measured: dict[str, Any]) -> list[str]:
     remarks += [
         f"{each['size'] / 1e6:g} MB, {each['system']}: left out: {each['reason']}" for each in measured["left_out"]
     ]
+    failures: dict[tuple[str, str], int] = {}
     for each in measured["failed"]:
-        remarks.append(f"{each['system']}: FAILED: {each['message']}")
+        # The JSON holds all that it said.
+        found = (each["system"], each["message"].splitlines()[-1])
+        failures[found] = failures.get(found, 0) + 1
+    remarks += [f"{system}: FAILED {count} times: {why}" for (system, why), count in failures.items()]
     return ["", *remarks] if remarks else []

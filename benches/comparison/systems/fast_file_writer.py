@@ -27,6 +27,8 @@ class FastFile(FilePerSave):
 
     def open(self) -> None:
         fast_file_writer.UtilsBuilder = UtilsBuilder
+        # Compiled long ago, but loaded by the first one who asks.
+        UtilsBuilder().load()
         self._aio = (
             AsyncIOBuilder()
             .load()
