@@ -117,10 +117,11 @@ def test_a_system_that_does_not_sync_is_not_compared(found: dict[str, dict[str, 
     assert "share_of_ceiling" not in unsynced and "durable_over_pccheck" not in unsynced
 
 
-def test_no_flush_of_the_device_is_a_flaw() -> None:
-    save = {"dirty_bytes": 0, "flushes": 0}
-    assert "not told to flush" in str(summary.flaw({"saves": [save]}))
-    assert summary.flaw({"saves": [save | {"flushes": 1}]}) is None
+def test_each_sign_of_a_missing_sync_is_a_flaw() -> None:
+    durable = {"dirty_bytes": 0, "flushes": 1}
+    assert summary.flaw({"saves": [durable]}) is None
+    assert "not told to flush" in str(summary.flaw({"saves": [durable, durable | {"flushes": 0}]}))
+    assert "4096 bytes" in str(summary.flaw({"saves": [durable, durable | {"dirty_bytes": 4096}]}))
 
 
 def test_wrong_bytes_end_the_measurement() -> None:
