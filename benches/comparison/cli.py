@@ -179,4 +179,4 @@ def main(arguments: list[str] | None = None) -> int:
     if options.picture:
         assert environment is not None
         _draw(environment.python, measured, options.picture)
-    return 1 if measured["failed"] else 0
+    return 1 if measured["failed"] or measured["interrupted"] else 0

@@ -13,8 +13,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import to_hex, to_rgb  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 from .systems import entry_of  # noqa: E402
 
@@ -27,6 +28,7 @@ SHADES = {
 GROUPS = ("ceiling", "pccheck", "peer")
 #: between the dots of one row, of its height
 STEP = 0.19
+LOG_TICKS = (1, 2, 5)
 
 Entry = dict[str, Any]
 Measure = Callable[[Entry], dict[str, float] | None]
@@ -51,22 +53,23 @@ def _memory(entry: Entry) -> dict[str, float] | None:
     return {name: (extra[name] + cached[name]) / entry["size"] for name in extra}
 
 
+WAITS = "←  trainer waits, s per GB"
 #: title, measure, measure of the first save, logarithmic
 PANELS: tuple[tuple[str, Measure, Measure | None, bool], ...] = (
     ("GB/s to durable  →", _measure("durable_gb_per_second"), _measure("first_durable_gb_per_second"), False),
-    ("←  trainer waits, s per GB", _cost("blocked_seconds_per_gb"), None, True),
+    (WAITS, _cost("blocked_seconds_per_gb"), None, True),
     ("←  CPU seconds per GB", _cost("cpu_seconds_per_gb"), None, True),
     ("←  memory + cache, × state", _memory, None, True),
     ("GB/s to restored  →", _measure("restore_gb_per_second"), None, False),
 )
 
 
-def _mix(light: str, dark: str, share: float) -> tuple[float, ...]:
-    colors = [matplotlib.colors.to_rgb(each) for each in (light, dark)]
-    return tuple(a + (b - a) * share for a, b in zip(*colors, strict=True))
+def _mix(light: str, dark: str, share: float) -> str:
+    (r, g, b), (to_r, to_g, to_b) = to_rgb(light), to_rgb(dark)
+    return to_hex((r + (to_r - r) * share, g + (to_g - g) * share, b + (to_b - b) * share))
 
 
-def _color(group: str, sizes: list[int], size: int) -> tuple[float, ...]:
+def _color(group: str, sizes: list[int], size: int) -> str:
     return _mix(*SHADES[group], sizes.index(size) / (len(sizes) - 1) if len(sizes) > 1 else 1.0)
 
 
@@ -78,7 +81,7 @@ def _rows(summary: list[Entry]) -> list[str]:
     return sorted(largest, key=lambda name: (GROUPS.index(entry_of(name).group), -largest[name]))
 
 
-def _panel(axes: Axes, summary: list[Entry], rows: list[str], sizes: list[int], panel: Any) -> None:
+def _panel(axes: Axes, summary: list[Entry], rows: list[str], sizes: list[int], panel: Any, uncopied: set[str]) -> None:
     title, measure, first, logarithmic = panel
     for entry in summary:
         group = entry_of(entry["system"]).group
@@ -90,9 +93,11 @@ def _panel(axes: Axes, summary: list[Entry], rows: list[str], sizes: list[int], 
                 continue
             axes.plot([found["least"], found["greatest"]], [at, at], color=color, linewidth=1.4, alpha=0.7, zorder=2)
             face = color if filled else "white"
-            axes.plot(found["median"], at, "o", markersize=5, color=color, markerfacecolor=face, zorder=3)
+            marker = "x" if title == WAITS and entry["system"] in uncopied else "o"
+            axes.plot(found["median"], at, marker, markersize=5, color=color, markerfacecolor=face, zorder=3)
     if logarithmic:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=LOG_TICKS))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
@@ -112,7 +117,9 @@ def _legend(figure: Any, sizes: list[int]) -> None:
         color = _color("peer", sizes, size)
         handles.append(Line2D([], [], marker="o", linestyle="", color=color, label=text))
     hollow = Line2D([], [], marker="o", linestyle="", color="#3c434a", markerfacecolor="white", label="first save")
-    figure.legend(handles=[*handles, hollow], loc="upper right", ncol=len(handles) + 1, frameon=False, fontsize=9)
+    cross = Line2D([], [], marker="x", linestyle="", color="#3c434a", label="goes on before it is copied")
+    handles += [hollow, cross]
+    figure.legend(handles=handles, loc="upper right", ncol=len(handles), frameon=False, fontsize=9)
 
 
 def draw(measured: dict[str, Any], path: Path) -> None:
@@ -120,10 +127,11 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     # What is not durable when it says so, or lies in memory, has not done the same work.
     summary = [entry for entry in measured["summary"] if not entry["flaws"] and not entry_of(entry["system"]).in_memory]
     sizes, rows = sorted({entry["size"] for entry in summary}), _rows(summary)
+    uncopied = {name for name, probe in measured["probes"].items() if probe["immutable"] or not probe["copied"]}
     height = 1.1 + 0.42 * len(rows)
     figure, panels = pyplot.subplots(1, len(PANELS), figsize=(15.5, height), sharey=True)
     for axes, panel in zip(panels, PANELS, strict=True):
-        _panel(axes, summary, rows, sizes, panel)
+        _panel(axes, summary, rows, sizes, panel, uncopied)
     panels[0].set_yticks(range(len(rows)), [entry_of(name).label for name in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     for label, name in zip(panels[0].get_yticklabels(), rows, strict=True):
@@ -134,8 +142,8 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         0.005,
         0.008,
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB; "
-        f"{machine['file_system']} on {machine['device']}; float32 CPU tensors; {settings['repeat']} rounds, "
-        f"1 + {settings['later']} saves in a fresh process each; dots: medians, lines: their range, arrows: better",
+        f"{machine['file_system']} on {machine['device']}; float32 CPU tensors; {settings['repeat']} x "
+        f"(1 + {settings['later']}) saves, each time in a fresh process; dots: medians, lines: ranges, arrows: better",
         fontsize=8.5,
         color="#555",
     )

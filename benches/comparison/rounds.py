@@ -38,28 +38,37 @@ class Runner:
         self._seed, self._saves = seed, saves
 
     def run(self, plan: Plan, probes: list[Entry], progress: Progress) -> dict[str, Any]:
-        """All jobs and probes. A system that fails is reported, and the others go on."""
-        found: dict[str, Any] = {"probes": {}, "runs": [], "failed": []}
-        for entry in probes:
-            progress.now(f"probing {entry.name}")
-            began = time.monotonic()
-            try:
-                found["probes"][entry.name] = self._worker(entry, PROBE_BYTES, 0)
-            except WorkerFailedError as why:
-                found["failed"].append({"system": entry.name, "probe": True, "message": str(why)})
-            progress.step(f"probed {entry.name} in {time.monotonic() - began:.1f} s")
-        for position, job in enumerate(plan.jobs):
-            what = f"round {job.round + 1}, {job.size / 1e6:g} MB, {job.system.name}"
-            progress.now(what)
-            began = time.monotonic()
-            try:
-                result = self._worker(job.system, job.size, self._saves)
-                found["runs"].append(_named(job, position) | result)
-            except WorkerFailedError as why:
-                found["failed"].append(_named(job, position) | {"message": str(why)})
-                progress.say(f"{what}: failed: {str(why).splitlines()[-1]}")
-            progress.step(f"{what}: {time.monotonic() - began:.1f} s")
+        """All jobs and probes. A system that fails is reported, and the others go on; Ctrl-C keeps what there is."""
+        found: dict[str, Any] = {"probes": {}, "runs": [], "failed": [], "interrupted": False}
+        try:
+            for entry in probes:
+                self._probe(entry, found, progress)
+            for position, job in enumerate(plan.jobs):
+                self._job(job, position, found, progress)
+        except KeyboardInterrupt:
+            found["interrupted"] = True
         return found
+
+    def _probe(self, entry: Entry, found: dict[str, Any], progress: Progress) -> None:
+        progress.now(f"probing {entry.name}")
+        began = time.monotonic()
+        try:
+            found["probes"][entry.name] = self._worker(entry, PROBE_BYTES, 0)
+        except WorkerFailedError as why:
+            found["failed"].append({"system": entry.name, "probe": True, "message": str(why)})
+        progress.step(f"probed {entry.name} in {time.monotonic() - began:.1f} s")
+
+    def _job(self, job: Job, position: int, found: dict[str, Any], progress: Progress) -> None:
+        what = f"round {job.round + 1}, {job.size / 1e6:g} MB, {job.system.name}"
+        named = {"system": job.system.name, "size": job.size, "round": job.round, "position": position}
+        progress.now(what)
+        began = time.monotonic()
+        try:
+            found["runs"].append(named | self._worker(job.system, job.size, self._saves))
+        except WorkerFailedError as why:
+            found["failed"].append(named | {"message": str(why)})
+            progress.say(f"{what}: failed: {str(why).splitlines()[-1]}")
+        progress.step(f"{what}: {time.monotonic() - began:.1f} s")
 
     def _worker(self, entry: Entry, state_bytes: int, saves: int) -> dict[str, Any]:
         parent = self._memory_folder if entry.in_memory else self._folder
@@ -76,7 +85,10 @@ class Runner:
         patience = PATIENCE_SECONDS + (settings.saves + 2) * settings.state_bytes / SLOWEST_BYTES_PER_SECOND
         command = [str(self._environment.python), "-m", "comparison.worker", str(given), str(result)]
         with said.open("wb") as stream:
-            process = subprocess.Popen(command, env=self._variables(), stdout=stream, stderr=subprocess.STDOUT)
+            # Where a worker starts, Python looks for modules first.
+            process = subprocess.Popen(
+                command, env=self._variables(), cwd=ROOT / "benches", stdout=stream, stderr=subprocess.STDOUT
+            )
             try:
                 code: int | None = process.wait(patience)
             except subprocess.TimeoutExpired:
@@ -99,7 +111,3 @@ class Runner:
             # Torch's threads sleep when they wait for each other: spinning, they take cores from whoever writes.
             "OMP_WAIT_POLICY": "passive",
         }
-
-
-def _named(job: Job, position: int) -> dict[str, Any]:
-    return {"system": job.system.name, "size": job.size, "round": job.round, "position": position}

@@ -35,15 +35,18 @@ def render(measured: dict[str, Any], systems: dict[str, Entry]) -> str:
     for size in sorted({entry["size"] for entry in measured["summary"]}):
         entries = [entry for entry in measured["summary"] if entry["size"] == size]
         parts += [
-            f"\n{size / 1e6:g} MB, {max(entry['rounds'] for entry in entries)} rounds, "
-            f"1 + {measured['settings']['later']} saves per process",
+            f"\n{size / 1e6:g} MB, {max(entry['rounds'] for entry in entries)} x "
+            f"(1 + {measured['settings']['later']}) saves, each time in a fresh process",
             _times(entries, measured["probes"], systems),
             "",
             _costs(entries, measured["probes"], systems),
         ]
         peers = [entry for entry in entries if any(entry.get(f"durable_over_{ours}") for ours in OURS)]
         if peers:
-            parts += ["\nTimes of a peer over PCcheck's in the same round", _ratios(peers, systems)]
+            parts += [
+                "\nTimes of a peer over those of PCcheck direct in the same round; *: of PCcheck with pool = state",
+                _ratios(peers, measured["probes"], systems),
+            ]
     parts += _remarks(measured)
     return "\n".join(parts)
 
@@ -89,15 +92,17 @@ def _costs(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[
     return columns(rows)
 
 
-def _ratios(entries: list[dict[str, Any]], systems: dict[str, Entry]) -> str:
-    labels = {"pccheck": "default pool", "pccheck-whole": "pool = state"}
-    rows = [["peer", *(f"{what}, {labels[ours]}" for ours in OURS for what in ("durable", "first", "trainer"))]]
+def _ratios(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> str:
+    marks = ("", "*")
+    rows = [["peer", *(f"{what}{mark}" for mark in marks for what in ("durable", "first durable", "trainer waits"))]]
     for entry in entries:
+        # Who has not copied the state by then has not let the trainer go on in the same sense.
+        copied = _copied(probes.get(entry["system"]))
         row = [systems[entry["system"]].label]
         for ours in OURS:
-            row += [
-                cell(entry.get(f"{what}_over_{ours}"), 1, 2, True) for what in ("durable", "first_durable", "blocked")
-            ]
+            row += [cell(entry.get(f"{what}_over_{ours}"), 1, 2, True) for what in ("durable", "first_durable")]
+            waits = cell(entry.get(f"blocked_over_{ours}"), 1, 2, True)
+            row.append(waits if copied in ("yes", ABSENT) else "not copied")
         rows.append(row)
     return columns(rows)
 
@@ -120,4 +125,6 @@ def _remarks(measured: dict[str, Any]) -> list[str]:
         found = (each["system"], each["message"].splitlines()[-1])
         failures[found] = failures.get(found, 0) + 1
     remarks += [f"{system}: FAILED {count} times: {why}" for (system, why), count in failures.items()]
+    if measured["interrupted"]:
+        remarks.append("interrupted: not every round is complete")
     return ["", *remarks] if remarks else []

@@ -93,7 +93,7 @@ class PlainDirect(_Plain):
     def _move(self, call: Callable[..., int], mode: Mode, size: int) -> None:
         assert self.block is not None
         depth, piece = mode
-        memory = memoryview(self.block.numpy())
+        memory = self.block.numpy().data
         offsets = iter(range(0, size, piece))
 
         def one_after_another() -> None:

@@ -18,7 +18,7 @@ from ..durability import sync_folder
 from .base import FilePerSave, copy_into
 
 BUFFER_BYTES = 256 << 20
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 16 << 20
 QUEUE_DEPTH = 32
 
 

@@ -31,7 +31,8 @@ class JaxState(State):
             self.tensors[name] = (self.tensors[name] + 1.0).block_until_ready()
 
     def target(self) -> dict[str, Any]:
-        return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in self.tensors.items()}
+        # What is known of them: JAX restores into new arrays.
+        return dict(jax.eval_shape(lambda tensors: tensors, self.tensors))
 
     def differing(self, restored: Mapping[str, Any]) -> int:
         def bits(array: Any) -> np.ndarray[Any, Any]:
@@ -72,7 +73,9 @@ class Orbax(FilePerSave):
         kinds = {name: ocp.ArrayRestoreArgs(sharding=place) for name in target}
         arguments = ocp.args.PyTreeRestore(item=target, restore_args=kinds)
         restored = self._checkpointer.restore(self.path(step).absolute(), args=arguments)
-        return step, jax.block_until_ready(restored)
+        for array in restored.values():
+            array.block_until_ready()
+        return step, restored
 
     def close(self) -> None:
         self._checkpointer.close()
