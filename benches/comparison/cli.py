@@ -93,6 +93,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--memory-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="in memory (default: %(default)s)")
     add("--seed", type=int, default=0, help="of contents and order (default: %(default)s)")
     add("--json", type=Path, metavar="OUT", help="write every single measurement to OUT")
+    add("--markdown", action="store_true", help="print the tables in Markdown")
     add("--picture", type=_picture, metavar="OUT", help="draw: .svg or .png")
     add("--no-probes", action="store_true", help="do not try whether each system copies and verifies")
     add("--from", type=Path, dest="source", metavar="IN", help="measure nothing: show a result of --json")
@@ -156,6 +157,8 @@ def _draw(environment_python: Path, measured: dict[str, Any], picture: Path) -> 
 def main(arguments: list[str] | None = None) -> int:
     """The command. 1: a system failed, 2: the arguments are wrong or something is missing."""
     options = parse(arguments)
+    # Who pipes into `head` wants no more.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # So that workers and temporary folders go too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -175,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(measured, indent=1))
     names = dict.fromkeys(entry["system"] for entry in measured["summary"])
-    print(table.render(measured, {name: entry_of(name) for name in names}))
+    print(table.render(measured, {name: entry_of(name) for name in names}, options.markdown))
     if options.picture:
         assert environment is not None
         _draw(environment.python, measured, options.picture)

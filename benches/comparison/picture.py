@@ -17,6 +17,8 @@ from matplotlib.colors import to_hex, to_rgb  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
+from measuring.figures import size_text  # noqa: E402
+
 from .systems import entry_of  # noqa: E402
 
 #: from the smallest size to the largest, light to dark
@@ -113,9 +115,8 @@ def _panel(axes: Axes, summary: list[Entry], rows: list[str], sizes: list[int], 
 def _legend(figure: Any, sizes: list[int]) -> None:
     handles = []
     for size in sizes:
-        text = f"{size / 1e9:g} GB" if size >= 1e9 else f"{size / 1e6:g} MB"
         color = _color("peer", sizes, size)
-        handles.append(Line2D([], [], marker="o", linestyle="", color=color, label=text))
+        handles.append(Line2D([], [], marker="o", linestyle="", color=color, label=size_text(size)))
     hollow = Line2D([], [], marker="o", linestyle="", color="#3c434a", markerfacecolor="white", label="first save")
     cross = Line2D([], [], marker="x", linestyle="", color="#3c434a", label="goes on before it is copied")
     handles += [hollow, cross]

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measuring.figures import size_text
+
 from .environment import ROOT, Environment, variables
 from .plan import Job, Plan
 from .progress import Progress
@@ -59,7 +61,7 @@ class Runner:
         progress.step(f"probed {entry.name} in {time.monotonic() - began:.1f} s")
 
     def _job(self, job: Job, position: int, found: dict[str, Any], progress: Progress) -> None:
-        what = f"round {job.round + 1}, {job.size / 1e6:g} MB, {job.system.name}"
+        what = f"round {job.round + 1}, {size_text(job.size)}, {job.system.name}"
         named = {"system": job.system.name, "size": job.size, "round": job.round, "position": position}
         progress.now(what)
         began = time.monotonic()

@@ -1,13 +1,16 @@
-"""What was measured, as text for a terminal."""
+"""What was measured, as text."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from measuring.figures import ABSENT, cell, columns
+from measuring import figures
+from measuring.figures import ABSENT, cell, size_text
 
 from .summary import OURS
 from .systems import Entry
+
+Rows = list[list[str]]
 
 
 def _copied(probe: dict[str, Any] | None) -> str:
@@ -22,56 +25,62 @@ def _verifies(probe: dict[str, Any] | None) -> str:
     return {"refused": "yes", "restored unnoticed": "no"}.get(probe["damage"].split(":")[0], "?")
 
 
-def render(measured: dict[str, Any], systems: dict[str, Entry]) -> str:
-    """For every size one table of figures and one of ratios, then what must be said beside them."""
+def render(measured: dict[str, Any], systems: dict[str, Entry], markdown: bool = False) -> str:
+    """For every size tables of times, costs and ratios, then what must be said beside them."""
+    text = figures.markdown if markdown else figures.columns
     machine = measured["machine"]
     parts = [
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB; "
         f"{machine['file_system']} on {machine['device']}; Linux {machine['kernel']}; "
         + ", ".join(f"{name} {version}" for name, version in measured["versions"].items()),
+        "",
         "Medians over the rounds (least..greatest); later saves unless a column says first. benches/README.md "
         "explains the columns.",
     ]
     for size in sorted({entry["size"] for entry in measured["summary"]}):
         entries = [entry for entry in measured["summary"] if entry["size"] == size]
         parts += [
-            f"\n{size / 1e6:g} MB, {max(entry['rounds'] for entry in entries)} x "
+            f"\n{size_text(size)}, {max(entry['rounds'] for entry in entries)} x "
             f"(1 + {measured['settings']['later']}) saves, each time in a fresh process",
-            _times(entries, measured["probes"], systems),
             "",
-            _costs(entries, measured["probes"], systems),
+            text(_times(entries, measured["probes"], systems)),
+            "",
+            text(_costs(entries, measured["probes"], systems)),
         ]
         peers = [entry for entry in entries if any(entry.get(f"durable_over_{ours}") for ours in OURS)]
         if peers:
             parts += [
                 "\nTimes of a peer over those of PCcheck direct in the same round; *: of PCcheck with pool = state",
-                _ratios(peers, measured["probes"], systems),
+                "",
+                text(_ratios(peers, measured["probes"], systems)),
             ]
     parts += _remarks(measured)
     return "\n".join(parts)
 
 
-def _times(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> str:
+def _times(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> Rows:
     head = ["system", "GB/s to durable", "of the ceiling", "first GB/s", "first/later"]
     rows = [[*head, "trainer waits ms", "first ms", "copied"]]
     for entry in entries:
-        found = entry["measures"]
+        found, system = entry["measures"], systems[entry["system"]]
+        # No trainer waits for a ceiling.
+        waits = {} if system.group == "ceiling" else found
         rows.append(
             [
-                systems[entry["system"]].label,
+                system.label,
                 cell(found["durable_gb_per_second"], 1, 2, True),
                 "NOT DURABLE" if entry["flaws"] else cell(entry.get("share_of_ceiling"), 1, 2, True),
                 cell(found["first_durable_gb_per_second"], 1, 2),
                 cell(found["first_over_later"], 1, 2),
-                cell(found["blocked_seconds"], 1e3, 1, True),
-                cell(found["first_blocked_seconds"], 1e3, 1),
+                cell(waits.get("blocked_seconds"), 1e3, 1, True),
+                cell(waits.get("first_blocked_seconds"), 1e3, 1),
                 _copied(probes.get(entry["system"])),
             ]
         )
-    return columns(rows)
+    return rows
 
 
-def _costs(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> str:
+def _costs(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> Rows:
     head = ["system", "CPU s/GB", "machine s/GB", "extra MB", "cache MB"]
     rows = [[*head, "opened s", "reopened s", "restored s", "verifies"]]
     for entry in entries:
@@ -89,10 +98,10 @@ def _costs(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[
                 _verifies(probes.get(entry["system"])),
             ]
         )
-    return columns(rows)
+    return rows
 
 
-def _ratios(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> str:
+def _ratios(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict[str, Entry]) -> Rows:
     marks = ("", "*")
     rows = [["peer", *(f"{what}{mark}" for mark in marks for what in ("durable", "first durable", "trainer waits"))]]
     for entry in entries:
@@ -104,12 +113,12 @@ def _ratios(entries: list[dict[str, Any]], probes: dict[str, Any], systems: dict
             waits = cell(entry.get(f"blocked_over_{ours}"), 1, 2, True)
             row.append(waits if copied in ("yes", ABSENT) else "not copied")
         rows.append(row)
-    return columns(rows)
+    return rows
 
 
 def _remarks(measured: dict[str, Any]) -> list[str]:
     remarks = [
-        f"{entry['size'] / 1e6:g} MB, {entry['system']}: not durable, so not compared: {entry['flaws'][0]}"
+        f"{size_text(entry['size'])}, {entry['system']}: not durable, so not compared: {entry['flaws'][0]}"
         for entry in measured["summary"]
         if entry["flaws"]
     ]
@@ -117,7 +126,7 @@ def _remarks(measured: dict[str, Any]) -> list[str]:
         f"{name}: {probe['damage']}" for name, probe in measured["probes"].items() if "not tried" in probe["damage"]
     ]
     remarks += [
-        f"{each['size'] / 1e6:g} MB, {each['system']}: left out: {each['reason']}" for each in measured["left_out"]
+        f"{size_text(each['size'])}, {each['system']}: left out: {each['reason']}" for each in measured["left_out"]
     ]
     failures: dict[tuple[str, str], int] = {}
     for each in measured["failed"]:

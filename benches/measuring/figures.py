@@ -35,6 +35,11 @@ def cell(found: dict[str, Any] | None, scale: float = 1, digits: int = 0, spread
     return Spread(**found).text(scale, digits) if spread else f"{found['median'] * scale:.{digits}f}"
 
 
+def size_text(size: int) -> str:
+    """`100 MB`, `4 GB`"""
+    return f"{size / 1e9:g} GB" if size >= 1e9 else f"{size / 1e6:g} MB"
+
+
 def columns(rows: list[list[str]]) -> str:
     """A table: the first column left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -46,3 +51,10 @@ def columns(rows: list[list[str]]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """The same as a table of Markdown."""
+    head, *body = rows
+    rule = ["---", *("--:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
