@@ -77,13 +77,14 @@ def _native_packages(say: Say) -> None:
         return
     say(f"installing {' '.join(missing)}")
     as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    if shutil.which("apt-get") is None or (as_root and shutil.which("sudo") is None):
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]
+    try:
+        _run([*as_root, "apt-get", "update", "-qq"], "updating the list of packages")
+        _run([*as_root, "env", "DEBIAN_FRONTEND=noninteractive", *install], "installing packages")
+    except (SetupError, OSError) as why:
         raise SetupError(
-            f"missing: {' '.join(missing)}; install these packages (names are Debian's) and run this again"
-        )
-    install = [*as_root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-qq"]
-    _run([*as_root, "apt-get", "update", "-qq"], "updating the list of packages")
-    _run([*install, "--no-install-recommends", *missing], f"installing {' '.join(missing)}")
+            f"missing: {' '.join(missing)} (Debian's names); install these packages and run this again: {why}"
+        ) from None
 
 
 def _python(venv: Path, say: Say) -> Path:

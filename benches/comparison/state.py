@@ -11,6 +11,8 @@ import torch
 LAYERS_PER_GB = 12
 #: floats that are drawn at random; tensors repeat them, each with an offset of its own
 DRAWN = 4 << 20
+#: between the values of one tensor and of the next; no multiple is the 1.0 of a change, so that nothing comes twice
+OFFSET = 0.6180339887
 
 
 def shapes(state_bytes: int) -> dict[str, tuple[int, ...]]:
@@ -76,7 +78,7 @@ class TorchState(State):
         for index, (name, shape) in enumerate(shapes(state_bytes).items()):
             tensor = torch.empty(shape, dtype=torch.float32)
             for piece in torch.split(tensor.view(-1), DRAWN):
-                torch.add(drawn[: len(piece)], float(index), out=piece)
+                torch.add(drawn[: len(piece)], index * OFFSET, out=piece)
             self.tensors[name] = tensor
 
     def change(self) -> None:

@@ -91,7 +91,7 @@ class Meter:
         durable = time.monotonic() - began
         cpu, machine = cpu_seconds() - cpu, procfs.system().busy_seconds - machine
         # At once, before the kernel writes of its own accord what a system has left unwritten.
-        cached, flushed = durability.cached(self._folder), durability.flushes(self._folder)
+        flushed, cached = durability.flushes(self._folder), durability.cached(self._folder)
         extra = procfs.memory().peak - self._before - mapped_bytes(self._folder) + self.children_bytes()
         return SaveTimes(
             blocked,
