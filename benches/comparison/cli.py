@@ -40,6 +40,7 @@ examples:
   benches/compare --sizes 100MB,1GB --repeat 7 --systems ceiling,pccheck,pccheck-whole,checkfreq,gpm,deepspeed
   benches/compare --sizes 10MB --repeat 1 --later 1            does everything run? (its times mean little)
   benches/compare --from result.json --picture result.png      shows and draws a saved result again
+  benches/compare --from small.json large.json                 as one, if they have no size in common
 """
 
 
@@ -96,7 +97,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--markdown", action="store_true", help="print the tables in Markdown")
     add("--picture", type=_picture, metavar="OUT", help="draw: .svg or .png")
     add("--no-probes", action="store_true", help="do not try whether each system copies and verifies")
-    add("--from", type=Path, dest="source", metavar="IN", help="measure nothing: show a result of --json")
+    add("--from", type=Path, nargs="+", dest="sources", metavar="IN", help="measure nothing: show results of --json")
     add(
         "--python",
         type=Path,
@@ -104,7 +105,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a Python that has them and pccheck: install and build nothing",
     )
     options = parser.parse_args(arguments)
-    if not options.source:
+    if not options.sources:
         if not options.dir.is_dir():
             parser.error(f"--dir {options.dir}: expected a folder")
         if machine.file_system(options.dir) in machine.IN_MEMORY:
@@ -165,13 +166,17 @@ def main(arguments: list[str] | None = None) -> int:
         environment = None
         if options.python:
             environment = Environment(options.python.absolute(), None)
-        elif options.picture or not options.source:
+        elif options.picture or not options.sources:
             environment = prepare(Progress(0).say)
     except SetupError as why:
         print(f"compare: {why}", file=sys.stderr)
         return 2
-    if options.source:
-        measured = json.loads(options.source.read_text())
+    if options.sources:
+        try:
+            measured = summary.merge([json.loads(source.read_text()) for source in options.sources])
+        except (OSError, ValueError) as why:
+            print(f"compare: --from: {why}", file=sys.stderr)
+            return 2
     else:
         assert environment is not None
         measured = measure(options, environment)

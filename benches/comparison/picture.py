@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: 
 
 from measuring.figures import size_text  # noqa: E402
 
+from .summary import spans  # noqa: E402
 from .systems import entry_of  # noqa: E402
 
 #: from the smallest size to the largest, light to dark
@@ -138,13 +139,13 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     for label, name in zip(panels[0].get_yticklabels(), rows, strict=True):
         label.set_color(SHADES[entry_of(name).group][1])
     _legend(figure, sizes)
-    machine, settings = measured["machine"], measured["settings"]
+    machine = measured["machine"]
     figure.text(
         0.005,
         0.008,
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB; "
-        f"{machine['file_system']} on {machine['device']}; float32 CPU tensors; {settings['repeat']} x "
-        f"(1 + {settings['later']}) saves, each time in a fresh process; dots: medians, lines: ranges, arrows: better",
+        f"{machine['file_system']} on {machine['device']}; float32 CPU tensors; "
+        f"{spans(summary)}, each time in a fresh process; dots: medians, lines: ranges, arrows: better",
         fontsize=8.5,
         color="#555",
     )

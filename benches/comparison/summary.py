@@ -67,6 +67,31 @@ def summarise(runs: list[Run], systems: dict[str, Entry]) -> list[dict[str, Any]
     return found
 
 
+def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of other sizes into the first one: each size was measured in one run. ValueError where one was in two."""
+    first, *others = results
+    merged = dict(first)
+    for other in others:
+        twice = {run["size"] for run in merged["runs"]} & {run["size"] for run in other["runs"]}
+        if twice:
+            raise ValueError(f"expected each size in one result, found {sorted(twice)} bytes in two of them")
+        for name in ("runs", "summary", "left_out", "failed"):
+            merged[name] = merged[name] + other[name]
+        merged["probes"] = other["probes"] | merged["probes"]
+        merged["interrupted"] = merged["interrupted"] or other["interrupted"]
+    return merged
+
+
+def spans(summary: list[dict[str, Any]]) -> str:
+    """`5 x (1 + 3) saves`: how often everything was measured; `3-5` where that is not the same everywhere."""
+
+    def span(name: str) -> str:
+        found = sorted({entry[name] for entry in summary})
+        return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+    return f"{span('rounds')} x (1 + {span('later_saves')}) saves"
+
+
 def _by_round(name: str, runs: list[Run]) -> dict[int, dict[str, float]]:
     return {run["round"]: measures(run) for run in runs if run["system"] == name}
 
@@ -82,6 +107,7 @@ def _entry(
         "size": size,
         "system": system.name,
         "rounds": len(mine),
+        "later_saves": min(len(run["saves"]) for run in own) - 1,
         "flaws": flaws,
         "measures": {name: _spread(each[name] for each in mine.values() if name in each) for name in names},
     }

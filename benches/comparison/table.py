@@ -7,7 +7,7 @@ from typing import Any
 from measuring import figures
 from measuring.figures import ABSENT, cell, size_text
 
-from .summary import OURS
+from .summary import OURS, spans
 from .systems import Entry
 
 Rows = list[list[str]]
@@ -40,8 +40,7 @@ def render(measured: dict[str, Any], systems: dict[str, Entry], markdown: bool =
     for size in sorted({entry["size"] for entry in measured["summary"]}):
         entries = [entry for entry in measured["summary"] if entry["size"] == size]
         parts += [
-            f"\n{size_text(size)}, {max(entry['rounds'] for entry in entries)} x "
-            f"(1 + {measured['settings']['later']}) saves, each time in a fresh process",
+            f"\n{size_text(size)}, {spans(entries)}, each time in a fresh process",
             "",
             text(_times(entries, measured["probes"], systems)),
             "",

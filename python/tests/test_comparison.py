@@ -124,6 +124,16 @@ def test_each_sign_of_a_missing_sync_is_a_flaw() -> None:
     assert "4096 bytes" in str(summary.flaw({"saves": [durable, durable | {"dirty_bytes": 4096}]}))
 
 
+def test_results_of_other_sizes_are_shown_as_one(runs: list[dict[str, Any]]) -> None:
+    result = {"runs": runs, "summary": summary.summarise(runs, ENTRIES), "left_out": [], "failed": [], "probes": {}}
+    result["interrupted"] = False
+    other = result | {"runs": [runs[0] | {"size": 2 * SIZE}], "interrupted": True}
+    merged = summary.merge([result, other])
+    assert len(merged["runs"]) == len(runs) + 1 and merged["interrupted"]
+    with pytest.raises(ValueError, match=str(SIZE)):
+        summary.merge([result, result])
+
+
 def test_wrong_bytes_end_the_measurement() -> None:
     with pytest.raises(RuntimeError, match="tensors that differ: 1"):
         measure(f"{PLANTED}Forgetful", saves=1 + 1)
