@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+from measuring.figures import Spread, cell, columns
+
 #: of the state, allowed beyond the staging pool
 MEMORY_ALLOWANCE = 0.05
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and greatest over the rounds."""
-
-    median: float
-    least: float
-    greatest: float
-
-    @staticmethod
-    def of(values: list[float]) -> Spread | None:
-        return Spread(median(values), min(values), max(values)) if values else None
 
 
 def label(name: str, every: int) -> str:
@@ -95,26 +84,6 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def _cell(measures: dict[str, Any], name: str, scale: float = 1, digits: int = 0, spread: bool = False) -> str:
-    found = measures.get(name)
-    if found is None:
-        return "-"
-    text = f"{found['median'] * scale:.{digits}f}"
-    return f"{text} ({found['least'] * scale:.{digits}f}..{found['greatest'] * scale:.{digits}f})" if spread else text
-
-
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
-
-
 def table(measured: dict[str, Any]) -> str:
     """Two tables: times, and what else it takes. Medians over the rounds (least..greatest)."""
     summary, machine = measured["summary"], measured["machine"]
@@ -138,13 +107,13 @@ def table(measured: dict[str, Any]) -> str:
         times.append(
             [
                 name,
-                _cell(measures, "iteration_seconds", digits=3, spread=True),
-                _cell(measures, "slowdown", 100, 1, spread=True),
-                _cell(measures, "slowdown_within", 100, 1, spread=True),
-                _cell(measures, "stall_seconds_per_save", 1000),
-                _cell(measures, "first_stall_seconds", 1000),
-                _cell(measures, "durable_seconds", digits=2),
-                _cell(measures, "first_durable_seconds", digits=2),
+                cell(measures.get("iteration_seconds"), digits=3, spread=True),
+                cell(measures.get("slowdown"), 100, 1, spread=True),
+                cell(measures.get("slowdown_within"), 100, 1, spread=True),
+                cell(measures.get("stall_seconds_per_save"), 1000),
+                cell(measures.get("first_stall_seconds"), 1000),
+                cell(measures.get("durable_seconds"), digits=2),
+                cell(measures.get("first_durable_seconds"), digits=2),
             ]
         )
         more = {
@@ -154,14 +123,14 @@ def table(measured: dict[str, Any]) -> str:
         costs.append(
             [
                 name,
-                _cell(measures, "cpu_seconds_per_iteration", digits=3),
+                cell(measures.get("cpu_seconds_per_iteration"), digits=3),
                 more["cpu_seconds_per_iteration"],
                 more["system_cpu_seconds_per_iteration"],
-                _cell(measures, "extra_memory_bytes", 1e-6, spread=True),
-                _cell(measures, "memory_budget_bytes", 1e-6),
-                f"{_cell(measures, 'threads_before')} > {_cell(measures, 'threads_after')}",
-                f"{_cell(measures, 'processes_before')} > {_cell(measures, 'processes_after')}",
-                _cell(measures, "threads_started_per_save", digits=2),
+                cell(measures.get("extra_memory_bytes"), 1e-6, spread=True),
+                cell(measures.get("memory_budget_bytes"), 1e-6),
+                f"{cell(measures.get('threads_before'))} > {cell(measures.get('threads_after'))}",
+                f"{cell(measures.get('processes_before'))} > {cell(measures.get('processes_after'))}",
+                cell(measures.get("threads_started_per_save"), digits=2),
             ]
         )
     plain = median(measured["plain_write_seconds"])
@@ -171,8 +140,8 @@ def table(measured: dict[str, Any]) -> str:
             f"state {state / 1e6:.0f} MB; {machine['cores']} cores; {machine['file_system']}; torch {machine['torch']}",
             f"a plain O_DIRECT write of the state takes {plain:.2f} s ({state / plain / 1e9:.2f} GB/s)",
             "",
-            _columns(times),
+            columns(times),
             "",
-            _columns(costs),
+            columns(costs),
         ]
     )

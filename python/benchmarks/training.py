@@ -11,7 +11,6 @@ import dataclasses
 import json
 import mmap
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -21,11 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import report
 import torch
-from arms import ARMS
-from watch import watch
-from worker import Settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benches"))
+import report  # noqa: E402
+from arms import ARMS  # noqa: E402
+from measuring import machine  # noqa: E402
+from watch import watch  # noqa: E402
+from worker import Settings  # noqa: E402
 
 WORKER = Path(__file__).with_name("worker.py")
 DEFAULT_ARMS = (
@@ -33,7 +35,6 @@ DEFAULT_ARMS = (
     "dcp-overlap/1,dcp-overlap/10,dcp-process/1,torch.save/1"
 )
 WRITE_BYTES = 8 << 20
-RAM_FILE_SYSTEMS = {"tmpfs", "ramfs"}
 
 EXAMPLES = """examples:
   python training.py                                       all arms, five rounds: about half an hour
@@ -47,17 +48,6 @@ An arm is NAME or NAME/K, which saves every K iterations. Names: """ + ", ".join
 
 class WorkerFailedError(RuntimeError):
     """A worker ended without a result; the message holds what it wrote."""
-
-
-def file_system(folder: Path) -> str:
-    """The type of the file system that holds a folder, such as ext4."""
-    device = folder.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == wanted:
-            return fields[fields.index("-") + 1]
-    return "unknown"
 
 
 def plain_write_seconds(folder: Path, size_bytes: int) -> float:
@@ -142,7 +132,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     longest = max(every for _, every in options.arms)
     if options.iterations % max(longest, 1):
         parser.error(f"--iterations {options.iterations}: expected a multiple of {longest}, the longest interval")
-    if options.region_dir.is_dir() and file_system(options.region_dir) in RAM_FILE_SYSTEMS:
+    if options.region_dir.is_dir() and machine.file_system(options.region_dir) in machine.IN_MEMORY:
         parser.error(f"--region-dir {options.region_dir}: is memory, not a disk; name a folder on a disk")
     return options
 
@@ -179,14 +169,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             )
         plain.append(plain_write_seconds(options.region_dir, results[-1]["state_bytes"]))
     return {
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.processor() or platform.machine(),
-            "kernel": platform.release(),
-            "file_system": file_system(options.region_dir),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": machine.describe(options.region_dir) | {"torch": torch.__version__},
         "state_bytes": results[-1]["state_bytes"],
         "plain_write_seconds": plain,
         "summary": report.summarise(results),

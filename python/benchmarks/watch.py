@@ -6,7 +6,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 
-import procfs
+from measuring import procfs
 
 SAMPLE_SECONDS = 0.02
 

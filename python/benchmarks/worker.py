@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import procfs
 import torch
 from arms import ARMS, Arm, Training
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benches"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "gpt"))
 from data import Corpus, Sampler  # noqa: E402
+from measuring import procfs  # noqa: E402
 from model import GPT, SIZES  # noqa: E402
 
 WARM_UP_ITERATIONS = 4

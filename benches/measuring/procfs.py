@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,12 @@ def memory(pid: int | str = "self") -> Memory:
         int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssAnon")
     )
     return Memory(resident, peak, anonymous)
+
+
+def reset_peak() -> None:
+    """Lets `peak` of this process begin again at what is resident now, where the kernel can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def children(pid: int) -> list[int]:
