@@ -10,8 +10,11 @@ loader) must neither finish nor cancel its saves.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +123,36 @@ def test_a_forked_child_ends_alone(warm: Warm, tmp_path: Path, how: str, child: 
     assert f"child {child}" in program.text(), program.text()
     assert "Traceback" not in program.text() and "Warning" not in program.text(), program.text()
     assert newest(tmp_path / "region") == 2
+
+
+TERMINATED_AT_ONCE = """
+import os, signal, sys, time
+import torch
+from pccheck.torch import Checkpointer
+ckpt = Checkpointer(sys.argv[1], state={"a": torch.ones(10)}, staging_bytes=16 << 20, chunk_bytes=1 << 20)
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(1)
+    os.kill(child, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            sys.exit("a child that was terminated lives on")
+        time.sleep(0.0005)
+    assert os.waitstatus_to_exitcode(ended[1]) == -signal.SIGTERM, ended
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+ckpt.close()
+"""
+
+
+def test_a_child_that_is_terminated_as_soon_as_it_is_forked_ends(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TERMINATED_AT_ONCE, str(tmp_path / "region")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_data_loader_workers(warm: Warm, tmp_path: Path) -> None:

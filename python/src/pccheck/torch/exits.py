@@ -43,6 +43,31 @@ def finish_at_exit(trainer: Finishable, *, on_sigterm: bool) -> None:
     # None: set by something that is not Python, which could not be called from here. Ignored stays ignored.
     if previous is not None and previous != signal.SIG_IGN and not isinstance(previous, _OnSigterm):
         signal.signal(signal.SIGTERM, _OnSigterm(previous))
+        _guard_forks()
+
+
+_mask = threading.local()
+_guarded = False
+
+
+def _guard_forks() -> None:
+    """Holds SIGTERM back while a process forks.
+
+    Python forgets a signal that reaches a forked child before that runs, where it has a handler: a worker that is
+    terminated at once would live on, and be waited for.
+    """
+    global _guarded
+    if not _guarded:
+        _guarded = True
+        os.register_at_fork(before=_hold_back, after_in_parent=_let_go, after_in_child=_let_go)
+
+
+def _hold_back() -> None:
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
 
 
 def forget(trainer: Finishable) -> None:
