@@ -146,17 +146,18 @@ def _read_back(path: Path) -> tuple[dict[int, set[float]], dict[int, Any]]:
     plain: dict[int, Any] = {}
     with pccheck.Store(path, read_only=True, max_in_flight=1, chunk_bytes=1 << 20, staging_bytes=4 << 20) as store:
         for info in store.checkpoints():
-            with store.open(generation=info.generation, verify=False) as checkpoint:
-                assert checkpoint.step not in values
-                assert len(checkpoint.tensors) == 2 * TENSORS + 1
-                try:
+            assert info.step not in values
+            try:
+                with store.open(generation=info.generation, verify=False) as checkpoint:
+                    assert len(checkpoint.tensors) == 2 * TENSORS + 1
                     arrays = [checkpoint.read(name) for name in checkpoint.tensors]
-                except errors.Corrupt:
-                    # Changed between being hashed and being copied: the same fault, found by the second line.
-                    arrays = [np.array(np.nan)]
-                values[checkpoint.step] = {float(v) for array in arrays for v in np.unique(array)}
-                tree = pccheck.trees.unflatten(checkpoint.metadata[TREE_KEY], lambda name, kind: name)
-                plain[checkpoint.step] = tree["numbers"]
+                    tree = pccheck.trees.unflatten(checkpoint.metadata[TREE_KEY], lambda name, kind: name)
+            except errors.Corrupt:
+                # Changed between being hashed and being copied: the same fault, found by the second line.
+                values[info.step] = {float("nan")}
+                continue
+            values[info.step] = {float(v) for array in arrays for v in np.unique(array)}
+            plain[info.step] = tree["numbers"]
     return values, plain
 
 
