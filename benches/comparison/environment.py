@@ -114,20 +114,13 @@ def variables(python: Path) -> dict[str, str]:
     }
 
 
-def _target(folder: Path) -> Path:
-    # Where cargo finds the folder made already it adds no mark, and the build script looks for it.
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
-    return folder
-
-
 def _wheel(python: Path, folder: Path, say: Say) -> Path:
     say("building the wheel in release mode")
     wheels, site = folder / "wheel", folder / "site"
     for each in (wheels, site):
         shutil.rmtree(each, ignore_errors=True)
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    env = variables(python) | {"CARGO_TARGET_DIR": str(_target(folder / "target"))}
+    env = variables(python) | {"CARGO_TARGET_DIR": str(folder / "target")}
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT / "python")]
     _run(build, "building the wheel", env)
     (wheel,) = wheels.glob("*.whl")
