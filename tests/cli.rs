@@ -451,8 +451,20 @@ fn a_tiny_bench_measures_everything_and_cleans_up() {
         }
         assert_eq!(setting["rounds"].as_array().expect("rounds").len(), 2);
     }
-    let text = bench.good("bench . --sizes 4M --repeat 1 --staging 8M --chunk 1M");
-    assert!(text.contains("Restoring with verification"), "{text}");
+    let all = "--measure transfer,small,unchanged,opening,tensor --staging 8M --chunk 64K --medium direct";
+    let value = bench.json(&format!("bench . --sizes 8M --repeat 2 --backend threads {all} --json"));
+    assert!(value["settings"][0]["cpu_ratio"]["median"].as_f64() > Some(0.0), "{value}");
+    for (what, count) in [("small", 1), ("unchanged", 3), ("opening", 1), ("tensor", 2)] {
+        let results = value[what].as_array().unwrap_or_else(|| panic!("{what} in {value}"));
+        assert_eq!(results.len(), count, "{what}");
+    }
+    // Of 128 chunks one changes; where it moves, its slot lacks two.
+    let written = |index: usize| value["unchanged"][index]["rounds"][1]["written_bytes"].as_u64();
+    assert_eq!((0..3).map(written).collect::<Vec<_>>(), [1, 1, 2].map(|chunks| Some(chunks << 16)));
+    // A small tensor's chunk or two, the header and the table, not the checkpoint.
+    assert!(value["tensor"][1]["read_bytes"].as_u64() < Some(1 << 20), "{value}");
+    let text = bench.good(&format!("bench . --sizes 8M --repeat 6 {all}"));
+    assert!(text.contains("Restoring with verification") && text.contains("by hand"), "{text}");
     assert!(text.lines().all(|line| line.chars().count() <= 100), "too wide:\n{text}");
     assert!(bench.files().is_empty(), "left {:?}", bench.files());
     fs::write(bench.path("file"), "x").expect("write");

@@ -37,7 +37,7 @@ pub use payload::{plan, plan_raw, MetadataTensor, PayloadPlan, TensorSpec};
 pub use record::{RecordState, SlotRecord, RAW_STREAM};
 pub use stripe::{StripeLayout, DEFAULT_UNIT_BYTES, MAX_MEMBERS, MIN_MEMBERS};
 pub use superblock::{PreferredMedium, Superblock};
-pub use table::{chunk_hash, decode_table, encode_table, table_hash, ChunkHasher};
+pub use table::{chunk_hash, decode_table, encode_table, table_hash};
 pub use uuid::Uuid;
 
 /// Version of the format that this build reads and writes.

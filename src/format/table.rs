@@ -1,48 +1,23 @@
 //! The chunk table: one XXH3-128 per chunk of the payload, itself covered by a hash in the slot record.
 
-use twox_hash::xxhash3_128::{self, RawHasher, SecretBuffer, DEFAULT_SECRET_LENGTH};
-
 use super::codec::reserved;
 use super::SlotRecord;
 use crate::error::{Error, ErrorKind, Result};
+use crate::persist::ChunkHasher;
 
 /// Bytes of one hash in the table.
 pub const HASH_BYTES: u64 = 16;
 
 /// XXH3-128 (seed 0) of the payload bytes of one chunk.
 pub fn chunk_hash(bytes: &[u8]) -> u128 {
-    xxhash3_128::Hasher::oneshot(bytes)
+    let mut hasher = ChunkHasher::new();
+    hasher.update(bytes);
+    hasher.finish()
 }
 
 /// XXH3-128 (seed 0) of a whole chunk table, as the slot record keeps it.
 pub fn table_hash(table: &[u8]) -> u128 {
-    xxhash3_128::Hasher::oneshot(table)
-}
-
-/// [`chunk_hash`] of bytes that arrive in pieces. Allocates nothing: one is made for every chunk.
-pub struct ChunkHasher(RawHasher<&'static [u8; DEFAULT_SECRET_LENGTH]>);
-
-impl ChunkHasher {
-    /// A hasher that has seen nothing.
-    pub fn new() -> ChunkHasher {
-        ChunkHasher(RawHasher::new(SecretBuffer::default()))
-    }
-
-    /// Adds the next bytes of the chunk.
-    pub fn update(&mut self, bytes: &[u8]) {
-        self.0.write(bytes);
-    }
-
-    /// The hash of all bytes added.
-    pub fn finish(self) -> u128 {
-        self.0.finish_128()
-    }
-}
-
-impl Default for ChunkHasher {
-    fn default() -> ChunkHasher {
-        ChunkHasher::new()
-    }
+    chunk_hash(table)
 }
 
 /// The table's bytes: the hashes in chunk order, little-endian, [`HASH_BYTES`] each.
@@ -145,7 +120,7 @@ mod tests {
                 hasher.update(&bytes[start..cut]);
                 start = cut;
             }
-            prop_assert_eq!(hasher.finish(), chunk_hash(&bytes));
+            prop_assert_eq!(hasher.finish(), twox_hash::XxHash3_128::oneshot(&bytes));
         }
     }
 }

@@ -4,11 +4,11 @@
 use std::collections::VecDeque;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{ChunkHasher, SlotRecord};
+use crate::format::SlotRecord;
 use crate::load::padded;
 use crate::load::plan::{pieces, Part, Piece};
 use crate::medium::{Io, IoOp, IoSink};
-use crate::persist::Persister;
+use crate::persist::{ChunkHasher, Persister};
 use crate::staging::StagingBuffer;
 use crate::store::Region;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,8 +17,8 @@ use crate::sync::{thread, Arc, Condvar, Mutex};
 /// Reads kept in flight by each thread.
 const WINDOW: usize = 4;
 
-/// Piece in which a chunk is hashed and then copied out of the cache.
-const PIECE_BYTES: usize = 2 << 10;
+/// Piece in which a chunk is hashed and then copied out of the first-level cache.
+const PIECE_BYTES: usize = 16 << 10;
 
 /// One chunk to read and where its bytes go.
 struct Job<'a> {

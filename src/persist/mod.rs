@@ -1,6 +1,6 @@
-//! Copies that bypass the cache, flushes of cache lines, and the fence that makes both durable.
+//! Copies that bypass the cache, hashing in the same pass, flushes of cache lines, and the fence that makes copies durable.
 //!
-//! The only room with machine instructions. One file per architecture, each with the same four functions;
+//! The only room with machine instructions. One file per architecture, each with the same functions;
 //! which instructions are used is decided once, at run time, by [`Persister::detect`].
 //!
 //! # Contract
@@ -13,6 +13,9 @@
 //! that need not survive anything.
 #![expect(unsafe_code, reason = "this room is the crate's only home of machine instructions")]
 
+mod blocks;
+mod hasher;
+
 // `--cfg pcc_portable` chooses the portable path anywhere, so that it is tested, too.
 #[cfg(all(target_arch = "aarch64", not(pcc_portable)))]
 #[path = "aarch64.rs"]
@@ -24,6 +27,11 @@ mod arch;
 #[path = "x86_64.rs"]
 mod arch;
 
+pub use hasher::ChunkHasher;
+
+use crate::sync::OnceLock;
+use blocks::{Secret, Sums, BLOCK_BYTES};
+
 /// Unit in which the copies work: one cache line on x86-64. Longer lines elsewhere are the flush's business.
 const LINE_BYTES: usize = 64;
 
@@ -34,9 +42,11 @@ pub struct Persister {
 }
 
 impl Persister {
-    /// The best instructions that this processor and operating system allow.
+    /// The best instructions that this processor and operating system allow. They are asked once: a virtual machine may
+    /// answer slowly.
     pub fn detect() -> Self {
-        Persister { path: arch::detect() }
+        static DETECTED: OnceLock<Persister> = OnceLock::new();
+        *DETECTED.get_or_init(|| Persister { path: arch::detect() })
     }
 
     /// Every choice that works on this machine, best first. For tests and measurements.
@@ -127,6 +137,32 @@ impl Persister {
         if len > 0 {
             // SAFETY: the caller's promise, and the range is not empty.
             unsafe { arch::flush_lines(self.path, start, len) };
+        }
+    }
+
+    /// Adds whole blocks to the sums of an XXH3 hash.
+    fn hash_blocks(&self, sums: &mut Sums, blocks: &[u8], secret: &Secret) {
+        debug_assert!(blocks.len().is_multiple_of(BLOCK_BYTES));
+        arch::hash_blocks(self.path, sums, blocks, secret);
+    }
+
+    /// The same, while they are copied around the caches as by [`Persister::copy_durable`].
+    ///
+    /// # Safety
+    ///
+    /// `dst` must be aligned to a line, writable for the length of `blocks`, and not overlap with them.
+    unsafe fn hash_and_copy_blocks(&self, sums: &mut Sums, dst: *mut u8, blocks: &[u8], secret: &Secret) {
+        debug_assert!(blocks.len().is_multiple_of(BLOCK_BYTES) && dst.addr().is_multiple_of(LINE_BYTES));
+        // SAFETY: the caller's promise.
+        if unsafe { arch::hash_and_copy_blocks(self.path, sums, dst, blocks, secret) } {
+            return;
+        }
+        for (index, block) in blocks.chunks_exact(BLOCK_BYTES).enumerate() {
+            self.hash_blocks(sums, block, secret);
+            // SAFETY: the block's place within the caller's.
+            let to = unsafe { dst.add(index * BLOCK_BYTES) };
+            // SAFETY: aligned, as blocks are whole lines, and within the caller's ranges.
+            unsafe { arch::copy_lines::<true>(self.path, to, block.as_ptr(), BLOCK_BYTES) };
         }
     }
 

@@ -5,8 +5,13 @@
 //! without it the hardware's prefetcher starts too late in the wide loops (9 instead of 13 GB/s measured). A
 //! prefetch beyond the source is harmless: it never faults.
 
+#[path = "x86_64_blocks.rs"]
+mod blocks;
+
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
+
+pub(super) use blocks::{hash_and_copy_blocks, hash_blocks};
 
 /// SFENCE waits for non-temporal stores and write-backs to reach the persistent (ADR) domain.
 pub(super) const REACHES_PERSISTENCE: bool = true;

@@ -6,7 +6,8 @@
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use crate::error::Result;
-use crate::format::{ChunkHasher, BLOCK_BYTES};
+use crate::format::BLOCK_BYTES;
+use crate::persist::ChunkHasher;
 use crate::save::core::{internal, ChunkWork, SaveCore};
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;

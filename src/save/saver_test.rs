@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::format::ChunkHasher;
 use crate::medium::sim::{SimMedium, SimModel};
+use crate::persist::ChunkHasher;
 use crate::source::Source;
 use crate::staging::{StagingOptions, StagingPool};
 use crate::store::{format_medium, FormatOptions, OpenOptions};

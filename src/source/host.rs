@@ -2,14 +2,8 @@
 #![expect(unsafe_code, reason = "reads memory that C callers lend until the save is copied")]
 
 use crate::error::Result;
-use crate::format::ChunkHasher;
-use crate::persist::Persister;
+use crate::persist::{ChunkHasher, Persister};
 use crate::source::Source;
-
-/// Piece in which large tensors pass through the first-level cache: hashed where they lie, then copied around the cache.
-/// Small enough that hashing costs next to nothing beside the copy (1 to 4 KiB are alike, 128 KiB costs a fifth). A
-/// trainer that breaks its promise and changes the state between the two gets a checkpoint that does not verify.
-const PIECE_BYTES: usize = 2 << 10;
 
 /// Gathered bytes are hashed at the latest when there are this many, while they are in the cache.
 const GATHERED_MAX_BYTES: usize = 128 << 10;
@@ -107,18 +101,10 @@ impl Source for HostSource {
                 continue;
             }
             self.gathered(&dst[gathered_from..done], hasher, write_back);
-            for piece in src.chunks(PIECE_BYTES) {
-                hasher.update(piece);
-                let to = &mut dst[done..done + piece.len()];
-                let (to, from, len) = (to.as_mut_ptr(), piece.as_ptr(), piece.len());
-                match write_back {
-                    // SAFETY: `to` and `piece` are distinct, valid and of the same length.
-                    true => unsafe { self.persister.copy_durable(to, from, len) },
-                    // SAFETY: as above.
-                    false => unsafe { self.persister.copy_streaming(to, from, len) },
-                }
-                done += piece.len();
-            }
+            let to = dst[done..done + src.len()].as_mut_ptr();
+            // SAFETY: as long as `src`, and distinct: nobody else has `dst`.
+            unsafe { hasher.copy(to, src, write_back) };
+            done += src.len();
             gathered_from = done;
         }
         self.gathered(&dst[gathered_from..done], hasher, write_back);

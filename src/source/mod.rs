@@ -5,7 +5,7 @@ mod host;
 pub use host::{HostSegment, HostSource};
 
 use crate::error::Result;
-use crate::format::ChunkHasher;
+use crate::persist::ChunkHasher;
 
 /// The payload of one save, readable at any offset until it is dropped.
 pub trait Source: Send + Sync {

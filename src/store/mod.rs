@@ -11,7 +11,7 @@ pub use format::format_medium;
 pub use grow::LeftOut;
 pub use options::{
     FormatOptions, OpenOptions, DEFAULT_CHUNK_BYTES, DEFAULT_LOCK_WAIT, DEFAULT_STAGING_BYTES, MAX_IN_FLIGHT,
-    MAX_WRITERS,
+    MAX_REWRITE_EVERY, MAX_WRITERS,
 };
 pub(crate) use region::Content;
 pub use region::{read_table, Claimed, Region};

@@ -90,6 +90,13 @@ impl State {
         }
     }
 
+    /// Changes the page at a byte, and nothing else.
+    pub fn change_at(&mut self, byte: usize) {
+        self.round += 1;
+        let round = self.round;
+        self.block[byte..byte + 8].copy_from_slice(&round.to_le_bytes());
+    }
+
     /// Shapes of the large and the small tensor of each part.
     pub fn shapes(&self) -> [[u64; 1]; 2] {
         let part = self.block.len() / PARTS;

@@ -1,12 +1,20 @@
 //! What the machine can do at best: plain O_DIRECT transfers of one block of memory, and plain copying; on a file system in
-//! memory also plain copying into a mapped file.
+//! memory also plain copying into a mapped file, through the caches and around them.
 //!
-//! Nothing of the engine is used: no chunks, no staging, no hashing, no protocol. Memory is the same huge-page block
-//! that the engine saves, so not even a copy stands between it and the disk.
+//! Nothing of the engine is used but its loops for copying around the caches and for hashing: no chunks, no staging, no
+//! protocol. Memory is the same huge-page block that the engine saves, so not even a copy stands between it and the disk.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`by_hand`] | the flushes and writes of the smallest save |
+//! | [`processor`] | plain copying, plain hashing, processor time |
 #![expect(
     unsafe_code,
     reason = "ring entries carry raw pointers to buffers, a mapping is written through one"
 )]
+
+mod by_hand;
+mod processor;
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -17,13 +25,19 @@ use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types, IoUring};
 use memmap2::{MmapOptions, MmapRaw};
+use pccheck::persist::Persister;
 use pccheck::{Error, ErrorKind, Result};
+
+pub use by_hand::ByHand;
+pub use processor::{copy, hash, process_time};
 
 const OP: &str = "plain transfer";
 /// Operations in flight and bytes of each that are tried; the fastest is the ceiling.
 const MODES: [(usize, usize); 5] = [(4, 4 << 20), (8, 4 << 20), (4, 1 << 20), (4, 16 << 20), (2, 16 << 20)];
 /// Trials of each mode; the best counts.
 const TRIALS: usize = 3;
+/// Threads that write pieces.
+const PIECE_WRITERS: usize = 4;
 
 /// Direction of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +66,8 @@ pub enum Way {
     Threads,
     /// As many threads, which copy between the memory and a mapping of the file.
     Mapping,
+    /// The same by stores that go around the caches; for writing.
+    Streaming,
 }
 
 /// A file of the state's size, preallocated and written, and the fastest ways to write and to read it.
@@ -101,8 +117,11 @@ impl Plain {
             let depth = thread::available_parallelism().map_or(2, |cores| cores.get());
             modes.push(Mode { depth, bytes: source.len().div_ceil(depth), way: Way::Mapping });
         }
-        plain.write_mode = plain.fastest(&modes, |plain, mode| plain.write_in(source, 1, mode))?;
         plain.read_mode = plain.fastest(&modes, |plain, mode| plain.read_in(copy, mode))?;
+        if let Some(&mapping) = modes.last().filter(|_| plain.mapping.is_some()) {
+            modes.push(Mode { way: Way::Streaming, ..mapping });
+        }
+        plain.write_mode = plain.fastest(&modes, |plain, mode| plain.write_in(source, 1, mode))?;
         Ok(plain)
     }
 
@@ -129,6 +148,22 @@ impl Plain {
         self.read_in(to, self.read_mode)
     }
 
+    /// Writes pieces to their offsets, several at once, then makes them durable; how long that took.
+    pub fn write_pieces(&self, pieces: &[(u64, &[u8])]) -> Result<Duration> {
+        let began = Instant::now();
+        let threads = PIECE_WRITERS.min(pieces.len().max(1));
+        let write = |share: usize| {
+            let mut mine = pieces.iter().skip(share).step_by(threads);
+            mine.try_for_each(|&(at, piece)| self.file.write_all_at(piece, at))
+        };
+        let written: std::io::Result<()> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|share| scope.spawn(move || write(share))).collect();
+            threads.into_iter().try_for_each(joined)
+        });
+        written.and_then(|()| self.file.sync_data()).map_err(|e| self.failed(&e))?;
+        Ok(began.elapsed())
+    }
+
     fn write_in(&self, source: &[u8], times: usize, mode: Mode) -> Result<Duration> {
         let began = Instant::now();
         match mode.way {
@@ -136,11 +171,14 @@ impl Plain {
             Way::Ring => unsafe {
                 self.through_ring(Direction::Write, source.as_ptr().cast_mut(), source.len(), times, mode)
             }?,
-            Way::Mapping => {
+            Way::Mapping | Way::Streaming => {
                 // SAFETY: nobody else uses the mapping: each call ends before the next one begins.
                 let mapped = unsafe { self.mapped() };
                 for _ in 0..times {
-                    let _ = self::copy(source, mapped, mode.depth);
+                    let _ = match mode.way {
+                        Way::Streaming => stream(source, mapped, mode.depth),
+                        _ => copy(source, mapped, mode.depth),
+                    };
                 }
             }
             Way::Threads => {
@@ -159,10 +197,10 @@ impl Plain {
         match mode.way {
             // SAFETY: `to` is borrowed exclusively until every operation has completed.
             Way::Ring => unsafe { self.through_ring(Direction::Read, to.as_mut_ptr(), to.len(), 1, mode) }?,
-            Way::Mapping => {
+            Way::Mapping | Way::Streaming => {
                 // SAFETY: as in `write_in`.
                 let mapped = unsafe { self.mapped() };
-                let _ = self::copy(mapped, to, mode.depth);
+                let _ = copy(mapped, to, mode.depth);
             }
             Way::Threads => {
                 in_threads(mode, to.chunks_mut(mode.bytes), |at, piece| self.file.read_exact_at(piece, at))
@@ -278,22 +316,22 @@ fn in_threads<P: Send>(
             .into_iter()
             .map(|share| scope.spawn(move || share.into_iter().try_for_each(|(at, piece)| work(at, piece))))
             .collect();
-        threads.into_iter().try_for_each(|thread| {
-            thread.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread panicked")))
-        })
+        threads.into_iter().try_for_each(joined)
     })
 }
 
-/// Copies `from` to `to` with `threads` threads, each a contiguous part at once; how long that took.
-pub fn copy(from: &[u8], to: &mut [u8], threads: usize) -> Duration {
-    let began = Instant::now();
-    let part = from.len().div_ceil(threads.max(1)).max(1);
-    thread::scope(|scope| {
-        for (from, to) in from.chunks(part).zip(to.chunks_mut(part)) {
-            scope.spawn(move || to.copy_from_slice(from));
-        }
-    });
-    began.elapsed()
+fn joined(thread: thread::ScopedJoinHandle<'_, std::io::Result<()>>) -> std::io::Result<()> {
+    thread.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread panicked")))
+}
+
+/// Copies around the caches with `threads` threads, each a contiguous part at once; how long that took.
+fn stream(from: &[u8], to: &mut [u8], threads: usize) -> Duration {
+    let persister = Persister::detect();
+    processor::in_parts(from, to, threads, |from, to| {
+        // SAFETY: both are of the same length and borrowed, `to` exclusively.
+        unsafe { persister.copy_streaming(to.as_mut_ptr(), from.as_ptr(), from.len()) };
+        persister.fence();
+    })
 }
 
 #[cfg(test)]
@@ -315,9 +353,12 @@ mod tests {
             plain.read_in(&mut copied, mode).unwrap();
             assert!(&copied[..] == state.bytes());
         }
-        copied.fill(0);
-        copy(state.bytes(), &mut copied, 3);
-        assert!(&copied[..] == state.bytes());
+        state.change();
+        let third = state.bytes().len() / 3 / 4096 * 4096;
+        let pieces = [0, 2 * third, third].map(|at| (at as u64, &state.bytes()[at..at + third]));
+        plain.write_pieces(&pieces).unwrap();
+        plain.read(&mut copied).unwrap();
+        assert!(copied[..3 * third] == state.bytes()[..3 * third]);
     }
 
     #[test]
@@ -329,10 +370,13 @@ mod tests {
         assert!(plain.mapping.is_some());
         state.change();
         let mode = Mode { depth: 2, bytes: state.bytes().len() / 2, way: Way::Mapping };
-        plain.write_in(state.bytes(), 2, mode).unwrap();
-        copied.fill(0);
-        plain.read_in(&mut copied, Mode { depth: 2, bytes: 1 << 18, way: Way::Threads }).unwrap();
-        assert!(&copied[..] == state.bytes());
+        for way in [Way::Mapping, Way::Streaming] {
+            state.change();
+            plain.write_in(state.bytes(), 2, Mode { way, ..mode }).unwrap();
+            copied.fill(0);
+            plain.read_in(&mut copied, Mode { depth: 2, bytes: 1 << 18, way: Way::Threads }).unwrap();
+            assert!(&copied[..] == state.bytes());
+        }
         copied.fill(0);
         plain.read_in(&mut copied, mode).unwrap();
         assert!(&copied[..] == state.bytes());

@@ -1,51 +1,16 @@
-//! Medians, spreads and ratios of what was measured; tables and JSON.
+//! Ratios of what was measured; tables and JSON.
 
 use std::time::Duration;
 
-use pccheck::Result;
+use pccheck::medium::MediumKind;
 use serde_json::{json, Value};
 
-use super::ceiling::{Mode, Way};
-use super::measure::{Measurement, Round};
-use super::Args;
+use super::super::ceiling::{Mode, Way};
+use super::super::figures::{ms, over, us, Spread};
+use super::{Measurement, Round};
 use crate::commands::medium_name;
 use crate::table::Table;
-use crate::{output, units};
-
-/// Median, least and greatest of some figures.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(figures: impl Iterator<Item = f64>) -> Spread {
-        let mut sorted: Vec<f64> = figures.collect();
-        sorted.sort_by(f64::total_cmp);
-        let middle = sorted.len() / 2;
-        let median = match sorted.len() {
-            0 => 0.0,
-            n if n % 2 == 1 => sorted[middle],
-            _ => (sorted[middle - 1] + sorted[middle]) / 2.0,
-        };
-        Spread {
-            median,
-            min: sorted.first().copied().unwrap_or(0.0),
-            max: sorted.last().copied().unwrap_or(0.0),
-        }
-    }
-
-    fn text(&self, digits: usize) -> String {
-        let Spread { median, min, max } = self;
-        format!("{median:.digits$} ({min:.digits$}-{max:.digits$})")
-    }
-
-    fn json(&self) -> Value {
-        json!({ "median": self.median, "min": self.min, "max": self.max })
-    }
-}
+use crate::units;
 
 /// The figures of one setting that people ask for. Rates in 10^9 bytes per second, times in milliseconds.
 struct Figures {
@@ -58,6 +23,10 @@ struct Figures {
     restore: Spread,
     plain_read: Spread,
     restore_ratio: Spread,
+    /// Processor seconds for 10^9 bytes.
+    cpu: Spread,
+    plain_cpu: Spread,
+    cpu_ratio: Spread,
     /// Peak memory beyond the staging pool.
     beyond_pool_bytes: Option<i64>,
 }
@@ -68,8 +37,7 @@ impl Figures {
         let saved = bytes * u64::from(measured.setting.in_flight);
         let spread = |figure: &dyn Fn(&Round) -> f64| Spread::of(measured.rounds.iter().map(figure));
         let rate = |bytes: u64, time: Duration| units::gb_per_s(bytes, time.as_secs_f64());
-        let over = |above: f64, below: f64| if below > 0.0 { above / below } else { 0.0 };
-        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let per_gb = |time: Duration, bytes: u64| over(time.as_secs_f64() * 1e9, bytes as f64);
         Figures {
             durable: spread(&|r| rate(saved, r.durable)),
             plain_write: spread(&|r| rate(saved, r.plain_write)),
@@ -80,6 +48,9 @@ impl Figures {
             restore: spread(&|r| rate(bytes, r.restore)),
             plain_read: spread(&|r| rate(bytes, r.plain_read)),
             restore_ratio: spread(&|r| over(rate(bytes, r.restore), rate(bytes, r.plain_read))),
+            cpu: spread(&|r| per_gb(r.cpu, saved)),
+            plain_cpu: spread(&|r| per_gb(r.plain_cpu, bytes)),
+            cpu_ratio: spread(&|r| over(per_gb(r.cpu, saved), per_gb(r.plain_cpu, bytes))),
             beyond_pool_bytes: measured
                 .extra_bytes
                 .map(|extra| extra as i64 - measured.setting.staging_bytes as i64),
@@ -87,25 +58,21 @@ impl Figures {
     }
 }
 
-/// Prints everything.
-pub fn publish(args: &Args, results: &[Measurement]) -> Result<()> {
+/// All tables.
+pub fn tables(results: &[Measurement]) -> String {
     let figures: Vec<Figures> = results.iter().map(Figures::of).collect();
-    if args.json {
-        let settings: Vec<Value> = results.iter().zip(&figures).map(|(m, f)| to_json(m, f)).collect();
-        return output::print_json(&json!({ "repeat": args.repeat, "settings": settings }));
-    }
     let mut text = String::from("Settings\n");
     text += &settings_table(results);
     text += "\nSaving: from begin to durable, GB/s: median (least-greatest); ratio to plain writing\n";
     let mut rows =
-        Table::new(&["#", "first save", "durable GB/s", "plain GB/s", "ratio", "<plain writing by"]);
+        Table::new(&["#", "first save", "durable GB/s", "plain GB/s", "ratio [95%]", "<plain writing by"]);
     for (number, (m, f)) in results.iter().zip(&figures).enumerate() {
         rows.row(vec![
             (number + 1).to_string(),
             format!("{:.2}", units::gb_per_s(m.state_bytes, m.first.1.as_secs_f64())),
             f.durable.text(2),
             f.plain_write.text(2),
-            format!("{:.2}", f.durable_ratio.median),
+            f.durable_ratio.interval_text(),
             mode_text(m.write_mode, m.plain_direct),
         ]);
     }
@@ -120,20 +87,36 @@ pub fn publish(args: &Args, results: &[Measurement]) -> Result<()> {
             f.copied_ms.text(1),
             f.plain_copy_ms.text(1),
             format!("{:.2}", f.copied_ratio.median),
-            if holds { "the pool holds the state" } else { "waits for the disk: the pool is smaller" }
-                .to_string(),
+            match (m.medium.kind, holds) {
+                (MediumKind::Direct, true) => "the pool holds the state",
+                (MediumKind::Direct, false) => "waits for the disk: the pool is smaller",
+                _ => "stored in place",
+            }
+            .to_string(),
         ]);
     }
     text += &rows.render();
     text += "\nRestoring with verification, GB/s; ratio to plain reading\n";
-    let mut rows = Table::new(&["#", "restore GB/s", "plain GB/s", "ratio", "<plain reading by"]);
+    let mut rows = Table::new(&["#", "restore GB/s", "plain GB/s", "ratio [95%]", "<plain reading by"]);
     for (number, (m, f)) in results.iter().zip(&figures).enumerate() {
         rows.row(vec![
             (number + 1).to_string(),
             f.restore.text(2),
             f.plain_read.text(2),
-            format!("{:.2}", f.restore_ratio.median),
+            f.restore_ratio.interval_text(),
             mode_text(m.read_mode, m.plain_direct),
+        ]);
+    }
+    text += &rows.render();
+    text += "\nProcessor seconds for 10^9 bytes until durable, all threads and the kernel's work for them; beside\n\
+             hashing and one copy alone\n";
+    let mut rows = Table::new(&["#", "save s/GB", "hash and copy s/GB", "ratio [95%]"]);
+    for (number, f) in figures.iter().enumerate() {
+        rows.row(vec![
+            (number + 1).to_string(),
+            f.cpu.text(3),
+            f.plain_cpu.text(3),
+            f.cpu_ratio.interval_text(),
         ]);
     }
     text += &rows.render();
@@ -151,7 +134,7 @@ pub fn publish(args: &Args, results: &[Measurement]) -> Result<()> {
         ]);
     }
     text += &rows.render();
-    output::print(&text)
+    text
 }
 
 fn settings_table(results: &[Measurement]) -> String {
@@ -177,13 +160,15 @@ fn mode_text(mode: Mode, direct: bool) -> String {
         Way::Ring => "io_uring",
         Way::Threads => "threads",
         Way::Mapping => return format!("copying, {} threads, mapped file", mode.depth),
+        Way::Streaming => return format!("copying around the caches, {} threads, mapped file", mode.depth),
     };
     let cached = if direct { "" } else { ", page cache" };
     format!("{by}, {} x {}{cached}", mode.depth, units::size(mode.bytes as u64))
 }
 
-fn to_json(m: &Measurement, f: &Figures) -> Value {
-    let us = |time: Duration| time.as_micros() as u64;
+/// One setting, with every repetition.
+pub fn json(m: &Measurement) -> Value {
+    let f = Figures::of(m);
     let rounds: Vec<Value> = m
         .rounds
         .iter()
@@ -195,6 +180,8 @@ fn to_json(m: &Measurement, f: &Figures) -> Value {
                 "plain_copy_us": us(round.plain_copy),
                 "restore_us": us(round.restore),
                 "plain_read_us": us(round.plain_read),
+                "cpu_us": us(round.cpu),
+                "hash_and_copy_cpu_us": us(round.plain_cpu),
             })
         })
         .collect();
@@ -221,20 +208,11 @@ fn to_json(m: &Measurement, f: &Figures) -> Value {
         "restore_gb_per_s": f.restore.json(),
         "plain_read_gb_per_s": f.plain_read.json(),
         "restore_ratio": f.restore_ratio.json(),
+        "cpu_s_per_gb": f.cpu.json(),
+        "hash_and_copy_cpu_s_per_gb": f.plain_cpu.json(),
+        "cpu_ratio": f.cpu_ratio.json(),
         "extra_bytes": m.extra_bytes,
         "beyond_pool_bytes": f.beyond_pool_bytes,
         "rounds": rounds,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn medians_stand_in_the_middle() {
-        assert_eq!(Spread::of([3.0, 1.0, 2.0].into_iter()), Spread { median: 2.0, min: 1.0, max: 3.0 });
-        assert_eq!(Spread::of([4.0, 1.0].into_iter()).median, 2.5);
-        assert_eq!(Spread::of([].into_iter()).median, 0.0);
-    }
 }
