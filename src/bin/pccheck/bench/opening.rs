@@ -90,7 +90,7 @@ pub fn run(bed: &mut Bed, setting: &Setting) -> Result<Measured> {
 
 pub fn table(results: &[Measured]) -> String {
     let mut text = String::from(
-        "\nFormatting, opening with recovery (beyond: what touching the pool does not account for), and the first\n\
+        "\nFormatting, opening with recovery (beyond: what touching the pool does not explain), and the first\n\
          save after opening over later ones\n",
     );
     let columns =
