@@ -81,6 +81,9 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size, value_delimiter = ',',
           default_values_t = [DEFAULT_CHUNK_BYTES])]
     chunk: Vec<u64>,
+    /// Operations in flight on `direct`; the engine's default unless given.
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=4096))]
+    queue_depth: Vec<u32>,
     /// Bytes of the staging pool, or `state` for one that holds the state.
     #[arg(long, value_name = "SIZE", value_parser = parse_staging, value_delimiter = ',',
           default_values_t = [Staging::Bytes(DEFAULT_STAGING_BYTES), Staging::State])]
@@ -170,6 +173,7 @@ struct Setting {
     staging_bytes: u64,
     medium: Medium,
     backend: Backend,
+    queue_depth: u32,
 }
 
 /// What all measurements of one size share.
@@ -236,7 +240,8 @@ pub fn run(args: &Args) -> Result<()> {
         let state = State::new(size)?;
         let mut copy = HugeBlock::new(state.bytes().len())?;
         let scratch = Scratch::new(&args.dir, "plain");
-        let plain = Plain::prepare(&scratch.path, state.bytes(), &mut copy)?;
+        let places = settings.iter().map(|setting| setting.in_flight as usize + 1).max().unwrap_or(1);
+        let plain = Plain::prepare(&scratch.path, state.bytes(), &mut copy, places)?;
         let (dir, repeat, bar) = (args.dir.clone(), args.repeat, bar.clone());
         let mut bed = Bed { dir, repeat, state, copy, plain, bar };
         for setting in &settings {
@@ -315,6 +320,7 @@ fn open_options(setting: &Setting) -> OpenOptions {
         staging_bytes: setting.staging_bytes,
         chunk_bytes: setting.chunk_bytes,
         writers: setting.writers,
+        queue_depth: setting.queue_depth,
         ..OpenOptions::default()
     }
 }
@@ -329,40 +335,56 @@ fn settings_for(args: &Args, state_bytes: u64) -> Result<Vec<Setting>> {
             units::size(state_bytes)
         ));
     }
-    let default_writers = [pccheck::store::OpenOptions::default().writers];
-    let writers = if args.writers.is_empty() { &default_writers[..] } else { &args.writers };
-    let mut settings = Vec::new();
-    let media =
-        args.medium.iter().flat_map(|&medium| args.backend.iter().map(move |&backend| (medium, backend)));
-    for (medium, backend) in media {
-        for &in_flight in &args.in_flight {
-            for &writers in writers {
-                for &chunk_bytes in &args.chunk {
-                    if chunk_bytes % BLOCK_BYTES != 0 {
-                        return invalid(format!(
-                            "expected --chunk to be a multiple of {BLOCK_BYTES}, found {chunk_bytes}"
-                        ));
-                    }
-                    for &staging in &args.staging {
-                        let staging_bytes = match staging {
-                            Staging::Bytes(bytes) => bytes,
-                            Staging::State => {
-                                (state_bytes.div_ceil(chunk_bytes) + SPARE_BUFFERS) * chunk_bytes
-                            }
-                        };
-                        settings.push(Setting {
-                            state_bytes,
-                            in_flight,
-                            writers,
-                            chunk_bytes,
-                            staging_bytes,
-                            medium,
-                            backend,
-                        });
-                    }
-                }
+    if let Some(&chunk_bytes) = args.chunk.iter().find(|&chunk_bytes| chunk_bytes % BLOCK_BYTES != 0) {
+        return invalid(format!("expected --chunk to be a multiple of {BLOCK_BYTES}, found {chunk_bytes}"));
+    }
+    let defaults = OpenOptions::default();
+    let writers = or_default(&args.writers, defaults.writers);
+    let depths = or_default(&args.queue_depth, defaults.queue_depth);
+    let first = Setting {
+        state_bytes,
+        in_flight: 1,
+        writers: defaults.writers,
+        chunk_bytes: DEFAULT_CHUNK_BYTES,
+        staging_bytes: DEFAULT_STAGING_BYTES,
+        medium: Medium::Auto,
+        backend: Backend::Auto,
+        queue_depth: defaults.queue_depth,
+    };
+    let mut settings = vec![first];
+    vary(&mut settings, &args.medium, |setting, &medium| setting.medium = medium);
+    vary(&mut settings, &args.backend, |setting, &backend| setting.backend = backend);
+    vary(&mut settings, &args.in_flight, |setting, &in_flight| setting.in_flight = in_flight);
+    vary(&mut settings, &writers, |setting, &writers| setting.writers = writers);
+    vary(&mut settings, &depths, |setting, &depth| setting.queue_depth = depth);
+    vary(&mut settings, &args.chunk, |setting, &chunk_bytes| setting.chunk_bytes = chunk_bytes);
+    vary(&mut settings, &args.staging, |setting, staging| {
+        setting.staging_bytes = match *staging {
+            Staging::Bytes(bytes) => bytes,
+            Staging::State => {
+                (state_bytes.div_ceil(setting.chunk_bytes) + SPARE_BUFFERS) * setting.chunk_bytes
             }
         }
-    }
+    });
     Ok(settings)
+}
+
+/// Each setting with each of the values.
+fn vary<T>(settings: &mut Vec<Setting>, values: &[T], set: impl Fn(&mut Setting, &T)) {
+    let varied = settings.iter().flat_map(|setting| {
+        values.iter().map(|value| {
+            let mut setting = *setting;
+            set(&mut setting, value);
+            setting
+        })
+    });
+    *settings = varied.collect();
+}
+
+fn or_default(given: &[u32], default: u32) -> Vec<u32> {
+    if given.is_empty() {
+        vec![default]
+    } else {
+        given.to_vec()
+    }
 }

@@ -70,10 +70,15 @@ pub enum Way {
     Streaming,
 }
 
-/// A file of the state's size, preallocated and written, and the fastest ways to write and to read it.
+/// A file with places for the state, preallocated and written, and the fastest ways to write and to read it.
 pub struct Plain {
     file: File,
     path: PathBuf,
+    /// Bytes of one place.
+    place_bytes: usize,
+    places: usize,
+    /// Writes so far; each goes to the next place, as saves go from slot to slot.
+    written: usize,
     /// Of files in memory, which have no flush that it would evade.
     mapping: Option<MmapRaw>,
     /// False where the file system refuses O_DIRECT: then transfers go through the page cache.
@@ -85,8 +90,8 @@ pub struct Plain {
 }
 
 impl Plain {
-    /// Creates the file, writes `source` to it, and finds the fastest modes. `copy` is overwritten.
-    pub fn prepare(path: &Path, source: &[u8], copy: &mut [u8]) -> Result<Plain> {
+    /// Creates the file, writes `source` to each of its places, and finds the fastest modes. `copy` is overwritten.
+    pub fn prepare(path: &Path, source: &[u8], copy: &mut [u8], places: usize) -> Result<Plain> {
         let failed = |e: &std::io::Error| Error::io(OP, e).at_path(path);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(true);
@@ -98,20 +103,34 @@ impl Plain {
             Err(e) => return Err(failed(&e)),
         };
         // SAFETY: touches no memory; the descriptor is the file's.
-        let allocated = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, source.len() as libc::off_t) };
+        let allocated =
+            unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, (source.len() * places) as libc::off_t) };
         if allocated != 0 {
             return Err(failed(&std::io::Error::from_raw_os_error(allocated)));
         }
         let mapping = match in_memory(&file) {
-            true => Some(MmapOptions::new().len(source.len()).map_raw(&file).map_err(|e| failed(&e))?),
+            true => {
+                Some(MmapOptions::new().len(source.len() * places).map_raw(&file).map_err(|e| failed(&e))?)
+            }
             false => None,
         };
         let way = if IoUring::new(2).is_ok() { Way::Ring } else { Way::Threads };
         let first = Mode { depth: MODES[0].0, bytes: MODES[0].1, way };
         let path = path.to_path_buf();
-        let mut plain = Plain { file, path, mapping, direct, write_mode: first, read_mode: first };
+        let place_bytes = source.len();
+        let mut plain = Plain {
+            file,
+            path,
+            place_bytes,
+            places,
+            written: 0,
+            mapping,
+            direct,
+            write_mode: first,
+            read_mode: first,
+        };
         // Allocated extents are slower until they were written once.
-        plain.write(source, 1)?;
+        plain.write(source, places)?;
         let mut modes = MODES.map(|(depth, bytes)| Mode { depth, bytes, way }).to_vec();
         if plain.mapping.is_some() {
             let depth = thread::available_parallelism().map_or(2, |cores| cores.get());
@@ -125,7 +144,11 @@ impl Plain {
         Ok(plain)
     }
 
-    fn fastest(&self, modes: &[Mode], mut run: impl FnMut(&Plain, Mode) -> Result<Duration>) -> Result<Mode> {
+    fn fastest(
+        &mut self,
+        modes: &[Mode],
+        mut run: impl FnMut(&mut Plain, Mode) -> Result<Duration>,
+    ) -> Result<Mode> {
         let mut best = (Duration::MAX, self.write_mode);
         for _ in 0..TRIALS {
             for &mode in modes {
@@ -138,23 +161,24 @@ impl Plain {
         Ok(best.1)
     }
 
-    /// Writes `source` to the file so many times in one go, then makes it durable; how long that took.
-    pub fn write(&self, source: &[u8], times: usize) -> Result<Duration> {
+    /// Writes `source` so many times in one go, each time to the next place, then makes it durable; how long that took.
+    pub fn write(&mut self, source: &[u8], times: usize) -> Result<Duration> {
         self.write_in(source, times, self.write_mode)
     }
 
-    /// Reads the start of the file to `to`; how long that took.
+    /// Reads the place that was written last to `to`; how long that took.
     pub fn read(&self, to: &mut [u8]) -> Result<Duration> {
         self.read_in(to, self.read_mode)
     }
 
-    /// Writes pieces to their offsets, several at once, then makes them durable; how long that took.
+    /// Writes pieces to their offsets in the place that was written last, several at once, then makes them durable; how long that took.
     pub fn write_pieces(&self, pieces: &[(u64, &[u8])]) -> Result<Duration> {
+        let place = self.place();
         let began = Instant::now();
         let threads = PIECE_WRITERS.min(pieces.len().max(1));
         let write = |share: usize| {
             let mut mine = pieces.iter().skip(share).step_by(threads);
-            mine.try_for_each(|&(at, piece)| self.file.write_all_at(piece, at))
+            mine.try_for_each(|&(at, piece)| self.file.write_all_at(piece, place + at))
         };
         let written: std::io::Result<()> = thread::scope(|scope| {
             let threads: Vec<_> = (0..threads).map(|share| scope.spawn(move || write(share))).collect();
@@ -164,53 +188,71 @@ impl Plain {
         Ok(began.elapsed())
     }
 
-    fn write_in(&self, source: &[u8], times: usize, mode: Mode) -> Result<Duration> {
+    fn write_in(&mut self, source: &[u8], times: usize, mode: Mode) -> Result<Duration> {
         let began = Instant::now();
-        match mode.way {
+        if mode.way == Way::Ring {
+            let places: Vec<u64> = (0..times).map(|_| self.next_place()).collect();
+            let start = source.as_ptr().cast_mut();
             // SAFETY: writing only reads the memory.
-            Way::Ring => unsafe {
-                self.through_ring(Direction::Write, source.as_ptr().cast_mut(), source.len(), times, mode)
-            }?,
-            Way::Mapping | Way::Streaming => {
-                // SAFETY: nobody else uses the mapping: each call ends before the next one begins.
-                let mapped = unsafe { self.mapped() };
-                for _ in 0..times {
-                    let _ = match mode.way {
-                        Way::Streaming => stream(source, mapped, mode.depth),
-                        _ => copy(source, mapped, mode.depth),
-                    };
-                }
-            }
-            Way::Threads => {
-                let pass = || {
-                    in_threads(mode, source.chunks(mode.bytes), |at, piece| self.file.write_all_at(piece, at))
-                };
-                (0..times).try_for_each(|_| pass()).map_err(|e| self.failed(&e))?
+            unsafe { self.through_ring(Direction::Write, start, source.len(), &places, mode) }?;
+        } else {
+            for _ in 0..times {
+                let place = self.next_place();
+                self.write_pass(source, place, mode)?;
             }
         }
         self.file.sync_data().map_err(|e| self.failed(&e))?;
         Ok(began.elapsed())
     }
 
+    /// Writes `source` to the place once, but by a ring.
+    fn write_pass(&self, source: &[u8], place: u64, mode: Mode) -> Result<()> {
+        if mode.way == Way::Threads {
+            let write = |at: u64, piece: &[u8]| self.file.write_all_at(piece, place + at);
+            return in_threads(mode, source.chunks(mode.bytes), write).map_err(|e| self.failed(&e));
+        }
+        // SAFETY: nobody else uses the mapping: each call ends before the next one begins.
+        let mapped = unsafe { self.mapped() };
+        let _ = match mode.way {
+            Way::Streaming => stream(source, mapped, mode.depth),
+            _ => copy(source, mapped, mode.depth),
+        };
+        Ok(())
+    }
+
     fn read_in(&self, to: &mut [u8], mode: Mode) -> Result<Duration> {
+        let at = self.place();
         let began = Instant::now();
         match mode.way {
-            // SAFETY: `to` is borrowed exclusively until every operation has completed.
-            Way::Ring => unsafe { self.through_ring(Direction::Read, to.as_mut_ptr(), to.len(), 1, mode) }?,
+            Way::Ring => {
+                let start = to.as_mut_ptr();
+                // SAFETY: `to` is borrowed exclusively until every operation has completed.
+                unsafe { self.through_ring(Direction::Read, start, to.len(), &[at], mode) }?
+            }
             Way::Mapping | Way::Streaming => {
-                // SAFETY: as in `write_in`.
+                // SAFETY: as in `write_pass`.
                 let mapped = unsafe { self.mapped() };
                 let _ = copy(mapped, to, mode.depth);
             }
-            Way::Threads => {
-                in_threads(mode, to.chunks_mut(mode.bytes), |at, piece| self.file.read_exact_at(piece, at))
-                    .map_err(|e| self.failed(&e))?
-            }
+            Way::Threads => in_threads(mode, to.chunks_mut(mode.bytes), |offset, piece| {
+                self.file.read_exact_at(piece, at + offset)
+            })
+            .map_err(|e| self.failed(&e))?,
         }
         Ok(began.elapsed())
     }
 
-    /// The mapped file; empty where it is not.
+    fn next_place(&mut self) -> u64 {
+        self.written += 1;
+        self.place()
+    }
+
+    /// Where the place that was written last begins in the file.
+    fn place(&self) -> u64 {
+        (self.written % self.places * self.place_bytes) as u64
+    }
+
+    /// That place, mapped; empty where the file is not.
     ///
     /// # Safety
     ///
@@ -218,8 +260,12 @@ impl Plain {
     #[expect(clippy::mut_from_ref, reason = "the mapping is shared memory, not part of the value")]
     unsafe fn mapped(&self) -> &mut [u8] {
         match &self.mapping {
-            // SAFETY: mapped for its length; the caller's promise makes this the only reference.
-            Some(map) => unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr(), map.len()) },
+            Some(map) => {
+                // SAFETY: places lie within the mapping.
+                let start = unsafe { map.as_mut_ptr().add(self.place() as usize) };
+                // SAFETY: mapped for a place's length; the caller's promise makes this the only reference.
+                unsafe { std::slice::from_raw_parts_mut(start, self.place_bytes) }
+            }
             None => &mut [],
         }
     }
@@ -228,7 +274,7 @@ impl Plain {
         Error::io(OP, error).at_path(&self.path)
     }
 
-    /// Moves `len` bytes `times` times with `mode.depth` operations in flight; returns when all have completed.
+    /// Moves `len` bytes from or to each of the places in the file with `mode.depth` operations in flight; returns when all have completed.
     ///
     /// # Safety
     ///
@@ -238,26 +284,23 @@ impl Plain {
         direction: Direction,
         start: *mut u8,
         len: usize,
-        times: usize,
+        places: &[u64],
         mode: Mode,
     ) -> Result<()> {
-        let total = len * times;
+        let total = len * places.len();
         let mut ring = IoUring::new(mode.depth as u32).map_err(|e| self.failed(&e))?;
         let file = types::Fd(self.file.as_raw_fd());
         let (mut next, mut in_flight) = (0, 0);
         let mut failure: Option<Error> = None;
         while in_flight > 0 || (next < total && failure.is_none()) {
             while in_flight < mode.depth && next < total && failure.is_none() {
-                let at = next % len;
-                let bytes = mode.bytes.min(len - at);
-                let memory = start.wrapping_add(at);
+                let within = next % len;
+                let bytes = mode.bytes.min(len - within);
+                let memory = start.wrapping_add(within);
+                let at = places[next / len] + within as u64;
                 let entry = match direction {
-                    Direction::Write => {
-                        opcode::Write::new(file, memory, bytes as u32).offset(at as u64).build()
-                    }
-                    Direction::Read => {
-                        opcode::Read::new(file, memory, bytes as u32).offset(at as u64).build()
-                    }
+                    Direction::Write => opcode::Write::new(file, memory, bytes as u32).offset(at).build(),
+                    Direction::Read => opcode::Read::new(file, memory, bytes as u32).offset(at).build(),
                 };
                 // SAFETY: the caller's promise; the loop ends only when nothing is in flight.
                 let pushed = unsafe { ring.submission().push(&entry.user_data(bytes as u64)) };
@@ -344,7 +387,7 @@ mod tests {
         let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
         let mut state = State::new(STATE_BYTES_MIN * 3).unwrap();
         let mut copied = HugeBlock::new(state.bytes().len()).unwrap();
-        let plain = Plain::prepare(&dir.path().join("plain"), state.bytes(), &mut copied).unwrap();
+        let mut plain = Plain::prepare(&dir.path().join("plain"), state.bytes(), &mut copied, 2).unwrap();
         for way in [plain.write_mode.way, Way::Threads] {
             state.change();
             let mode = Mode { depth: 3, bytes: 1 << 18, way };
@@ -366,7 +409,7 @@ mod tests {
         let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return };
         let mut state = State::new(STATE_BYTES_MIN).unwrap();
         let mut copied = HugeBlock::new(state.bytes().len()).unwrap();
-        let plain = Plain::prepare(&dir.path().join("plain"), state.bytes(), &mut copied).unwrap();
+        let mut plain = Plain::prepare(&dir.path().join("plain"), state.bytes(), &mut copied, 2).unwrap();
         assert!(plain.mapping.is_some());
         state.change();
         let mode = Mode { depth: 2, bytes: state.bytes().len() / 2, way: Way::Mapping };

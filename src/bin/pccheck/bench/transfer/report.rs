@@ -190,6 +190,7 @@ pub fn json(m: &Measurement) -> Value {
         "in_flight": m.setting.in_flight,
         "writers": m.setting.writers,
         "chunk_bytes": m.setting.chunk_bytes,
+        "queue_depth": m.setting.queue_depth,
         "staging_bytes": m.setting.staging_bytes,
         "medium": medium_name(m.medium.kind),
         "medium_path": m.medium.path,
