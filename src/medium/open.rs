@@ -15,7 +15,7 @@ use crate::sync::Arc;
 const QUEUE_DEPTH: usize = 64;
 
 /// Threads that do blocking I/O where io_uring is refused, unless the caller says otherwise.
-const IO_THREADS: usize = 4;
+const IO_THREADS: usize = 8;
 
 /// The medium that the caller asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
