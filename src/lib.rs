@@ -17,8 +17,9 @@
 //! store, metrics     format, open, control block, durable steps, grow; counters
 //! recovery, source   records -> decision table; where state comes from
 //! medium             how bytes become persistent: dax, mmap, direct, sim
-//! slots, staging, persist   slot words; bounded buffer pool; non-temporal copies and flushes
-//! format, fork        media layout; forked children
+//! slots, staging     slot words; bounded buffer pool
+//! format             media layout
+//! persist, fork      non-temporal copies, hashing, flushes; forked children
 //! sync, error        atomics; errors
 //! ```
 #![deny(unsafe_code)]

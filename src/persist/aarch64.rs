@@ -4,7 +4,7 @@
 
 use std::arch::asm;
 
-use super::blocks::{add_blocks, Secret, Sums};
+pub(super) use super::blocks::{hash_and_copy_blocks, hash_blocks};
 
 /// DC CVAP cleans to the point of persistence; without it DC CVAC cleans to the point of coherency, which is the
 /// persistent domain of the machines that lack the former.
@@ -99,26 +99,6 @@ pub(super) unsafe fn flush_lines(path: Path, start: *const u8, len: usize) {
             Path::Cvac => unsafe { asm!("dc cvac, {}", in(reg) line, options(nostack, preserves_flags)) },
         }
     }
-}
-
-/// Adds whole blocks to the sums.
-pub(super) fn hash_blocks(_path: Path, sums: &mut Sums, blocks: &[u8], secret: &Secret) {
-    add_blocks(sums, blocks, secret);
-}
-
-/// There is no loop that does both.
-///
-/// # Safety
-///
-/// None needed: the contract is the other architectures'.
-pub(super) unsafe fn hash_and_copy_blocks(
-    _path: Path,
-    _sums: &mut Sums,
-    _dst: *mut u8,
-    _blocks: &[u8],
-    _secret: &Secret,
-) -> bool {
-    false
 }
 
 pub(super) fn fence() {

@@ -57,3 +57,32 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
         u64::from_le_bytes(array)
     })
 }
+
+#[cfg(any(pcc_portable, not(target_arch = "x86_64")))]
+pub(super) use plain::{hash_and_copy_blocks, hash_blocks};
+
+/// What architectures without loops of their own have.
+#[cfg(any(pcc_portable, not(target_arch = "x86_64")))]
+mod plain {
+    use super::{add_blocks, Secret, Sums};
+
+    /// Adds whole blocks to the sums.
+    pub(in super::super) fn hash_blocks<P>(_path: P, sums: &mut Sums, blocks: &[u8], secret: &Secret) {
+        add_blocks(sums, blocks, secret);
+    }
+
+    /// There is no loop that does both.
+    ///
+    /// # Safety
+    ///
+    /// None needed: the contract is that of other architectures.
+    pub(in super::super) unsafe fn hash_and_copy_blocks<P>(
+        _path: P,
+        _sums: &mut Sums,
+        _dst: *mut u8,
+        _blocks: &[u8],
+        _secret: &Secret,
+    ) -> bool {
+        false
+    }
+}

@@ -1,6 +1,6 @@
 //! Any other architecture: ordinary copies. Nothing here can make a store to persistent memory durable.
 
-use super::blocks::{add_blocks, Secret, Sums};
+pub(super) use super::blocks::{hash_and_copy_blocks, hash_blocks};
 use crate::sync::atomic::{fence as memory_fence, Ordering};
 
 /// No instruction is known that reaches persistence, so the `dax` medium is refused.
@@ -34,26 +34,6 @@ pub(super) unsafe fn copy_lines<const DURABLE: bool>(_path: Path, dst: *mut u8, 
 ///
 /// None needed: the contract is the other architectures'.
 pub(super) unsafe fn flush_lines(_path: Path, _start: *const u8, _len: usize) {}
-
-/// Adds whole blocks to the sums.
-pub(super) fn hash_blocks(_path: Path, sums: &mut Sums, blocks: &[u8], secret: &Secret) {
-    add_blocks(sums, blocks, secret);
-}
-
-/// There is no loop that does both.
-///
-/// # Safety
-///
-/// None needed: the contract is the other architectures'.
-pub(super) unsafe fn hash_and_copy_blocks(
-    _path: Path,
-    _sums: &mut Sums,
-    _dst: *mut u8,
-    _blocks: &[u8],
-    _secret: &Secret,
-) -> bool {
-    false
-}
 
 pub(super) fn fence() {
     // Pairs with the acquire by which another thread learns that the copy ended.

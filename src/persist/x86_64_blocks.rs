@@ -6,7 +6,6 @@
 //! is harmless: it never faults.
 
 use std::arch::asm;
-use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T1};
 
 use super::super::blocks::{add_blocks, Secret, Sums, BLOCK_BYTES, MIX_PRIME};
 use super::{Path, Width};
@@ -58,7 +57,9 @@ pub(in super::super) unsafe fn hash_and_copy_blocks(
 unsafe fn blocks_avx2(sums: &mut Sums, blocks: &[u8], secret: &Secret) {
     for block in blocks.chunks_exact(BLOCK_BYTES) {
         for line in (0..BLOCK_BYTES).step_by(64) {
-            _mm_prefetch::<_MM_HINT_T1>(block.as_ptr().wrapping_add(AHEAD_BYTES + line).cast());
+            let ahead = block.as_ptr().wrapping_add(AHEAD_BYTES + line);
+            // SAFETY: a hint, which never faults.
+            unsafe { asm!("prefetcht1 [{}]", in(reg) ahead, options(nostack, preserves_flags, readonly)) };
         }
         add_blocks(sums, block, secret);
     }
@@ -134,6 +135,32 @@ macro_rules! stored {
     };
 }
 
+/// The loop over blocks, with or without the stores.
+macro_rules! blocks_loop {
+    ($stripe:ident, $sums:expr, $dst:expr, $src:expr, $len:expr, $secret:expr) => {
+        asm!(
+            "vmovdqu64 zmm0, [rax]",
+            "vpbroadcastq zmm4, r8",
+            "2:",
+            block!($stripe),
+            "add rsi, 1024",
+            "add rdi, 1024",
+            "sub rcx, 1024",
+            "jnz 2b",
+            "vmovdqu64 [rax], zmm0",
+            "vzeroupper",
+            inout("rax") $sums.as_mut_ptr() => _,
+            inout("rdx") $secret.as_ptr() => _,
+            inout("r8") MIX_PRIME => _,
+            inout("rdi") $dst => _,
+            inout("rsi") $src => _,
+            inout("rcx") $len => _,
+            clobber_abi("sysv64"),
+            options(nostack),
+        )
+    };
+}
+
 /// # Safety
 ///
 /// AVX-512F; `len` a positive number of blocks; `src` readable and, with `STORE`, `dst` writable for it, aligned to a line,
@@ -147,52 +174,11 @@ unsafe fn blocks_avx512<const STORE: bool>(
 ) {
     // The memory operands of the secret end at byte 128 + 64, which is its length.
     const _: () = assert!(size_of::<Secret>() == 192 && BLOCK_BYTES == 1024 && AHEAD_BYTES == 8192);
-    if STORE {
+    match STORE {
         // SAFETY: reads `len` bytes at `src`, the sums and the secret; writes `len` bytes at `dst` and the sums, all the
-        // caller's. Vector registers are declared as lost.
-        unsafe {
-            asm!(
-                "vmovdqu64 zmm0, [rax]",
-                "vpbroadcastq zmm4, r8",
-                "2:",
-                block!(stored),
-                "add rsi, 1024",
-                "add rdi, 1024",
-                "sub rcx, 1024",
-                "jnz 2b",
-                "vmovdqu64 [rax], zmm0",
-                "vzeroupper",
-                inout("rax") sums.as_mut_ptr() => _,
-                inout("rdx") secret.as_ptr() => _,
-                inout("r8") MIX_PRIME => _,
-                inout("rdi") dst => _,
-                inout("rsi") src => _,
-                inout("rcx") len => _,
-            clobber_abi("sysv64"),
-            options(nostack),
-            );
-        }
-        return;
-    }
-    // SAFETY: as above, without `dst`.
-    unsafe {
-        asm!(
-            "vmovdqu64 zmm0, [rax]",
-            "vpbroadcastq zmm4, r8",
-            "2:",
-            block!(hashed),
-            "add rsi, 1024",
-            "sub rcx, 1024",
-            "jnz 2b",
-            "vmovdqu64 [rax], zmm0",
-            "vzeroupper",
-            inout("rax") sums.as_mut_ptr() => _,
-            inout("rdx") secret.as_ptr() => _,
-            inout("r8") MIX_PRIME => _,
-            inout("rsi") src => _,
-            inout("rcx") len => _,
-            clobber_abi("sysv64"),
-            options(nostack),
-        );
+        // caller's. All vector registers are declared as lost.
+        true => unsafe { blocks_loop!(stored, sums, dst, src, len, secret) },
+        // SAFETY: as above, but nothing is written at `dst`.
+        false => unsafe { blocks_loop!(hashed, sums, dst, src, len, secret) },
     }
 }

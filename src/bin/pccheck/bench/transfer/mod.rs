@@ -77,7 +77,7 @@ pub fn run(bed: &mut Bed, setting: &Setting) -> Result<Measurement> {
     let store = Store::open(&region.path, &open_options(setting))?;
     let open = began.elapsed();
     let first = save_all(&store, 0, &bed.state, 1)?;
-    // The other slots' pages are touched for the first time now, where the medium is a mapping.
+    // Into every slot once, before anything counts.
     for _ in 0..setting.in_flight {
         bed.state.change();
         save_all(&store, 0, &bed.state, 1)?;
