@@ -133,3 +133,25 @@ fn a_save_flushes_three_times_and_writes_its_payload_once() {
         assert_eq!(written, CHUNKS * CHUNK + 3 * 4096, "{model:?}");
     }
 }
+
+/// Page faults of this process without I/O so far.
+fn faults() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("stat");
+    // The name in brackets may hold anything; minflt is the eighth field behind it.
+    let behind = stat.rsplit_once(')').expect("a name").1;
+    behind.split_whitespace().nth(7).expect("minflt").parse().expect("a number")
+}
+
+#[test]
+fn the_first_save_into_memory_takes_no_fault_for_each_page() {
+    let _turn = turn();
+    const CHUNKS: u64 = 256;
+    let region = region_in(std::path::Path::new("/dev/shm"), &FormatOptions::new(2, CHUNKS * CHUNK));
+    let state = state(CHUNKS);
+    let store =
+        Store::open(&region.path, &OpenOptions { medium: Requested::Mmap, ..options() }).expect("open");
+    let before = faults();
+    durable(&store, 1, &state);
+    let (faults, pages) = (faults() - before, CHUNKS * CHUNK / 4096);
+    assert!(faults < pages / 8, "{faults} faults for {pages} pages");
+}
