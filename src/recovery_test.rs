@@ -36,6 +36,7 @@ fn record(slot: u32, generation: u64, state: RecordState) -> SlotRecord {
         chunk_count: chunk_count_for(5000, 4096),
         table_offset: table_offset_for(5000).unwrap(),
         table_hash: 0,
+        header_hash: 0,
         unix_ns: 0,
         flags: 0,
     }

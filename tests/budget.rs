@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::{disk, region_in, save_one, WAIT};
-use pccheck::engine::Store;
+use pccheck::engine::{Select, Store};
+use pccheck::load::Part;
 use pccheck::medium::sim::{Event, SimMedium, SimModel};
 use pccheck::medium::{Barrier, Durability, IoBackend, Requested};
 use pccheck::save::Faults;
@@ -132,6 +133,31 @@ fn a_save_flushes_three_times_and_writes_its_payload_once() {
         // Payload, chunk table, mark and commit record: each once.
         assert_eq!(written, CHUNKS * CHUNK + 3 * 4096, "{model:?}");
     }
+}
+
+/// Bytes that this process has had read from devices.
+fn bytes_read() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").expect("counters of I/O");
+    let line = text.lines().find_map(|line| line.strip_prefix("read_bytes: ")).expect("read_bytes");
+    line.parse().expect("a number")
+}
+
+#[test]
+fn opening_a_checkpoint_reads_its_header_and_table_and_no_chunk() {
+    let _turn = turn();
+    let region = region_in(disk(), &FormatOptions::new(2, 8 * CHUNK));
+    let options = OpenOptions { medium: Requested::Direct, ..options() };
+    let store = Store::open(&region.path, &options).expect("open");
+    durable(&store, 1, &state(8));
+    let before = bytes_read();
+    let opened = store.open_checkpoint(Select::Newest, false).expect("open checkpoint");
+    let opening = bytes_read() - before;
+    assert_eq!(opening, 2 * 4096, "header and table");
+    let before = bytes_read();
+    let mut part = [0; 100];
+    let wanted = opened.checkpoint.tensors()[0].offset + 3 * CHUNK;
+    opened.checkpoint.read(&mut [Part { offset: wanted, dst: &mut part }]).expect("read");
+    assert_eq!(bytes_read() - before, CHUNK, "the chunk that holds the part");
 }
 
 /// Page faults of this process without I/O so far.

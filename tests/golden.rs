@@ -152,6 +152,7 @@ fn commit(image: &mut Sparse, slot: u32, generation: u64, flags: u32, plan: &Pay
         chunk_count: table.len() as u64 / 16,
         table_offset: table_offset_for(plan.payload_bytes).unwrap(),
         table_hash: table_hash(&table),
+        header_hash: 0,
         unix_ns: 1_750_000_000_000_000_000 + generation,
         flags,
     };
@@ -196,6 +197,7 @@ fn build() -> Sparse {
         chunk_count: 0,
         table_offset: 0,
         table_hash: 0,
+        header_hash: 0,
         unix_ns: 1_750_000_000_000_000_005,
         flags: 0,
     };

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use super::Store;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{plan, plan_raw, Dtype, Layout, PayloadPlan, TensorSpec, RAW_STREAM};
+use crate::format::{
+    chunk_hash, plan, plan_raw, Dtype, Layout, PayloadPlan, TensorSpec, HEADER_HASHED, RAW_STREAM,
+};
 use crate::save::{deadline_in, Origin, RawChunks, RawSave, Save, SaveOptions, SaveSpec};
 use crate::source::{HostSegment, HostSource};
 use crate::sync::Arc;
@@ -60,15 +62,7 @@ impl Store {
         let specs = specs_of(tensors)?;
         let plan = plan(&specs, metadata)?;
         self.check_fits(plan.payload_bytes)?;
-        let spec = SaveSpec {
-            step,
-            payload_bytes: plan.payload_bytes,
-            header_bytes: plan.header.len() as u64,
-            tensor_count: plan.tensor_count,
-            flags: 0,
-            confirm: options.confirm,
-            pin: options.pin,
-        };
+        let spec = spec_of(step, &plan, 0, &options);
         // SAFETY: the caller's promise is the one that `HostSource::new` asks for: the source is dropped before
         // `copied` is told, and on failure before `wait_copied` returns.
         let source = unsafe { source_of(plan, tensors) };
@@ -124,15 +118,7 @@ impl Store {
         let share = (self.region().pool().buffer_count() - 1) / options.max_in_flight as usize;
         let chunks =
             Arc::new(RawChunks::new(share, how.wait, plan.payload_bytes.div_ceil(options.chunk_bytes)));
-        let spec = SaveSpec {
-            step,
-            payload_bytes: plan.payload_bytes,
-            header_bytes: plan.header.len() as u64,
-            tensor_count: plan.tensor_count,
-            flags: RAW_STREAM,
-            confirm: how.confirm,
-            pin: how.pin,
-        };
+        let spec = spec_of(step, &plan, RAW_STREAM, &how);
         let core = saver.begin(spec, Origin::Raw(chunks.clone()), deadline_in(how.wait))?;
         RawSave::new(Save::new(core), saver.shared().clone(), chunks, &plan)
     }
@@ -164,6 +150,19 @@ impl Store {
         )
         .at_path(self.region().path())
         .advise("grow the region to the size of the state"))
+    }
+}
+
+fn spec_of(step: u64, plan: &PayloadPlan, flags: u32, how: &SaveOptions) -> SaveSpec {
+    SaveSpec {
+        step,
+        payload_bytes: plan.payload_bytes,
+        header_bytes: plan.header.len() as u64,
+        header_hash: chunk_hash(&plan.header),
+        tensor_count: plan.tensor_count,
+        flags: flags | HEADER_HASHED,
+        confirm: how.confirm,
+        pin: how.pin,
     }
 }
 

@@ -34,7 +34,7 @@ pub use header::{header_len, parse_header, Payload, TensorInfo};
 pub use label::{ChosenLabel, Label, LABEL_AREA_BYTES, LABEL_OFFSETS};
 pub use layout::{Layout, CONTROL_OFFSETS, RECORDS_OFFSET, SUPERBLOCK_OFFSETS};
 pub use payload::{plan, plan_raw, MetadataTensor, PayloadPlan, TensorSpec};
-pub use record::{RecordState, SlotRecord, RAW_STREAM};
+pub use record::{RecordState, SlotRecord, HEADER_HASHED, RAW_STREAM};
 pub use stripe::{StripeLayout, DEFAULT_UNIT_BYTES, MAX_MEMBERS, MIN_MEMBERS};
 pub use superblock::{PreferredMedium, Superblock};
 pub use table::{chunk_hash, decode_table, encode_table, table_hash};

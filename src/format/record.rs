@@ -22,6 +22,9 @@ pub const RECORD_BYTES: usize = 512;
 /// Flag: the payload is the one U8 tensor of a raw streaming save.
 pub const RAW_STREAM: u32 = 1;
 
+/// Flag: [`SlotRecord::header_hash`] is what it says.
+pub const HEADER_HASHED: u32 = 2;
+
 /// Shortest safetensors header: the length and `{}`.
 pub(crate) const MIN_HEADER_BYTES: u64 = 10;
 
@@ -45,7 +48,9 @@ const CHUNK_COUNT: Field = CHUNK_BYTES.then("chunk_count", 8);
 const TABLE_OFFSET: Field = CHUNK_COUNT.then("table_offset", 8);
 const TABLE_HASH: Field = TABLE_OFFSET.then("table_hash", 16);
 const TENSOR_COUNT: Field = TABLE_HASH.then("tensor_count", 4);
-const RESERVED: Field = TENSOR_COUNT.then("reserved", 372);
+const GAP: Field = TENSOR_COUNT.then("reserved", 4);
+const HEADER_HASH: Field = GAP.then("header_hash", 16);
+const RESERVED: Field = HEADER_HASH.then("reserved", 352);
 const CHECKSUM: Field = RESERVED.then("checksum", 8);
 const _: () = assert!(CHECKSUM.end() == RECORD_BYTES);
 
@@ -69,6 +74,8 @@ pub(crate) const FIELDS: &[Field] = &[
     TABLE_OFFSET,
     TABLE_HASH,
     TENSOR_COUNT,
+    GAP,
+    HEADER_HASH,
     RESERVED,
     CHECKSUM,
 ];
@@ -115,9 +122,12 @@ pub struct SlotRecord {
     pub table_offset: u64,
     /// XXH3-128 over the `16 * chunk_count` bytes of the chunk table.
     pub table_hash: u128,
+    /// XXH3-128 over the `header_bytes` bytes of the header, so that it can be read and verified without the rest of its
+    /// chunk; counts only with [`HEADER_HASHED`], which older writers did not set.
+    pub header_hash: u128,
     /// When the save began, in nanoseconds since 1970 UTC.
     pub unix_ns: u64,
-    /// [`RAW_STREAM`]; other bits are kept and mean nothing.
+    /// [`RAW_STREAM`], [`HEADER_HASHED`]; other bits are kept and mean nothing.
     pub flags: u32,
 }
 
@@ -143,6 +153,7 @@ impl SlotRecord {
         TABLE_OFFSET.put(record, self.table_offset.to_le_bytes());
         TABLE_HASH.put(record, self.table_hash.to_le_bytes());
         TENSOR_COUNT.put(record, self.tensor_count.to_le_bytes());
+        HEADER_HASH.put(record, self.header_hash.to_le_bytes());
         seal(record, CHECKSUM);
         block
     }
@@ -198,6 +209,7 @@ impl SlotRecord {
             chunk_count: CHUNK_COUNT.u64(bytes),
             table_offset: TABLE_OFFSET.u64(bytes),
             table_hash: TABLE_HASH.u128(bytes),
+            header_hash: HEADER_HASH.u128(bytes),
             unix_ns: UNIX_NS.u64(bytes),
             flags: FLAGS.u32(bytes),
         };
@@ -299,8 +311,9 @@ pub(crate) mod tests {
             chunk_count: 13,
             table_offset: 102_400,
             table_hash: 0x0123_4567_89ab_cdef_0011_2233_4455_6677,
+            header_hash: 0x8899_aabb_ccdd_eeff_7766_5544_3322_1100,
             unix_ns: 1_700_000_000_000_000_001,
-            flags: RAW_STREAM,
+            flags: RAW_STREAM | HEADER_HASHED,
         }
     }
 
@@ -434,6 +447,7 @@ pub(crate) mod tests {
                 chunk_count: chunk_count_for(payload, chunk_bytes),
                 table_offset: table_offset_for(payload).unwrap(),
                 table_hash: hash,
+                header_hash: hash.rotate_left(64),
                 unix_ns,
                 flags,
             };

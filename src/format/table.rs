@@ -74,6 +74,7 @@ mod tests {
             chunk_count: table.len() as u64 / 16,
             table_offset: 0,
             table_hash: table_hash(table),
+            header_hash: 0,
             unix_ns: 0,
             flags: 0,
         }

@@ -9,7 +9,10 @@ pub use plan::Part;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::codec::reserved;
-use crate::format::{decode_table, header_len, parse_header, Payload, SlotRecord, TensorInfo, BLOCK_BYTES};
+use crate::format::{
+    chunk_hash, decode_table, header_len, parse_header, Payload, SlotRecord, TensorInfo, BLOCK_BYTES,
+    HEADER_HASHED,
+};
 use crate::store::Region;
 use crate::sync::{Arc, Mutex};
 
@@ -54,26 +57,41 @@ impl Place {
     }
 
     fn read_payload_header(&self, hashes: &[u128]) -> Result<Payload> {
-        let mut first = [0u8; 8];
-        self.region.medium().read(self.offset(0), &mut first)?;
+        let header = self.read_header(hashes)?;
+        // A valid record has room for it.
+        let first = header.first_chunk().copied().unwrap_or_default();
         let header_bytes = header_len(&first, self.record.payload_bytes)?;
         if header_bytes != self.record.header_bytes {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                "open checkpoint",
-                format!(
-                    "payload header has {header_bytes} bytes, its record says {}",
-                    self.record.header_bytes
-                ),
-            ));
+            let expected = self.record.header_bytes;
+            return Err(corrupt(format!(
+                "payload header has {header_bytes} bytes, its record says {expected}"
+            )));
         }
-        let header = self.read_verified(hashes, 0, header_bytes)?;
         let mut payload = parse_header(&header, self.record.payload_bytes)?;
         if let Some(more) = payload.metadata_place {
             let bytes = self.read_verified(hashes, more.offset, more.bytes)?;
             payload.load_metadata(&bytes)?;
         }
         Ok(payload)
+    }
+
+    /// The header's bytes, verified: by a hash of their own where the record has it, else with the chunks that hold them.
+    fn read_header(&self, hashes: &[u128]) -> Result<Vec<u8>> {
+        let bytes = self.record.header_bytes;
+        if self.record.flags & HEADER_HASHED == 0 {
+            return self.read_verified(hashes, 0, bytes);
+        }
+        let mut header = zeroed(bytes)?;
+        self.region.medium().read(self.offset(0), &mut header)?;
+        match chunk_hash(&header) == self.record.header_hash {
+            true => Ok(header),
+            false => Err(corrupt(format!(
+                "the payload header of generation {} in slot {} does not match its hash: the medium was damaged",
+                self.record.generation, self.record.slot
+            ))
+            .at_offset(self.offset(0))
+            .advise("restore an older checkpoint")),
+        }
     }
 
     /// Payload bytes from chunks that verify; `len` was bounded by a limit of the format before.
@@ -225,6 +243,10 @@ fn reclaimed(region: &Region, record: &SlotRecord) -> Error {
     )
     .at_path(region.path())
     .advise("open the newest checkpoint again, or pin it in the writer")
+}
+
+fn corrupt(message: String) -> Error {
+    Error::new(ErrorKind::Corrupt, "open checkpoint", message)
 }
 
 /// So many zeros; an error where the memory cannot be had.

@@ -64,6 +64,7 @@ fn begin(saver: &Saver, panics_at: Option<u64>, slow: Duration) -> Result<Arc<Sa
         step: 1,
         payload_bytes: 5 * CHUNK,
         header_bytes: CHUNK,
+        header_hash: 0,
         tensor_count: 1,
         flags: 0,
         confirm: false,

@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::path::Path;
 
 use pccheck::engine::Store;
-use pccheck::format::{BLOCK_BYTES, CONTROL_OFFSETS, RECORDS_OFFSET, SUPERBLOCK_OFFSETS};
+use pccheck::format::{
+    SlotRecord, Superblock, BLOCK_BYTES, CONTROL_OFFSETS, HEADER_HASHED, RECORDS_OFFSET, SUPERBLOCK_OFFSETS,
+};
 use pccheck::recovery::Verdict;
 use pccheck::ErrorKind;
 
@@ -131,6 +133,27 @@ fn flips_in_header_payload_or_table_fall_back_when_read() {
     flip_each(&bed, payload_end..table, Cost::Nothing);
     flip_each(&bed, table..table + record.table_bytes(), Cost::Payload);
     flip_each(&bed, table + record.table_bytes()..table + BLOCK_BYTES, Cost::Nothing);
+}
+
+/// Records of older builds have no hash of the header: it is verified with its chunk.
+#[test]
+fn flips_in_a_header_without_a_hash_of_its_own_fall_back_as_well() {
+    let bed = in_memory();
+    for slot in [0, 1] {
+        let offset = bed.layout.record_offset(slot);
+        let block = bed.read(offset, BLOCK_BYTES as usize);
+        let superblock = bed.read(SUPERBLOCK_OFFSETS[0], BLOCK_BYTES as usize);
+        let uuid = Superblock::decode(superblock.first_chunk().expect("a block")).expect("a superblock").uuid;
+        let record = SlotRecord::decode(block.first_chunk().expect("a block"), &uuid, slot, &bed.layout);
+        let mut record = record.expect("a record").expect("used");
+        assert_eq!(record.flags, HEADER_HASHED);
+        (record.flags, record.header_hash) = (0, 0);
+        bed.write(offset, &record.encode());
+    }
+    bed.assert_intact();
+    let start = bed.layout.slot_offset(1);
+    flip_each(&bed, start..start + 300, Cost::Payload);
+    flip_each(&bed, start + 4000..start + 4096, Cost::Payload);
 }
 
 /// With both copies of the superblock damaged the region is refused, and told from a file that never was one.

@@ -30,6 +30,7 @@ pub(crate) struct SaveSpec {
     pub step: u64,
     pub payload_bytes: u64,
     pub header_bytes: u64,
+    pub header_hash: u128,
     pub tensor_count: u32,
     pub flags: u32,
     /// It may not commit before its caller confirms it.
@@ -251,6 +252,7 @@ impl SaveCore {
             chunk_count: self.chunk_count,
             table_offset: self.table_offset,
             table_hash,
+            header_hash: self.spec.header_hash,
             unix_ns: crate::store::unix_ns(),
             flags: self.spec.flags,
         }

@@ -93,6 +93,7 @@ impl Region {
             chunk_count: 1,
             table_offset: BLOCK_BYTES,
             table_hash: 0,
+            header_hash: 0,
             unix_ns: unix_ns(),
             flags: 0,
         }
