@@ -76,7 +76,8 @@ pub struct Plain {
     path: PathBuf,
     /// Bytes of one place.
     place_bytes: usize,
-    places: usize,
+    /// Where the places begin in the file.
+    places: Vec<u64>,
     /// Writes so far; each goes to the next place, as saves go from slot to slot.
     written: usize,
     /// Of files in memory, which have no flush that it would evade.
@@ -93,38 +94,22 @@ impl Plain {
     /// Creates the file, writes `source` to each of its places, and finds the fastest modes. `copy` is overwritten.
     pub fn prepare(path: &Path, source: &[u8], copy: &mut [u8], places: usize) -> Result<Plain> {
         let failed = |e: &std::io::Error| Error::io(OP, e).at_path(path);
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(true);
-        let (file, direct) = match options.clone().custom_flags(libc::O_DIRECT).open(path) {
-            Ok(file) => (file, true),
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                (options.open(path).map_err(|e| failed(&e))?, false)
-            }
-            Err(e) => return Err(failed(&e)),
-        };
+        let (file, direct) = open(path, OpenOptions::new().create(true).truncate(true))?;
         // SAFETY: touches no memory; the descriptor is the file's.
         let allocated =
             unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, (source.len() * places) as libc::off_t) };
         if allocated != 0 {
             return Err(failed(&std::io::Error::from_raw_os_error(allocated)));
         }
-        let mapping = match in_memory(&file) {
-            true => {
-                Some(MmapOptions::new().len(source.len() * places).map_raw(&file).map_err(|e| failed(&e))?)
-            }
-            false => None,
-        };
         let way = if IoUring::new(2).is_ok() { Way::Ring } else { Way::Threads };
         let first = Mode { depth: MODES[0].0, bytes: MODES[0].1, way };
-        let path = path.to_path_buf();
-        let place_bytes = source.len();
         let mut plain = Plain {
+            mapping: map_memory(&file).map_err(|e| failed(&e))?,
             file,
-            path,
-            place_bytes,
-            places,
+            path: path.to_path_buf(),
+            place_bytes: source.len(),
+            places: (0..places).map(|place| (place * source.len()) as u64).collect(),
             written: 0,
-            mapping,
             direct,
             write_mode: first,
             read_mode: first,
@@ -142,6 +127,26 @@ impl Plain {
         }
         plain.write_mode = plain.fastest(&modes, |plain, mode| plain.write_in(source, 1, mode))?;
         Ok(plain)
+    }
+
+    /// The same ways of writing and reading, in another file, which must have been written before: the engine's own, so that
+    /// both meet the same places of the disk. Says where with [`Plain::go_to`] before each transfer.
+    pub fn within(&self, path: &Path) -> Result<Plain> {
+        let (file, direct) = open(path, &mut OpenOptions::new())?;
+        Ok(Plain {
+            mapping: map_memory(&file).map_err(|e| Error::io(OP, &e).at_path(path))?,
+            file,
+            path: path.to_path_buf(),
+            places: Vec::new(),
+            written: 0,
+            direct,
+            ..*self
+        })
+    }
+
+    /// Places for what follows.
+    pub fn go_to(&mut self, places: Vec<u64>) {
+        (self.places, self.written) = (places, 0);
     }
 
     fn fastest(
@@ -249,7 +254,7 @@ impl Plain {
 
     /// Where the place that was written last begins in the file.
     fn place(&self) -> u64 {
-        (self.written % self.places * self.place_bytes) as u64
+        self.places[self.written % self.places.len()]
     }
 
     /// That place, mapped; empty where the file is not.
@@ -331,6 +336,28 @@ impl Plain {
         }
         failure.map_or(Ok(()), Err)
     }
+}
+
+/// For reading and writing, around the page cache where the file system can: whether it can.
+fn open(path: &Path, options: &mut OpenOptions) -> Result<(File, bool)> {
+    let options = options.read(true).write(true);
+    let failed = |e: std::io::Error| Error::io(OP, &e).at_path(path);
+    match options.clone().custom_flags(libc::O_DIRECT).open(path) {
+        Ok(file) => Ok((file, true)),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok((options.open(path).map_err(failed)?, false)),
+        Err(e) => Err(failed(e)),
+    }
+}
+
+/// All of a file in memory, mapped, its pages at hand; none of any other file.
+fn map_memory(file: &File) -> std::io::Result<Option<MmapRaw>> {
+    if !in_memory(file) {
+        return Ok(None);
+    }
+    let mapping = MmapOptions::new().map_raw(file)?;
+    // Older kernels cannot: then the first transfers take the faults.
+    let _ = mapping.advise(memmap2::Advice::PopulateWrite);
+    Ok(Some(mapping))
 }
 
 /// Whether the file system keeps its files in memory alone.

@@ -12,7 +12,7 @@ use pccheck::{Error, ErrorKind, Result};
 
 pub use report::{json, tables};
 
-use super::ceiling::{self, Mode};
+use super::ceiling::{self, Mode, Plain};
 use super::memory::{Resident, State};
 use super::{open_options, Bed, Scratch, Setting, WAIT};
 
@@ -82,11 +82,13 @@ pub fn run(bed: &mut Bed, setting: &Setting) -> Result<Measurement> {
         bed.state.change();
         save_all(&store, 0, &bed.state, 1)?;
     }
+    let mut plain = bed.plain.within(&region.path)?;
     let mut rounds = (0..bed.repeat)
-        .map(|number| save_round(&store, setting, number, bed))
+        .map(|number| save_round(&store, setting, number, bed, &mut plain))
         .collect::<Result<Vec<Round>>>()?;
+    plain.go_to(vec![places(&store)?.0]);
     for (number, round) in rounds.iter_mut().enumerate() {
-        restore_round(&store, number as u32, bed, round)?;
+        restore_round(&store, number as u32, bed, &plain, round)?;
     }
     let peak = Resident::peak();
     Ok(Measurement {
@@ -97,9 +99,9 @@ pub fn run(bed: &mut Bed, setting: &Setting) -> Result<Measurement> {
         first,
         rounds,
         extra_bytes: before.zip(peak).map(|(before, peak)| peak.saturating_sub(before)),
-        write_mode: bed.plain.write_mode,
-        read_mode: bed.plain.read_mode,
-        plain_direct: bed.plain.direct,
+        write_mode: plain.write_mode,
+        read_mode: plain.read_mode,
+        plain_direct: plain.direct,
     })
 }
 
@@ -117,8 +119,22 @@ fn save_all(store: &Store, step: u64, state: &State, count: u32) -> Result<(Dura
     Ok((copied, began.elapsed()))
 }
 
-/// Save, plain writing, and plain copying with hashing, in an order that turns.
-fn save_round(store: &Store, setting: &Setting, number: u32, bed: &mut Bed) -> Result<Round> {
+/// Where the newest checkpoint lies in the region, and where the slots that the next saves take.
+fn places(store: &Store) -> Result<(u64, Vec<u64>)> {
+    let layout = store.region().layout();
+    let newest = store.checkpoints()?.first().map_or(0, |newest| newest.record.slot);
+    let others = (0..layout.slot_count).filter(|&slot| slot != newest);
+    Ok((layout.slot_offset(newest), others.map(|slot| layout.slot_offset(slot)).collect()))
+}
+
+/// Save, plain writing to where saves go, and plain copying with hashing, in an order that turns.
+fn save_round(
+    store: &Store,
+    setting: &Setting,
+    number: u32,
+    bed: &mut Bed,
+    plain: &mut Plain,
+) -> Result<Round> {
     let mut round = Round::default();
     for turn in 0..3 {
         match (turn + number) % 3 {
@@ -129,7 +145,10 @@ fn save_round(store: &Store, setting: &Setting, number: u32, bed: &mut Bed) -> R
                     save_all(store, u64::from(number) + 1, &bed.state, setting.in_flight)?;
                 round.cpu = ceiling::process_time() - before;
             }
-            1 => round.plain_write = bed.plain.write(bed.state.bytes(), setting.in_flight as usize)?,
+            1 => {
+                plain.go_to(places(store)?.1);
+                round.plain_write = plain.write(bed.state.bytes(), setting.in_flight as usize)?;
+            }
             _ => {
                 let before = ceiling::process_time();
                 ceiling::hash(bed.state.bytes(), setting.chunk_bytes as usize, 1);
@@ -144,7 +163,7 @@ fn save_round(store: &Store, setting: &Setting, number: u32, bed: &mut Bed) -> R
 }
 
 /// Restore and plain reading, in an order that turns.
-fn restore_round(store: &Store, number: u32, bed: &mut Bed, round: &mut Round) -> Result<()> {
+fn restore_round(store: &Store, number: u32, bed: &mut Bed, plain: &Plain, round: &mut Round) -> Result<()> {
     for turn in 0..2 {
         match (turn + number) % 2 {
             0 => {
@@ -161,7 +180,7 @@ fn restore_round(store: &Store, number: u32, bed: &mut Bed, round: &mut Round) -
                     ));
                 }
             }
-            _ => round.plain_read = bed.plain.read(&mut bed.copy)?,
+            _ => round.plain_read = plain.read(&mut bed.copy)?,
         }
         bed.bar.inc(1);
     }
