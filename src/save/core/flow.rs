@@ -106,8 +106,10 @@ impl SaveCore {
             Nothing,
         }
         let shared = self.shared();
+        let failed;
         let (next, source) = {
             let mut state = self.state.lock();
+            failed = state.failure.is_some();
             let early = state.last_chunk_written
                 && state.table_queued
                 && shared.as_ref().is_ok_and(|shared| shared.faults.commit_on_last_chunk());
@@ -129,8 +131,11 @@ impl SaveCore {
             }
         };
         drop(source);
-        // Waiters for `copied` on a failed save look at `copying`.
-        self.changed.notify_all();
+        if failed {
+            // Waiters for `copied` on a failed save look at `copying`. On any other, nothing changed here that anybody waits
+            // for, and waking the trainer for each chunk takes the processor from the copiers.
+            self.changed.notify_all();
+        }
         let Ok(shared) = shared else { return };
         match next {
             Next::Commit => shared.queue_commit(self.this.upgrade()),
