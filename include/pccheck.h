@@ -368,7 +368,7 @@ typedef struct pcc_open_options {
     // Bytes of the staging pool, which bounds the memory that the library takes. At least (N + 1) chunks.
     // Default 256 MiB.
     uint64_t staging_bytes;
-    // Unit of copying, hashing and writing: a multiple of 4096, up to 64 MiB. Default 4 MiB.
+    // Unit of copying, hashing and writing: a multiple of 4096, up to 64 MiB. Default 1 MiB.
     uint64_t chunk_bytes;
     // Milliseconds to wait while another writer holds the region; negative: for ever. Default 10000.
     int64_t lock_wait_ms;

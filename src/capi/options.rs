@@ -76,7 +76,7 @@ pub struct pcc_open_options {
     /// Bytes of the staging pool, which bounds the memory that the library takes. At least (N + 1) chunks.
     /// Default 256 MiB.
     pub staging_bytes: u64,
-    /// Unit of copying, hashing and writing: a multiple of 4096, up to 64 MiB. Default 4 MiB.
+    /// Unit of copying, hashing and writing: a multiple of 4096, up to 64 MiB. Default 1 MiB.
     pub chunk_bytes: u64,
     /// Milliseconds to wait while another writer holds the region; negative: for ever. Default 10000.
     pub lock_wait_ms: i64,

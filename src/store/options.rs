@@ -14,8 +14,9 @@ use crate::medium::{Durability, IoBackend, Requested};
 pub const MAX_IN_FLIGHT: u32 = 128;
 /// Most threads that copy and hash.
 pub const MAX_WRITERS: u32 = 64;
-/// Chunk size unless the caller sets one: with four in flight it saturates an NVMe disk.
-pub const DEFAULT_CHUNK_BYTES: u64 = 4 << 20;
+/// Chunk size unless the caller sets one: many in flight keep a disk busier than few large ones, and a save begins to write,
+/// and a read to verify, sooner.
+pub const DEFAULT_CHUNK_BYTES: u64 = 1 << 20;
 /// Staging pool unless the caller sets one.
 pub const DEFAULT_STAGING_BYTES: u64 = 256 << 20;
 /// Of so many saves into a slot one writes everything, unless the caller sets something else.

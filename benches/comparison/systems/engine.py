@@ -12,7 +12,7 @@ import pccheck
 from ..state import State
 from .base import System
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 #: beside those that hold the state: the header, and chunks that straddle
 SPARE_CHUNKS = 8
 

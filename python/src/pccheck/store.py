@@ -125,7 +125,7 @@ class Store:
         lock_memory: lock the staging pool in memory where the limit allows it.
         run_id: names this training run, the same on all its ranks.
         staging_bytes: of the staging pool, which bounds the memory taken (default 256 MiB, at least N + 1 chunks).
-        chunk_bytes: unit of copying, hashing and writing (default 4 MiB).
+        chunk_bytes: unit of copying, hashing and writing (default 1 MiB).
         lock_timeout: seconds to wait while another writer holds the region; None waits for ever.
 
     Raises:

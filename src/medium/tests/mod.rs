@@ -22,7 +22,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn on_disk() -> tempfile::TempDir {
     // Not /tmp, which may be in memory.
-    tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap()
+    let place = std::env::var("PCC_TEST_DISK");
+    tempfile::tempdir_in(place.as_deref().unwrap_or(env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+/// Whether [`on_disk`] is on persistent memory, mounted with DAX: then that must work.
+fn disk_is_dax() -> bool {
+    std::env::var_os("PCC_TEST_DAX").is_some()
 }
 
 fn in_memory() -> tempfile::TempDir {
@@ -70,12 +76,16 @@ fn for_each_medium(queue_depth: usize, check: impl Fn(&str, Arc<dyn Medium>, &Ar
     let (disk, memory) = (on_disk(), in_memory());
     for path in [region(&disk), region(&memory), striped_region(&disk), striped_region(&memory)] {
         let pool = pool();
-        for (kind, backend, registered) in [
+        let mut ways = vec![
             (Requested::Mmap, IoBackend::Auto, false),
             (Requested::Direct, IoBackend::Uring, true),
             (Requested::Direct, IoBackend::Uring, false),
             (Requested::Direct, IoBackend::Threads, false),
-        ] {
+        ];
+        if disk_is_dax() && path.starts_with(disk.path()) {
+            ways.push((Requested::Dax, IoBackend::Auto, false));
+        }
+        for (kind, backend, registered) in ways {
             // A medium that a completion dropped gives its lock up on the thread of that completion, a little later.
             let lock_wait = PATIENCE;
             let options = MediumOptions { queue_depth, lock_wait, ..options(kind, backend) };
@@ -363,6 +373,7 @@ fn what_was_asked_for_is_got_or_refused() {
         }
         None => MediumKind::Dax,
     };
+    assert_eq!(expected == MediumKind::Dax, disk_is_dax());
     let auto = open_medium(&on_disk, &MediumOptions::default(), Some(&pool())).unwrap();
     assert_eq!((auto.info().kind, auto.info().durability), (expected, Durability::Power));
     drop(auto);

@@ -185,14 +185,14 @@ def read_only(path: Path, *, small: bool = False) -> Store:
     Args:
         small: for metadata: one thread, and less memory still.
     """
-    chunk_bytes = (256 << 10) if small else (4 << 20)
+    chunk_bytes, buffers = (256 << 10, 2) if small else (1 << 20, 8)
     return Store(
         path,
         read_only=True,
         max_in_flight=1,
         readers=1 if small else None,
         chunk_bytes=chunk_bytes,
-        staging_bytes=2 * chunk_bytes,
+        staging_bytes=buffers * chunk_bytes,
     )
 
 

@@ -146,7 +146,7 @@ class RegionWriter(StorageWriter, AsyncStager):
         keep: int = 1,
         step: int | None = None,
         staging_bytes: int = 256 << 20,
-        chunk_bytes: int = 4 << 20,
+        chunk_bytes: int = 1 << 20,
         durability: str = "power",
         medium: str = "auto",
         timeout: float | None = None,

@@ -20,7 +20,7 @@ __all__ = ["Home", "HomeOptions"]
 # Room for metadata and headers beyond the tensors' own bytes, so that small changes need no growing.
 _SLACK_BYTES = 1 << 20
 _SLACK_SHARE = 50
-_DEFAULT_CHUNK_BYTES = 4 << 20
+_DEFAULT_CHUNK_BYTES = 1 << 20
 _MAX_STAGING_BYTES = 256 << 20
 # For looking at a region without reading it: the default pool would cost more than the look.
 _LOOK_BYTES = 4 << 20

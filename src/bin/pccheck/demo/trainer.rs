@@ -12,7 +12,7 @@ use pccheck::format::Dtype;
 use pccheck::load::Checkpoint;
 use pccheck::medium::Durability;
 use pccheck::save::Save;
-use pccheck::store::OpenOptions;
+use pccheck::store::{OpenOptions, DEFAULT_CHUNK_BYTES};
 use pccheck::{Error, ErrorKind, Result};
 
 use super::data::Dataset;
@@ -20,10 +20,6 @@ use super::message::Message;
 use super::network::{Network, Tensor, Values, ValuesMut};
 use super::training::Gradients;
 
-/// State from which on chunks are large.
-const LARGE_STATE_BYTES: u64 = 256 << 20;
-const CHUNK_BYTES_SMALL: u64 = 1 << 20;
-const CHUNK_BYTES_LARGE: u64 = 4 << 20;
 const STAGING_BYTES_MIN: u64 = 64 << 20;
 const STAGING_BYTES_MAX: u64 = 512 << 20;
 /// Longer than any disk takes: a save that takes longer hangs.
@@ -98,13 +94,11 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn open(path: &Path, args: &Args) -> Result<Store> {
-    let chunk_bytes = if args.state < LARGE_STATE_BYTES { CHUNK_BYTES_SMALL } else { CHUNK_BYTES_LARGE };
     let staging_bytes = (2 * args.state).clamp(STAGING_BYTES_MIN, STAGING_BYTES_MAX);
     let options = OpenOptions {
         required: Durability::Process,
         max_in_flight: args.in_flight,
-        chunk_bytes,
-        staging_bytes: staging_bytes.max(u64::from(args.in_flight + 2) * chunk_bytes),
+        staging_bytes: staging_bytes.max(u64::from(args.in_flight + 2) * DEFAULT_CHUNK_BYTES),
         ..OpenOptions::default()
     };
     Store::open(path, &options)

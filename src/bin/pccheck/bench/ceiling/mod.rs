@@ -33,7 +33,8 @@ pub use processor::{copy, hash, process_time};
 
 const OP: &str = "plain transfer";
 /// Operations in flight and bytes of each that are tried; the fastest is the ceiling.
-const MODES: [(usize, usize); 5] = [(4, 4 << 20), (8, 4 << 20), (4, 1 << 20), (4, 16 << 20), (2, 16 << 20)];
+const MODES: [(usize, usize); 7] =
+    [(4, 4 << 20), (8, 4 << 20), (8, 1 << 20), (32, 1 << 20), (32, 1 << 19), (4, 16 << 20), (2, 16 << 20)];
 /// Trials of each mode; the best counts.
 const TRIALS: usize = 3;
 /// Threads that write pieces.
