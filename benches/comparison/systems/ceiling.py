@@ -21,7 +21,16 @@ from .base import System
 
 HUGE_PAGE_BYTES = 2 << 20
 #: operations in flight and bytes of each that are tried; the fastest is the ceiling
-MODES = ((1, 16 << 20), (2, 4 << 20), (2, 16 << 20), (4, 4 << 20), (4, 16 << 20), (8, 1 << 20), (8, 4 << 20), (32, 1 << 20))
+MODES = (
+    (1, 16 << 20),
+    (2, 4 << 20),
+    (2, 16 << 20),
+    (4, 4 << 20),
+    (4, 16 << 20),
+    (8, 1 << 20),
+    (8, 4 << 20),
+    (32, 1 << 20),
+)
 TRIALS = 3
 #: of the state, at most, in each trial
 TRIAL_BYTES = 256 << 20
