@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{disk, region_in, save_bytes, Region, WAIT};
+use common::{disk, disk_is_dax, region_in, save_bytes, Region, WAIT};
 use pccheck::engine::{grow_region, Select, Store};
 use pccheck::medium::{Durability, IoBackend, MediumKind, Requested};
 use pccheck::save::Save;
@@ -71,12 +71,16 @@ fn check_state(store: &Store, select: Select, state: &[(String, Vec<u8>)]) {
 
 fn media() -> Vec<(&'static Path, Requested, IoBackend)> {
     let shm = Path::new("/dev/shm");
-    vec![
+    let mut media = vec![
         (disk(), Requested::Direct, IoBackend::Auto),
         (disk(), Requested::Direct, IoBackend::Threads),
         (disk(), Requested::Mmap, IoBackend::Auto),
         (shm, Requested::Mmap, IoBackend::Auto),
-    ]
+    ];
+    if disk_is_dax() {
+        media.push((disk(), Requested::Dax, IoBackend::Auto));
+    }
+    media
 }
 
 #[test]

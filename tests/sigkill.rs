@@ -7,21 +7,25 @@ mod child;
 mod common;
 #[path = "sigkill/content.rs"]
 mod content;
+#[path = "sigkill/reports.rs"]
+mod reports;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::env;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use child::{Orders, Way};
 use common::scratch;
 use content::Random;
-use pccheck::engine::{format_region, Select, Store};
+use pccheck::engine::{format_region, Store};
 use pccheck::store::{FormatOptions, OpenOptions};
+use reports::{Known, Said};
 
+/// Unless [`ENV_KILLS`] says otherwise.
 const KILLS: usize = 200;
 const MOST_IN_FLIGHT: u32 = 4;
 const MOST_KEPT: u32 = 2;
@@ -36,6 +40,7 @@ const LONGEST_OPENING_US: u64 = 6_000;
 const STEPS_PER_CHILD: u64 = 1_000_000;
 /// The lock of a killed process must be free after this long.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
+const ENV_KILLS: &str = "PCC_SIGKILL_KILLS";
 /// Set to a number that a failed run printed, to repeat its kill moments.
 const ENV_SEED: &str = "PCC_SIGKILL_SEED";
 
@@ -45,24 +50,11 @@ fn child_process() {
     child::run_if_child();
 }
 
-/// What a child said before it died.
-#[derive(Default)]
-struct Said {
-    path: String,
-    began: BTreeSet<u64>,
-    issued: BTreeMap<u64, u64>,
-    durable: BTreeMap<u64, u64>,
-}
-
 /// A region, and all that is known of it from its children's reports.
 struct History {
     path: PathBuf,
     way: Way,
-    began: BTreeSet<u64>,
-    step_of: BTreeMap<u64, u64>,
-    newest_durable: u64,
-    /// No save may use this generation or a lower one.
-    used_up_to: u64,
+    known: Known,
 }
 
 #[derive(Default, Debug)]
@@ -86,14 +78,7 @@ impl History {
             ..FormatOptions::new(SLOTS, content::PAYLOAD_BYTES)
         };
         format_region(&path, &format).expect("format");
-        History {
-            path,
-            way,
-            began: BTreeSet::new(),
-            step_of: BTreeMap::new(),
-            newest_durable: 0,
-            used_up_to: 0,
-        }
+        History { path, way, known: Known::default() }
     }
 
     fn orders(&self, nth: usize) -> Orders {
@@ -126,7 +111,7 @@ impl History {
         totals.saves += said.issued.len();
         totals.durable += said.durable.len();
         totals.paths.insert(said.path.clone());
-        self.learn(&said)?;
+        self.known.learn(&said)?;
         let open_began = Instant::now();
         let newest_step = self.check(orders, &said)?;
         totals.longest_open = totals.longest_open.max(open_began.elapsed());
@@ -137,39 +122,16 @@ impl History {
         Ok(())
     }
 
-    /// Takes in a child's reports: no generation may ever come back.
-    fn learn(&mut self, said: &Said) -> Result<(), String> {
-        for (generation, step) in &said.issued {
-            if *generation <= self.used_up_to {
-                return Err(format!(
-                    "generation {generation} of step {step} is at or below {}",
-                    self.used_up_to
-                ));
-            }
-        }
-        self.step_of.extend(&said.issued);
-        self.began.extend(&said.began);
-        for (generation, step) in &said.durable {
-            if self.step_of.get(generation).is_some_and(|issued| issued != step) {
-                return Err(format!("generation {generation} was issued and reported durable for two steps"));
-            }
-            self.step_of.insert(*generation, *step);
-            self.newest_durable = self.newest_durable.max(*generation);
-        }
-        self.used_up_to = self.step_of.keys().last().copied().unwrap_or(0).max(self.used_up_to);
-        Ok(())
-    }
-
     /// Opens the region as any other process would, then as its next writer. Returns the step of the newest.
     fn check(&mut self, orders: &Orders, said: &Said) -> Result<Option<u64>, String> {
         let options = self.way.options(orders.in_flight, orders.keep);
         let reader = OpenOptions { read_only: true, ..options.clone() };
         let store = Store::open(&self.path, &reader).map_err(|error| format!("open read-only: {error}"))?;
         let listed = self.check_listed(&store)?;
-        self.check_durable(&listed, orders, said)?;
+        self.known.check_durable(&listed, orders.keep, said)?;
         for decision in &store.recovered().slots {
             let recorded = decision.record.as_ref().map_or(0, |record| record.generation);
-            self.used_up_to = self.used_up_to.max(recorded);
+            self.known.used_up_to = self.known.used_up_to.max(recorded);
         }
         drop(store);
 
@@ -180,109 +142,30 @@ impl History {
         if kept != newest {
             return Err(format!("a reader saw {listed:?}, the next writer keeps {kept:?}"));
         }
-        Ok(listed.first().map(|generation| self.step_of[generation]))
+        Ok(listed.first().map(|&(_, step)| step))
     }
 
-    /// Every listed checkpoint must be one that was begun, and hold exactly what it must. Generations, newest first.
-    fn check_listed(&mut self, store: &Store) -> Result<Vec<u64>, String> {
-        let listed = store.checkpoints().map_err(|error| format!("list: {error}"))?;
-        let mut generations = Vec::with_capacity(listed.len());
-        for info in &listed {
-            let (generation, step) = (info.record.generation, info.record.step);
-            // A child may die between the begin of a save and its report.
-            let issued = *self.step_of.entry(generation).or_insert(step);
-            if issued != step || !self.began.contains(&step) {
-                return Err(format!(
-                    "generation {generation} is step {step}, it was issued for step {issued}"
-                ));
-            }
-            let opened = store
-                .open_checkpoint(Select::Generation(generation), true)
-                .map_err(|error| format!("generation {generation}: {error}"))?;
-            content::check(&opened.checkpoint).map_err(|what| format!("generation {generation}: {what}"))?;
-            generations.push(generation);
-        }
-        if generations.windows(2).any(|pair| pair[0] <= pair[1]) {
-            return Err(format!("not newest first: {generations:?}"));
-        }
-        Ok(generations)
-    }
-
-    /// Whatever was reported durable is there, or has been followed by as many newer ones as are kept.
-    fn check_durable(&self, listed: &[u64], orders: &Orders, said: &Said) -> Result<(), String> {
-        let newest = listed.first().copied().unwrap_or(0);
-        if newest < self.newest_durable {
-            return Err(format!(
-                "generation {} was reported durable, the newest is {newest}",
-                self.newest_durable
-            ));
-        }
-        for generation in said.durable.keys() {
-            let newer = listed.iter().filter(|listed| *listed > generation).count();
-            if !listed.contains(generation) && newer < orders.keep as usize {
-                return Err(format!(
-                    "generation {generation} was reported durable and is gone; kept are {}, found {listed:?}",
-                    orders.keep
-                ));
-            }
-        }
-        Ok(())
+    /// Every listed checkpoint must be one that was begun, and hold exactly what it must. Generation and step, newest first.
+    fn check_listed(&mut self, store: &Store) -> Result<Vec<(u64, u64)>, String> {
+        let listed = content::check_all(store)?;
+        self.known.check_listed(&listed)?;
+        Ok(listed)
     }
 }
 
 /// Starts a child and kills it `life` after it has said `after`. Returns all that it said.
 fn run_child(orders: &Orders, after: &str, life: Duration) -> Result<Said, String> {
-    let mut process = Command::new(env::current_exe().expect("this program"))
-        .args(["--exact", "child_process", "--nocapture", "--test-threads=1"])
-        .envs(orders.to_env())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(|error| format!("start a child: {error}"))?;
-    let mut lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
-    let mut said = Said::default();
-    let mut waiting = true;
-    let mut outcome = Ok(());
-    while let Some(Ok(line)) = lines.next() {
-        let Some(line) = line.strip_prefix('@') else { continue };
-        outcome = outcome.and_then(|()| said.hear(line));
-        if waiting && line.starts_with(after) {
-            waiting = false;
-            thread::sleep(life);
-            process.kill().map_err(|error| format!("kill: {error}"))?;
-        }
-    }
-    let status = process.wait().map_err(|error| format!("wait: {error}"))?;
-    outcome?;
-    match waiting || status.success() {
-        true => Err(format!("a child ended by itself, {status}")),
-        false => Ok(said),
-    }
+    let mut command = Command::new(env::current_exe().expect("this program"));
+    command.args(["--exact", "child_process", "--nocapture", "--test-threads=1"]).envs(orders.to_env());
+    reports::run_and_kill(&mut command, after, life)
 }
 
-impl Said {
-    fn hear(&mut self, line: &str) -> Result<(), String> {
-        let words: Vec<&str> = line.split(' ').collect();
-        let number = |text: &str| text.parse::<u64>().map_err(|error| format!("{line:?}: {error}"));
-        match words[..] {
-            ["opening"] => {}
-            ["ready", ..] => self.path = words[1..].join(" "),
-            ["begin", step] => drop(self.began.insert(number(step)?)),
-            ["issued", generation, step] => {
-                if self.issued.insert(number(generation)?, number(step)?).is_some() {
-                    return Err(format!("{line:?}: issued twice"));
-                }
-            }
-            ["durable", generation, step] => drop(self.durable.insert(number(generation)?, number(step)?)),
-            _ => return Err(format!("a child said {line:?}")),
-        }
-        Ok(())
-    }
+fn given<T: FromStr>(name: &str) -> Option<T> {
+    env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
 }
 
 fn seed() -> u64 {
-    let given = env::var(ENV_SEED).ok().and_then(|text| text.parse().ok());
-    given.unwrap_or_else(|| {
+    given(ENV_SEED).unwrap_or_else(|| {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64)
     })
 }
@@ -301,14 +184,14 @@ fn kill_often(dir: &Path, (way, members): (Way, usize), kills: usize, seed: u64)
 }
 
 #[test]
-fn two_hundred_kills_lose_nothing_durable() {
-    let (dir, seed) = (scratch(), seed());
+fn kills_lose_nothing_durable() {
+    let (dir, seed, wanted) = (scratch(), seed(), given(ENV_KILLS).unwrap_or(KILLS));
     let began = Instant::now();
     let all: Vec<Totals> = thread::scope(|scope| {
         let ways = Way::ALL.into_iter().enumerate();
         let runs: Vec<_> = ways
             .map(|(index, way)| {
-                let kills = (KILLS + Way::ALL.len() - 1 - index) / Way::ALL.len();
+                let kills = (wanted + Way::ALL.len() - 1 - index) / Way::ALL.len();
                 let dir = dir.path();
                 scope.spawn(move || kill_often(dir, (way, 1), kills, seed))
             })
@@ -329,7 +212,7 @@ fn two_hundred_kills_lose_nothing_durable() {
         all.iter().flat_map(|totals| &totals.paths).filter(|path| !path.is_empty()).collect::<BTreeSet<_>>(),
         began.elapsed(),
     );
-    assert_eq!(kills, KILLS);
+    assert_eq!(kills, wanted);
     assert!(
         durable > 2 * kills,
         "only {durable} saves became durable: the kills came too early to test anything"

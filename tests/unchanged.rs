@@ -5,7 +5,7 @@ mod common;
 
 use std::os::unix::fs::FileExt;
 
-use common::{disk, region_in, save_bytes, save_one, Region, WAIT};
+use common::{disk, disk_is_dax, region_in, save_bytes, save_one, Region, WAIT};
 use pccheck::engine::{Select, Store};
 use pccheck::format::BLOCK_BYTES;
 use pccheck::medium::{Durability, Requested};
@@ -190,7 +190,8 @@ fn damage_that_was_found_is_written_over_by_the_next_save() {
 /// Any sequence of saves, cancellations, streams and changes gives back what was saved last.
 #[test]
 fn random_lives_read_what_they_saved() {
-    for medium in [Requested::Direct, Requested::Mmap] {
+    let dax = disk_is_dax().then_some(Requested::Dax);
+    for medium in [Requested::Direct, Requested::Mmap].into_iter().chain(dax) {
         let mut random = Random(7);
         let region = region_in(disk(), &FormatOptions::new(4, ((CHUNKS + 4) * CHUNK) as u64));
         let mut tensors: Vec<(String, Vec<u8>)> = (0..4)

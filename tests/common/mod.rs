@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "every test uses a part of it")]
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use pccheck::engine::{format_region, Store, Tensor};
@@ -13,9 +14,17 @@ use pccheck::Result;
 /// Long enough for anything that happens at all, also on a slow disk.
 pub const WAIT: Option<Duration> = Some(Duration::from_secs(300));
 
-/// The folder on a disk where tests may leave large files.
+/// The folder on a disk where tests may leave large files; `PCC_TEST_DISK` names another.
 pub fn disk() -> &'static Path {
-    Path::new(env!("CARGO_TARGET_TMPDIR"))
+    static DISK: OnceLock<PathBuf> = OnceLock::new();
+    DISK.get_or_init(|| {
+        std::env::var_os("PCC_TEST_DISK").map_or_else(|| env!("CARGO_TARGET_TMPDIR").into(), PathBuf::from)
+    })
+}
+
+/// `PCC_TEST_DAX`: the disk is persistent memory, mounted with DAX.
+pub fn disk_is_dax() -> bool {
+    std::env::var_os("PCC_TEST_DAX").is_some()
 }
 
 /// A folder that goes with the test.

@@ -36,9 +36,12 @@ pub enum Way {
     Uring,
     Threads,
     Mmap,
+    /// Persistent memory: only where there is some.
+    Dax,
 }
 
 impl Way {
+    /// What works on any disk.
     pub const ALL: [Way; 3] = [Way::Uring, Way::Threads, Way::Mmap];
 
     fn name(self) -> &'static str {
@@ -46,6 +49,7 @@ impl Way {
             Way::Uring => "uring",
             Way::Threads => "threads",
             Way::Mmap => "mmap",
+            Way::Dax => "dax",
         }
     }
 
@@ -55,6 +59,7 @@ impl Way {
             Way::Uring => (Requested::Direct, IoBackend::Auto),
             Way::Threads => (Requested::Direct, IoBackend::Threads),
             Way::Mmap => (Requested::Mmap, IoBackend::Auto),
+            Way::Dax => (Requested::Dax, IoBackend::Auto),
         };
         OpenOptions {
             medium,
@@ -93,11 +98,11 @@ impl Orders {
     }
 
     /// `None` in a process that is no child.
-    fn from_env() -> Option<Orders> {
+    pub fn from_env() -> Option<Orders> {
         let way = env::var(ENV_MEDIUM).ok()?;
         Some(Orders {
             region: env::var_os(ENV_REGION)?.into(),
-            way: Way::ALL.into_iter().find(|known| known.name() == way)?,
+            way: Way::ALL.into_iter().chain([Way::Dax]).find(|known| known.name() == way)?,
             in_flight: number(ENV_IN_FLIGHT)?,
             keep: number(ENV_KEEP)?,
             first_step: number(ENV_STEP)?,
@@ -111,15 +116,15 @@ fn number<T: FromStr>(name: &str) -> Option<T> {
 }
 
 /// Standard output without a buffer in this process: what was reported is in the pipe when the process dies.
-struct Reports(File);
+pub struct Reports(File);
 
 impl Reports {
-    fn open() -> Reports {
+    pub fn open() -> Reports {
         let fd = std::io::stdout().as_fd().try_clone_to_owned().expect("duplicate standard output");
         Reports(File::from(fd))
     }
 
-    fn say(&self, line: &str) {
+    pub fn say(&self, line: &str) {
         // One write of less than PIPE_BUF bytes: all of it or nothing. The parent may be gone.
         let _ = (&self.0).write_all(format!("\n@{line}\n").as_bytes());
     }

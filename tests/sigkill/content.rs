@@ -1,6 +1,7 @@
 //! What a checkpoint of a step must hold: a function of the step alone, so that the parent can check what a dead
 //! child wrote.
 
+use pccheck::engine::{Select, Store};
 use pccheck::load::Checkpoint;
 
 /// Largest payload of any step.
@@ -77,4 +78,18 @@ pub fn check(checkpoint: &Checkpoint) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Holds every listed checkpoint against what its step must have saved. Generation and step, newest first.
+pub fn check_all(store: &Store) -> Result<Vec<(u64, u64)>, String> {
+    let listed = store.checkpoints().map_err(|error| format!("list: {error}"))?;
+    let mut found = Vec::with_capacity(listed.len());
+    for info in &listed {
+        let (generation, step) = (info.record.generation, info.record.step);
+        let about = |what: String| format!("generation {generation}: {what}");
+        let opened = store.open_checkpoint(Select::Generation(generation), true);
+        check(&opened.map_err(|error| about(error.to_string()))?.checkpoint).map_err(about)?;
+        found.push((generation, step));
+    }
+    Ok(found)
 }

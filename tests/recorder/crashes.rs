@@ -1,0 +1,215 @@
+//! Which bytes a disk may hold after power loss: at any moment all that a flush made durable, and of the rest any sectors.
+//!
+//! A flush covers the writes that had been reported complete when it came. Whatever else was handed to the disk is there or not,
+//! each write by itself, in any order, or in part: sector by sector.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::content::Random;
+use super::disk::{Event, Image};
+
+const SECTOR_BYTES: usize = 512;
+/// A recording is gone through again until there are as many different images as are wanted, this often at most.
+const PASSES_MAX: usize = 8;
+
+/// What a workload did to a disk.
+pub struct Recording {
+    /// Durable before the first event.
+    pub base: Image,
+    pub events: Vec<Event>,
+}
+
+/// How many images are made.
+#[derive(Clone, Copy)]
+pub struct Effort {
+    /// Of one moment, at most.
+    pub per_moment: usize,
+    /// In all, at most: then moments are left out evenly.
+    pub in_all: usize,
+    pub seed: u64,
+}
+
+/// What a moment of a crash holds.
+struct Moment<'a> {
+    durable: &'a Image,
+    /// Events that are writes which may be lost.
+    pending: Vec<usize>,
+    /// Distinguishes what is durable.
+    flushes: usize,
+}
+
+impl Recording {
+    /// Calls `check` with every image that is to be tried and the number of events before the crash, until it objects. Returns
+    /// how many different images there were.
+    pub fn for_each_image(
+        &self,
+        effort: Effort,
+        mut check: impl FnMut(Image, usize) -> Result<(), String>,
+    ) -> Result<usize, String> {
+        let mut random = Random(effort.seed);
+        let mut seen = HashSet::new();
+        for _ in 0..PASSES_MAX {
+            let left = effort.in_all.saturating_sub(seen.len());
+            if left == 0 {
+                break;
+            }
+            self.pass(Effort { in_all: left, ..effort }, &mut random, &mut seen, &mut check)?;
+        }
+        Ok(seen.len())
+    }
+
+    /// Goes through the recording once.
+    fn pass(
+        &self,
+        effort: Effort,
+        random: &mut Random,
+        seen: &mut HashSet<u64>,
+        check: &mut impl FnMut(Image, usize) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let mut durable = self.base.clone();
+        let mut durable_sectors: BTreeMap<u64, usize> = BTreeMap::new();
+        let mut pending: BTreeMap<usize, bool> = BTreeMap::new();
+        let flushes = self.events.iter().filter(|event| matches!(event, Event::Flush)).count() + 1;
+        // A moment before each flush is enough for what is lost; others catch what is there too early.
+        let moments = (effort.in_all / effort.per_moment).max(1);
+        let others = moments.saturating_sub(flushes);
+        let per_event = others as f64 / self.events.len().max(1) as f64;
+        let keep_flush = (moments as f64 / flushes as f64).min(1.0);
+        let mut passed = 0;
+        for (at, event) in self.events.iter().enumerate() {
+            let chance = if matches!(event, Event::Flush) { keep_flush } else { per_event };
+            if (random.below(1 << 20) as f64) < chance * f64::from(1 << 20) {
+                let waiting = pending.keys().copied().collect();
+                let moment = Moment { durable: &durable, pending: waiting, flushes: passed };
+                self.images_of(&moment, effort, random, &durable_sectors, |image, identity| {
+                    match seen.insert(identity) {
+                        true => check(image, at).map_err(|what| format!("crash before event {at}: {what}")),
+                        false => Ok(()),
+                    }
+                })?;
+            }
+            match event {
+                Event::Write { .. } => drop(pending.insert(at, false)),
+                Event::Done(write) => drop(pending.get_mut(write).map(|done| *done = true)),
+                Event::Flush => {
+                    passed += 1;
+                    let done: Vec<usize> =
+                        pending.iter().filter(|(_, &done)| done).map(|(&write, _)| write).collect();
+                    for write in done {
+                        pending.remove(&write);
+                        self.apply(&mut durable, write, &durable_sectors, |_| true);
+                        for sector in self.sectors(write) {
+                            durable_sectors.insert(sector, write);
+                        }
+                    }
+                }
+            }
+        }
+        let moment =
+            Moment { durable: &durable, pending: pending.keys().copied().collect(), flushes: passed };
+        let end = self.events.len();
+        self.images_of(&moment, effort, random, &durable_sectors, |image, identity| {
+            match seen.insert(identity) {
+                true => check(image, end).map_err(|what| format!("crash at the end: {what}")),
+                false => Ok(()),
+            }
+        })
+    }
+
+    /// None of the pending writes, all, one, all but one, then random ones, half of these torn.
+    fn images_of(
+        &self,
+        moment: &Moment<'_>,
+        effort: Effort,
+        random: &mut Random,
+        durable_sectors: &BTreeMap<u64, usize>,
+        mut image: impl FnMut(Image, u64) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let pending = &moment.pending;
+        for nth in 0..effort.per_moment {
+            let mut identity = Identity::new(moment.flushes);
+            let mut made = moment.durable.clone();
+            let (one, torn) = match pending.len() {
+                0 => (0, false),
+                some => (pending[random.below(some as u64) as usize], random.below(2) == 0),
+            };
+            for &write in pending {
+                let tear = match nth {
+                    0 => Tear::Lost,
+                    1 => Tear::Whole,
+                    2 if write == one => Tear::Whole,
+                    2 => Tear::Lost,
+                    3 if write == one => Tear::Lost,
+                    3 => Tear::Whole,
+                    _ if torn && write == one => Tear::Sectors(random.next()),
+                    _ if random.below(2) == 0 => Tear::Lost,
+                    _ => Tear::Whole,
+                };
+                identity.add(write, tear);
+                self.apply(&mut made, write, durable_sectors, |sector| tear.keeps(sector));
+            }
+            image(made, identity.0)?;
+        }
+        Ok(())
+    }
+
+    fn sectors(&self, write: usize) -> impl Iterator<Item = u64> {
+        let Event::Write { offset, data } = &self.events[write] else { panic!("event {write} is no write") };
+        let first = offset / SECTOR_BYTES as u64;
+        first..first + (data.len() / SECTOR_BYTES) as u64
+    }
+
+    /// Writes the sectors that are kept, unless a later write of them is durable.
+    fn apply(
+        &self,
+        image: &mut Image,
+        write: usize,
+        durable_sectors: &BTreeMap<u64, usize>,
+        keep: impl Fn(u64) -> bool,
+    ) {
+        let Event::Write { data, .. } = &self.events[write] else { panic!("event {write} is no write") };
+        for (sector, bytes) in self.sectors(write).zip(data.chunks_exact(SECTOR_BYTES)) {
+            let stale = durable_sectors.get(&sector).is_some_and(|&later| later > write);
+            if keep(sector) && !stale {
+                image.write(sector * SECTOR_BYTES as u64, bytes);
+            }
+        }
+    }
+}
+
+/// What became of a write that was not durable.
+#[derive(Clone, Copy)]
+enum Tear {
+    Lost,
+    Whole,
+    /// Of these sectors by a random number.
+    Sectors(u64),
+}
+
+impl Tear {
+    fn keeps(self, sector: u64) -> bool {
+        match self {
+            Tear::Lost => false,
+            Tear::Whole => true,
+            Tear::Sectors(seed) => Random(seed ^ sector).next() & 1 == 0,
+        }
+    }
+}
+
+/// Tells images apart without their bytes.
+struct Identity(u64);
+
+impl Identity {
+    fn new(flushes: usize) -> Identity {
+        Identity(Random(flushes as u64).next())
+    }
+
+    fn add(&mut self, write: usize, tear: Tear) {
+        let how = match tear {
+            Tear::Lost => return,
+            Tear::Whole => 1,
+            Tear::Sectors(seed) => seed | 2,
+        };
+        self.0 = Random(self.0 ^ Random(write as u64).next() ^ how).next();
+    }
+}

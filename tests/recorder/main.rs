@@ -1,0 +1,110 @@
+//! Prevents: a flush that is missing where only a real kernel and file system can show it. The real media write to a disk that
+//! remembers every write and flush, below a loop device and ext4, XFS, btrfs or nothing. The disk is then brought to what it
+//! may hold after power loss at any moment, mounted again, and opened: nothing that was reported durable may be missing, and
+//! nothing may be wrong.
+//!
+//! Needs root, /dev/fuse and loop devices: `scripts/recorder` runs it.
+
+#[path = "../sigkill/child.rs"]
+#[allow(dead_code, reason = "this uses its media alone")]
+mod child;
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../sigkill/content.rs"]
+mod content;
+mod crashes;
+mod disk;
+mod volume;
+mod workload;
+
+use std::env;
+use std::time::Instant;
+
+use child::Way;
+use crashes::Effort;
+use pccheck::medium::Barrier;
+use pccheck::save::Faults;
+use volume::Format;
+use workload::{live, Judge, Protocol};
+
+/// Images of each file system and medium, unless `PCC_RECORDER_IMAGES` says otherwise.
+const IMAGES: usize = 60;
+const PER_MOMENT: usize = 6;
+const LIVE_ON_EVERY: usize = 10;
+const SAVES: u64 = 24;
+
+fn given(name: &str) -> Option<u64> {
+    env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
+}
+
+fn ways(format: Format) -> Vec<Way> {
+    match format {
+        // A device is not mapped.
+        Format::Bare => vec![Way::Uring, Way::Threads],
+        _ => Way::ALL.to_vec(),
+    }
+}
+
+fn effort(in_all: usize) -> Effort {
+    Effort { per_moment: PER_MOMENT, in_all, seed: given("PCC_RECORDER_SEED").unwrap_or(1) }
+}
+
+#[test]
+fn power_loss_at_any_moment_loses_nothing_durable() {
+    let effort = effort(given("PCC_RECORDER_IMAGES").map_or(IMAGES, |images| images as usize));
+    let saves = SAVES.max(effort.in_all as u64 / 20);
+    for format in Format::ALL {
+        for way in ways(format) {
+            let began = Instant::now();
+            let life = live(format, way, Protocol::default(), saves, effort.seed);
+            let mut judge = Judge::new(&life, LIVE_ON_EVERY);
+            let distinct = life
+                .recording
+                .for_each_image(effort, |image, at| judge.check(image, at))
+                .unwrap_or_else(|what| panic!("{format:?}, {way:?}, seed {}: {what}", effort.seed));
+            println!(
+                "{format:?}, {way:?}: {} events of {saves} saves, {distinct} images, {} fell back, {:?}",
+                life.recording.events.len(),
+                judge.fell_back,
+                began.elapsed()
+            );
+            assert!(distinct >= effort.in_all / 3, "{format:?}, {way:?}: only {distinct} images");
+            assert!(
+                judge.fell_back > 0,
+                "{format:?}, {way:?}: the newest was always whole: nothing was tested"
+            );
+        }
+    }
+}
+
+/// What the images show of a broken protocol.
+fn finding(format: Format, way: Way, protocol: Protocol) -> Option<String> {
+    let life = live(format, way, protocol, SAVES, 1);
+    let mut judge = Judge::new(&life, usize::MAX);
+    life.recording.for_each_image(effort(3000), |image, at| judge.check(image, at)).err()
+}
+
+#[test]
+fn each_planted_fault_is_caught() {
+    let without = |barrier| Protocol { removed: Some(barrier), ..Protocol::default() };
+    let with = |plant: fn(&mut Faults)| {
+        let mut faults = Faults::default();
+        plant(&mut faults);
+        Protocol { faults, ..Protocol::default() }
+    };
+    let broken = [
+        ("no flush of the writing mark", without(Barrier::WritingMark)),
+        ("no flush of the payload", without(Barrier::Payload)),
+        ("no flush of the commit record", without(Barrier::Commit)),
+        ("no writing mark", with(|faults| faults.skip_writing_mark = true)),
+        ("commit before the payload's flush", with(|faults| faults.commit_before_payload = true)),
+        ("commit on the last chunk", with(|faults| faults.commit_on_last_chunk = true)),
+    ];
+    for (what, protocol) in broken {
+        for (format, way) in [(Format::Bare, Way::Uring), (Format::Ext4, Way::Threads)] {
+            let found = finding(format, way, protocol);
+            println!("{what}, {format:?}, {way:?}: {}", found.as_deref().unwrap_or("nothing found"));
+            assert!(found.is_some(), "{what}, {format:?}, {way:?}: not caught");
+        }
+    }
+}
