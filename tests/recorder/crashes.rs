@@ -4,6 +4,7 @@
 //! each write by itself, in any order, or in part: sector by sector.
 
 use std::collections::{BTreeMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::content::Random;
 use super::disk::{Event, Image};
@@ -31,11 +32,30 @@ pub struct Effort {
 
 /// What a moment of a crash holds.
 struct Moment<'a> {
-    durable: &'a Image,
+    durable: &'a Told,
     /// Events that are writes which may be lost.
     pending: Vec<usize>,
-    /// Distinguishes what is durable.
-    flushes: usize,
+}
+
+/// An image, and a number that tells its bytes from those of other images: the exclusive or of a hash of each sector and its place
+/// that differs from the recording's base.
+#[derive(Clone)]
+struct Told {
+    image: Image,
+    identity: u64,
+}
+
+impl Told {
+    fn write(&mut self, sector: u64, bytes: &[u8]) {
+        let at = sector * SECTOR_BYTES as u64;
+        let hash = |bytes: &[u8]| {
+            let mut hasher = DefaultHasher::new();
+            (sector, bytes).hash(&mut hasher);
+            hasher.finish()
+        };
+        self.identity ^= hash(&self.image.read(at, SECTOR_BYTES)) ^ hash(bytes);
+        self.image.write(at, bytes);
+    }
 }
 
 impl Recording {
@@ -66,7 +86,7 @@ impl Recording {
         seen: &mut HashSet<u64>,
         check: &mut impl FnMut(Image, usize) -> Result<(), String>,
     ) -> Result<(), String> {
-        let mut durable = self.base.clone();
+        let mut durable = Told { image: self.base.clone(), identity: 0 };
         let mut durable_sectors: BTreeMap<u64, usize> = BTreeMap::new();
         let mut pending: BTreeMap<usize, bool> = BTreeMap::new();
         let flushes = self.events.iter().filter(|event| matches!(event, Event::Flush)).count() + 1;
@@ -75,12 +95,11 @@ impl Recording {
         let others = moments.saturating_sub(flushes);
         let per_event = others as f64 / self.events.len().max(1) as f64;
         let keep_flush = (moments as f64 / flushes as f64).min(1.0);
-        let mut passed = 0;
         for (at, event) in self.events.iter().enumerate() {
             let chance = if matches!(event, Event::Flush) { keep_flush } else { per_event };
             if (random.below(1 << 20) as f64) < chance * f64::from(1 << 20) {
                 let waiting = pending.keys().copied().collect();
-                let moment = Moment { durable: &durable, pending: waiting, flushes: passed };
+                let moment = Moment { durable: &durable, pending: waiting };
                 self.images_of(&moment, effort, random, &durable_sectors, |image, identity| {
                     match seen.insert(identity) {
                         true => check(image, at).map_err(|what| format!("crash before event {at}: {what}")),
@@ -92,7 +111,6 @@ impl Recording {
                 Event::Write { .. } => drop(pending.insert(at, false)),
                 Event::Done(write) => drop(pending.get_mut(write).map(|done| *done = true)),
                 Event::Flush => {
-                    passed += 1;
                     let done: Vec<usize> =
                         pending.iter().filter(|(_, &done)| done).map(|(&write, _)| write).collect();
                     for write in done {
@@ -105,8 +123,7 @@ impl Recording {
                 }
             }
         }
-        let moment =
-            Moment { durable: &durable, pending: pending.keys().copied().collect(), flushes: passed };
+        let moment = Moment { durable: &durable, pending: pending.keys().copied().collect() };
         let end = self.events.len();
         self.images_of(&moment, effort, random, &durable_sectors, |image, identity| {
             match seen.insert(identity) {
@@ -127,7 +144,6 @@ impl Recording {
     ) -> Result<(), String> {
         let pending = &moment.pending;
         for nth in 0..effort.per_moment {
-            let mut identity = Identity::new(moment.flushes);
             let mut made = moment.durable.clone();
             let (one, torn) = match pending.len() {
                 0 => (0, false),
@@ -145,10 +161,9 @@ impl Recording {
                     _ if random.below(2) == 0 => Tear::Lost,
                     _ => Tear::Whole,
                 };
-                identity.add(write, tear);
                 self.apply(&mut made, write, durable_sectors, |sector| tear.keeps(sector));
             }
-            image(made, identity.0)?;
+            image(made.image, made.identity)?;
         }
         Ok(())
     }
@@ -162,7 +177,7 @@ impl Recording {
     /// Writes the sectors that are kept, unless a later write of them is durable.
     fn apply(
         &self,
-        image: &mut Image,
+        image: &mut Told,
         write: usize,
         durable_sectors: &BTreeMap<u64, usize>,
         keep: impl Fn(u64) -> bool,
@@ -171,7 +186,7 @@ impl Recording {
         for (sector, bytes) in self.sectors(write).zip(data.chunks_exact(SECTOR_BYTES)) {
             let stale = durable_sectors.get(&sector).is_some_and(|&later| later > write);
             if keep(sector) && !stale {
-                image.write(sector * SECTOR_BYTES as u64, bytes);
+                image.write(sector, bytes);
             }
         }
     }
@@ -193,23 +208,5 @@ impl Tear {
             Tear::Whole => true,
             Tear::Sectors(seed) => Random(seed ^ sector).next() & 1 == 0,
         }
-    }
-}
-
-/// Tells images apart without their bytes.
-struct Identity(u64);
-
-impl Identity {
-    fn new(flushes: usize) -> Identity {
-        Identity(Random(flushes as u64).next())
-    }
-
-    fn add(&mut self, write: usize, tear: Tear) {
-        let how = match tear {
-            Tear::Lost => return,
-            Tear::Whole => 1,
-            Tear::Sectors(seed) => seed | 2,
-        };
-        self.0 = Random(self.0 ^ Random(write as u64).next() ^ how).next();
     }
 }

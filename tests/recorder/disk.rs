@@ -52,7 +52,7 @@ impl Image {
         }
     }
 
-    fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+    pub fn read(&self, offset: u64, len: usize) -> Vec<u8> {
         let end = (offset as usize + len).min(self.len());
         let mut bytes = Vec::with_capacity(len);
         let mut at = offset as usize;

@@ -200,11 +200,15 @@ impl<'a> Judge<'a> {
         if let Some((generation, step)) = found.iter().find(|&&(_, step)| !known(step)) {
             return Err(format!("generation {generation} of step {step} had not begun"));
         }
-        let acknowledged = self.life.durable.iter().filter(|&&(events, _)| events <= at);
-        let newest_durable = acknowledged.map(|&(_, generation)| generation).max().unwrap_or(0);
         let newest = found.first().map_or(0, |&(generation, _)| generation);
-        if newest < newest_durable {
-            return Err(format!("generation {newest_durable} was reported durable, the newest is {newest}"));
+        for &(_, durable) in self.life.durable.iter().filter(|&&(events, _)| events <= at) {
+            let is_there = found.iter().any(|&(generation, _)| generation == durable);
+            let newer = found.iter().filter(|&&(generation, _)| generation > durable).count();
+            if !is_there && newer < KEEP as usize {
+                return Err(format!(
+                    "generation {durable} was reported durable, {KEEP} are kept, found {found:?}"
+                ));
+            }
         }
         let newest_begun =
             self.life.begun.iter().filter(|&&(events, _)| events <= at).map(|&(_, step)| step).max();

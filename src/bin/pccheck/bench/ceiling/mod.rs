@@ -131,14 +131,14 @@ impl Plain {
     }
 
     /// The same ways of writing and reading, in another file, which must have been written before: the engine's own, so that
-    /// both meet the same places of the disk. Says where with [`Plain::go_to`] before each transfer.
-    pub fn within(&self, path: &Path) -> Result<Plain> {
+    /// both meet the same places of the disk.
+    pub fn within(&self, path: &Path, places: Vec<u64>) -> Result<Plain> {
         let (file, direct) = open(path, &mut OpenOptions::new())?;
         Ok(Plain {
             mapping: map_memory(&file).map_err(|e| Error::io(OP, &e).at_path(path))?,
             file,
             path: path.to_path_buf(),
-            places: Vec::new(),
+            places,
             written: 0,
             direct,
             ..*self
@@ -267,9 +267,12 @@ impl Plain {
     unsafe fn mapped(&self) -> &mut [u8] {
         match &self.mapping {
             Some(map) => {
-                // SAFETY: places lie within the mapping.
-                let start = unsafe { map.as_mut_ptr().add(self.place() as usize) };
-                // SAFETY: mapped for a place's length; the caller's promise makes this the only reference.
+                let place = self.place() as usize;
+                assert!(place + self.place_bytes <= map.len(), "a place lies beyond the file");
+                // SAFETY: within the mapping, as was just asked.
+                let start = unsafe { map.as_mut_ptr().add(place) };
+                // SAFETY: mapped for a place's length; the caller's promise makes this the only reference through this mapping,
+                // and an engine that has mapped the same file is idle meanwhile.
                 unsafe { std::slice::from_raw_parts_mut(start, self.place_bytes) }
             }
             None => &mut [],

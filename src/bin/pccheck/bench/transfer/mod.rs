@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use pccheck::engine::{format_region, Select, Store};
 use pccheck::medium::MediumInfo;
 use pccheck::save::Save;
-use pccheck::store::FormatOptions;
+use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::{Error, ErrorKind, Result};
 
 pub use report::{json, tables};
@@ -74,7 +74,8 @@ pub fn run(bed: &mut Bed, setting: &Setting) -> Result<Measurement> {
     format_region(&region.path, &options)?;
     let before = Resident::reset_peak().then(Resident::now).flatten();
     let began = Instant::now();
-    let store = Store::open(&region.path, &open_options(setting))?;
+    // Plain writing goes to the slots behind the engine's back: it may believe in nothing that it wrote there.
+    let store = Store::open(&region.path, &OpenOptions { rewrite_every: 1, ..open_options(setting) })?;
     let open = began.elapsed();
     let first = save_all(&store, 0, &bed.state, 1)?;
     // Into every slot once, before anything counts.
@@ -82,7 +83,7 @@ pub fn run(bed: &mut Bed, setting: &Setting) -> Result<Measurement> {
         bed.state.change();
         save_all(&store, 0, &bed.state, 1)?;
     }
-    let mut plain = bed.plain.within(&region.path)?;
+    let mut plain = bed.plain.within(&region.path, places(&store)?.1)?;
     let mut rounds = (0..bed.repeat)
         .map(|number| save_round(&store, setting, number, bed, &mut plain))
         .collect::<Result<Vec<Round>>>()?;
