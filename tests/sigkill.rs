@@ -231,7 +231,7 @@ fn kills_of_a_striped_region_lose_nothing_durable() {
     }
 }
 
-/// The check itself can fail: a child that reports a save durable when it has only begun is found out.
+/// The check itself can fail: a child that reports saves durable and has written nothing is found out.
 #[test]
 fn a_child_that_lies_about_durability_is_caught() {
     const MOST_KILLS: usize = 50;

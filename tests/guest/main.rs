@@ -121,7 +121,7 @@ fn killed_machines_lose_nothing_durable() {
 /// The check itself can fail.
 #[test]
 fn a_guest_that_lies_about_durability_is_caught() {
-    let what = live("ext4", 12, 7, true).expect_err("a lie went unnoticed");
+    let what = live("ext4", 4, 7, true).expect_err("a lie went unnoticed");
     assert!(what.contains("was reported durable"), "caught for the wrong reason: {what}");
 }
 

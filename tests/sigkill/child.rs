@@ -81,7 +81,7 @@ pub struct Orders {
     pub in_flight: u32,
     pub keep: u32,
     pub first_step: u64,
-    /// Planted fault: reports saves as durable when they begin.
+    /// Planted fault: begins saves, writes nothing, and reports them as durable.
     pub lie: bool,
 }
 
@@ -157,16 +157,19 @@ pub fn run_if_child() {
 fn save_one(store: &Store, reports: &Arc<Reports>, step: u64, lie: bool) -> pccheck::Result<()> {
     let tensors = content::tensors_of(step);
     reports.say(&format!("begin {step}"));
+    if lie {
+        // Not one that only began: where reports are slow, it would be durable before they are heard.
+        let never = store.begin_raw(step, 1, &[], WAIT)?;
+        reports.say(&format!("issued {} {step}", never.generation()));
+        reports.say(&format!("durable {} {step}", never.generation()));
+        return Ok(());
+    }
     let save = Arc::new(match content::is_raw(step) {
         true => save_raw(store, step, &tensors[0].1)?,
         false => save_bytes(store, step, &tensors, &[("step", &step.to_string())])?,
     });
     let generation = save.generation();
     reports.say(&format!("issued {generation} {step}"));
-    if lie {
-        reports.say(&format!("durable {generation} {step}"));
-        return Ok(());
-    }
     // Told on the thread that commits, as early as anybody can know.
     let (ended, reports) = (save.clone(), reports.clone());
     save.on_end(Box::new(move || match ended.wait_durable(Some(Duration::ZERO)) {

@@ -119,12 +119,15 @@ pub fn run_and_kill(command: &mut Command, after: &str, life: Duration) -> Resul
         .stdout(Stdio::piped())
         .spawn()
         .map_err(|error| format!("start a child: {error}"))?;
-    let mut lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
+    let mut output = BufReader::new(process.stdout.take().expect("a pipe"));
     let mut said = Said::default();
     let mut waiting = true;
     let mut outcome = Ok(());
-    while let Some(Ok(line)) = lines.next() {
-        let Some(line) = line.strip_prefix('@') else { continue };
+    let mut line = String::new();
+    while output.read_line(&mut line).is_ok_and(|bytes| bytes > 0) {
+        let whole = std::mem::take(&mut line);
+        // A line without an end was cut short by the kill, on a serial line in the middle of a number.
+        let Some(line) = whole.strip_prefix('@').filter(|line| line.ends_with('\n')) else { continue };
         let line = line.trim_end();
         outcome = outcome.and_then(|()| said.hear(line));
         if waiting && line.starts_with(after) {
