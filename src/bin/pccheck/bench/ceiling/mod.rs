@@ -32,11 +32,12 @@ pub use by_hand::ByHand;
 pub use processor::{copy, hash, process_time};
 
 const OP: &str = "plain transfer";
-/// Operations in flight and bytes of each that are tried; the fastest is the ceiling.
+/// Operations in flight and bytes of each that are tried; the ceiling is what is fastest at the median: one lucky trial would
+/// choose a way that is slower afterwards, and a ceiling that is too low.
 const MODES: [(usize, usize); 7] =
     [(4, 4 << 20), (8, 4 << 20), (8, 1 << 20), (32, 1 << 20), (32, 1 << 19), (4, 16 << 20), (2, 16 << 20)];
-/// Trials of each mode; the best counts.
-const TRIALS: usize = 3;
+/// Trials of each mode, in turns.
+const TRIALS: usize = 5;
 /// Threads that write pieces.
 const PIECE_WRITERS: usize = 4;
 
@@ -117,16 +118,8 @@ impl Plain {
         };
         // Allocated extents are slower until they were written once.
         plain.write(source, places)?;
-        let mut modes = MODES.map(|(depth, bytes)| Mode { depth, bytes, way }).to_vec();
-        if plain.mapping.is_some() {
-            let depth = thread::available_parallelism().map_or(2, |cores| cores.get());
-            modes.push(Mode { depth, bytes: source.len().div_ceil(depth), way: Way::Mapping });
-        }
-        plain.read_mode = plain.fastest(&modes, |plain, mode| plain.read_in(copy, mode))?;
-        if let Some(&mapping) = modes.last().filter(|_| plain.mapping.is_some()) {
-            modes.push(Mode { way: Way::Streaming, ..mapping });
-        }
-        plain.write_mode = plain.fastest(&modes, |plain, mode| plain.write_in(source, 1, mode))?;
+        plain.choose_reading(copy)?;
+        plain.choose_writing(source)?;
         Ok(plain)
     }
 
@@ -150,21 +143,31 @@ impl Plain {
         (self.places, self.written) = (places, 0);
     }
 
-    fn fastest(
-        &mut self,
-        modes: &[Mode],
-        mut run: impl FnMut(&mut Plain, Mode) -> Result<Duration>,
-    ) -> Result<Mode> {
-        let mut best = (Duration::MAX, self.write_mode);
-        for _ in 0..TRIALS {
-            for &mode in modes {
-                let took = run(self, mode)?;
-                if took < best.0 {
-                    best = (took, mode);
-                }
-            }
+    /// Finds the fastest way of writing `source` to the places.
+    pub fn choose_writing(&mut self, source: &[u8]) -> Result<()> {
+        let mut modes = self.modes();
+        if let Some(&mapping) = modes.last().filter(|_| self.mapping.is_some()) {
+            modes.push(Mode { way: Way::Streaming, ..mapping });
         }
-        Ok(best.1)
+        self.write_mode = fastest(&modes, |mode| self.write_in(source, 1, mode))?;
+        Ok(())
+    }
+
+    /// Finds the fastest way of reading the place that was written last; overwrites `copy`.
+    pub fn choose_reading(&mut self, copy: &mut [u8]) -> Result<()> {
+        self.read_mode = fastest(&self.modes(), |mode| self.read_in(copy, mode))?;
+        Ok(())
+    }
+
+    /// All that is tried for reading; where the file is mapped, that comes last.
+    fn modes(&self) -> Vec<Mode> {
+        let way = if IoUring::new(2).is_ok() { Way::Ring } else { Way::Threads };
+        let mut modes = MODES.map(|(depth, bytes)| Mode { depth, bytes, way }).to_vec();
+        if self.mapping.is_some() {
+            let depth = thread::available_parallelism().map_or(2, |cores| cores.get());
+            modes.push(Mode { depth, bytes: self.place_bytes.div_ceil(depth), way: Way::Mapping });
+        }
+        modes
     }
 
     /// Writes `source` so many times in one go, each time to the next place, then makes it durable; how long that took.
@@ -340,6 +343,23 @@ impl Plain {
         }
         failure.map_or(Ok(()), Err)
     }
+}
+
+/// The mode whose median over the trials is least.
+fn fastest(modes: &[Mode], mut run: impl FnMut(Mode) -> Result<Duration>) -> Result<Mode> {
+    let mut took = vec![Vec::with_capacity(TRIALS); modes.len()];
+    for _ in 0..TRIALS {
+        for (&mode, took) in modes.iter().zip(&mut took) {
+            took.push(run(mode)?);
+        }
+    }
+    let median = |mut took: Vec<Duration>| {
+        took.sort_unstable();
+        took[took.len() / 2]
+    };
+    let medians = took.into_iter().map(median);
+    let best = modes.iter().zip(medians).min_by_key(|&(_, median)| median);
+    best.map(|(&mode, _)| mode).ok_or_else(|| Error::new(ErrorKind::Internal, OP, "no way was tried"))
 }
 
 /// For reading and writing, around the page cache where the file system can: whether it can.

@@ -84,10 +84,12 @@ pub fn run(bed: &mut Bed, setting: &Setting) -> Result<Measurement> {
         save_all(&store, 0, &bed.state, 1)?;
     }
     let mut plain = bed.plain.within(&region.path, places(&store)?.1)?;
+    plain.choose_writing(bed.state.bytes())?;
     let mut rounds = (0..bed.repeat)
         .map(|number| save_round(&store, setting, number, bed, &mut plain))
         .collect::<Result<Vec<Round>>>()?;
     plain.go_to(vec![places(&store)?.0]);
+    plain.choose_reading(&mut bed.copy)?;
     for (number, round) in rounds.iter_mut().enumerate() {
         restore_round(&store, number as u32, bed, &plain, round)?;
     }
