@@ -172,11 +172,14 @@
 // member other than the first. The text names the member.
 #define PCC_MEMBER -25
 
+// The driver of a GPU reported a failure.
+#define PCC_DEVICE -26
+
 // Version of the C ABI: the number in the SONAME. A library of another major is another library.
 #define PCC_ABI_MAJOR 1
 
 // Raised with every addition to the ABI; additions never change what was there.
-#define PCC_ABI_MINOR 1
+#define PCC_ABI_MINOR 2
 
 // `offset` of an error that concerns no byte offset: all bits set.
 #define PCC_NO_OFFSET UINT64_MAX
@@ -280,6 +283,21 @@
 // Memory of the host.
 #define PCC_DEVICE_HOST 0
 
+// Memory of an NVIDIA GPU, `device_index` as CUDA counts them in this process. Builds without CUDA, and systems without
+// its driver, give PCC_UNSUPPORTED.
+#define PCC_DEVICE_CUDA 1
+
+// A state on GPUs goes straight into the staging pool: copied when all has passed through it.
+#define PCC_SNAPSHOT_STAGING 0
+
+// It goes into spare memory of its GPU first where that has room for it beside a tenth of the memory (and 1 GiB) left
+// free, else as PCC_SNAPSHOT_STAGING.
+#define PCC_SNAPSHOT_AUTO 1
+
+// It goes into spare memory of its GPU first, at the speed of that memory, and is copied at once. As much as the state
+// takes there is allocated by the first such save and kept; where there is not so much, the save fails.
+#define PCC_SNAPSHOT_SPARE 2
+
 // The checkpoint with the highest generation; falls back to the next newest where it is damaged.
 #define PCC_SELECT_NEWEST 0
 
@@ -381,7 +399,9 @@ typedef struct pcc_save_options {
     // Milliseconds to wait for a slot while N saves are in flight; negative: for ever; 0: not at all.
     // Default 60000.
     int64_t wait_ms;
-    // Reserved for a device's stream: NULL.
+    // For tensors on GPUs: a CUDA stream (CUstream, cudaStream_t). What is saved is the state as of everything that was
+    // enqueued on it before; the call does not wait for that. NULL: the legacy default stream of each GPU concerned. For
+    // tensors on several GPUs, one that waits for the others' streams. Not used for tensors in host memory.
     void *stream;
     // 1: the save does not commit before `pcc_save_confirm`, and is cancelled when it is freed without. Until then it
     // is one of the N in flight and keeps its slot, though no staging memory once it is written; later saves may commit
@@ -390,6 +410,13 @@ typedef struct pcc_save_options {
     // 1: the checkpoint is pinned from the instant it commits. Refused at begin (PCC_NO_SLOT) where pins, those of saves
     // in flight among them, would leave fewer than N slots to save into. Default 0.
     uint32_t pin;
+    // Where a state on GPUs goes first: PCC_SNAPSHOT_... Default PCC_SNAPSHOT_STAGING.
+    uint32_t snapshot;
+    // 0.
+    uint32_t reserved;
+    // Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
+    // 0 or default: 600000.
+    uint64_t device_timeout_ms;
 } pcc_save_options;
 
 // Which checkpoint to open. Initialise with `pcc_select_options_init`; NULL means the newest.
@@ -558,7 +585,8 @@ typedef struct pcc_tensor {
     const char *name;
     // `rank` dimensions, outermost first; may be NULL where rank is 0 (a scalar).
     const uint64_t *shape;
-    // First byte: contiguous, row-major, of any alignment; may be NULL where `bytes` is 0. A save only reads it.
+    // First byte: contiguous, row-major, of any alignment; may be NULL where `bytes` is 0. A save only reads it. In memory
+    // of a GPU the device's address.
     void *data;
     // Size in bytes: the product of the shape times the element size.
     uint64_t bytes;
@@ -566,9 +594,9 @@ typedef struct pcc_tensor {
     uint32_t dtype;
     // Number of dimensions, at most 64.
     uint32_t rank;
-    // PCC_DEVICE_HOST. Any other number gives PCC_UNSUPPORTED.
+    // PCC_DEVICE_...
     uint32_t device;
-    // 0.
+    // Which GPU; 0 for host memory.
     uint32_t device_index;
 } pcc_tensor;
 
@@ -658,9 +686,9 @@ typedef struct pcc_read {
     uint64_t bytes;
     // Where they go: any alignment; no two pieces of one call may overlap.
     void *dst;
-    // PCC_DEVICE_HOST. Any other number gives PCC_UNSUPPORTED.
+    // PCC_DEVICE_...
     uint32_t device;
-    // 0.
+    // Which GPU; 0 for host memory.
     uint32_t device_index;
 } pcc_read;
 
@@ -1047,16 +1075,19 @@ uint64_t pcc_recovery_text(const struct pcc_store *store,
 
 // Begins a save of `tensor_count` tensors and `metadata_count` entries of metadata under the trainer's `step`; waits
 // for a slot as long as `options->wait_ms` says, then returns while the save goes on. What is saved is the memory as it
-// is now. Tensors with the same address, size, dtype and shape are stored once and restored under all their names.
+// is now; of GPUs, as it is when `options->stream` has done what was enqueued on it before, which is not waited for here.
+// Tensors with the same address, size, dtype and shape are stored once and restored under all their names.
 //
 // Durability: none yet: see `pcc_save_wait_durable`.
 // Threads: any number at once; up to N saves are in flight.
 // Ownership: the memory of every tensor must stay valid and unchanged until `pcc_save_wait_copied` has returned
-// anything but PCC_TIMED_OUT, or the save is freed, or the store is closed. Names, shapes, metadata and the arrays are
+// anything but PCC_TIMED_OUT, or the save is freed, or the store is closed; memory of GPUs may be changed by work that
+// is enqueued after `pcc_save_stream_wait_copied` on its stream, but not be freed before then. Names, shapes, metadata and the arrays are
 // copied at once. `save` receives a handle to be given to `pcc_save_free`, or NULL on failure. `options` may be NULL.
 // Errors: PCC_NO_SLOT, also at once where there is no room for `options->pin`; PCC_TOO_LARGE; PCC_INVALID_ARGUMENT for
 // empty, duplicate or reserved names, wrong sizes, and options that are neither 0 nor 1;
-// PCC_UNSUPPORTED for memory of a device; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
+// PCC_UNSUPPORTED for memory of a GPU where this system or this build has none; PCC_INVALID_ARGUMENT for memory that is
+// not that GPU's; PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
 // PCC_BAD_POINTER.
 pcc_status pcc_save_begin(const struct pcc_store *store,
                           uint64_t step,
@@ -1090,6 +1121,22 @@ pcc_status pcc_payload_bytes(const struct pcc_tensor *tensors,
 // Errors: PCC_TIMED_OUT; otherwise why the save failed, as `pcc_save_wait_durable`.
 pcc_status pcc_save_wait_copied(const struct pcc_save *save,
                                 int64_t timeout_ms);
+
+// Makes a CUDA stream wait until every byte of the state has left the caller's memory, so that what is enqueued on it from
+// now on may update the state. The calling thread waits, for at most `timeout_ms` (negative: for ever), only until all
+// copies are enqueued: not at all worth speaking of where the state goes into spare memory of its GPU or finds room in the
+// staging pool, else until all but the last pool's worth has passed through it; and for tensors in host memory until they
+// are copied. `stream` NULL is the legacy default stream. For tensors on several GPUs each stream that may update one of
+// them is to wait.
+//
+// Durability: none yet.
+// Threads: any number at once.
+// Ownership: after PCC_OK the tensors' memory is the caller's again for work on that stream.
+// Errors: PCC_TIMED_OUT; PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; otherwise why the save failed,
+// as `pcc_save_wait_durable`: the memory is the caller's again.
+pcc_status pcc_save_stream_wait_copied(const struct pcc_save *save,
+                                       void *stream,
+                                       int64_t timeout_ms);
 
 // Waits until the save has ended, for at most `timeout_ms` (negative: for ever, 0: only looks). PCC_OK means that the
 // checkpoint will be found after a crash of the kind that the store's durability names. `durable` (may be NULL, else
@@ -1276,7 +1323,8 @@ pcc_status pcc_checkpoint_open(const struct pcc_store *store,
 // Restores in one verified pass: reads the `tensor_count` named tensors of the checkpoint that `options` select (NULL:
 // the newest) into their `data`, in parallel, verifying every chunk on the way. Name, dtype, shape and size must be
 // those of the checkpoint; it may hold further tensors. Where a payload turns out to be damaged, the next candidate is
-// read instead. `checkpoint` (may be NULL) receives the checkpoint that was restored, for its step and metadata.
+// read instead. Tensors may be on GPUs, where nothing that was enqueued before may still be at work on them: synchronise
+// first. `checkpoint` (may be NULL) receives the checkpoint that was restored, for its step and metadata.
 //
 // Durability: what was restored is durable.
 // Threads: any number at once.
@@ -1372,14 +1420,14 @@ pcc_status pcc_checkpoint_tensor_find(const struct pcc_checkpoint *checkpoint,
                                       uint64_t *index);
 
 // Reads `read_count` pieces of tensors in parallel; every chunk that holds a byte of them is verified. Blocks until
-// done.
+// done, also for memory of GPUs, on which nothing that was enqueued before may still be at work: synchronise first.
 //
 // Durability: none.
 // Threads: any number at once.
 // Ownership: on failure the destinations hold unspecified bytes.
 // Errors: PCC_NOT_FOUND for an unknown tensor; PCC_INVALID_ARGUMENT for a piece that passes its tensor, and for
-// destinations that overlap; PCC_CORRUPT where stored bytes are damaged; PCC_RECLAIMED, PCC_IO, PCC_UNSUPPORTED,
-// PCC_FORKED, PCC_BAD_POINTER.
+// destinations that overlap; PCC_CORRUPT where stored bytes are damaged; PCC_UNSUPPORTED for memory of a GPU
+// where this system or this build has none; PCC_DEVICE, PCC_RECLAIMED, PCC_IO, PCC_FORKED, PCC_BAD_POINTER.
 pcc_status pcc_checkpoint_read(const struct pcc_checkpoint *checkpoint,
                                const struct pcc_read *reads,
                                uint64_t read_count);

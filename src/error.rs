@@ -53,6 +53,8 @@ pub enum ErrorKind {
     Corrupt,
     /// The operating system reported an I/O error.
     Io,
+    /// The driver of a GPU reported a failure.
+    Device,
     /// A flush failed, so that the durability of what was written is unknown; the slot is quarantined.
     DurabilityUnknown,
     /// The store was opened read-only.

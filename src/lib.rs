@@ -18,7 +18,7 @@
 //! recovery, source   records -> decision table; where state comes from
 //! medium             how bytes become persistent: dax, mmap, direct, sim
 //! slots, staging     slot words; bounded buffer pool
-//! format             media layout
+//! format, cuda       media layout; the driver of GPUs
 //! persist, fork      non-temporal copies, hashing, flushes; forked children
 //! sync, error        atomics; errors
 //! ```
@@ -28,6 +28,8 @@ pub mod error;
 
 #[cfg(not(loom))]
 pub mod capi;
+#[cfg(all(feature = "cuda", not(loom)))]
+pub mod cuda;
 #[cfg(not(loom))]
 pub mod engine;
 #[cfg(not(loom))]

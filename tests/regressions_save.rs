@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{disk, region_in, WAIT};
-use pccheck::engine::{HostTensor, Select, Store, Tensor};
+use pccheck::engine::{Select, Store, Tensor, TensorAt};
 use pccheck::format::Dtype;
 use pccheck::medium::sim::{Attempt, AttemptKind, SimMedium, SimModel};
 use pccheck::medium::{Barrier, Durability, Medium, Requested};
@@ -190,12 +190,13 @@ fn the_death_of_a_thread_ends_every_save_and_wakes_every_waiter() {
         store.drain(Some(Duration::from_millis(20))).expect_err("the raw save is in flight");
         panic_in(&sim, picks);
         let data = state(2);
-        let tensor = HostTensor {
+        let tensor = TensorAt {
             name: "w",
             dtype: Dtype::U8,
             shape: &[STATE_BYTES as u64],
             ptr: data.as_ptr(),
             bytes: STATE_BYTES as u64,
+            device: None,
         };
         // SAFETY: `data` outlives both saves and is not changed.
         let save = || unsafe { store.begin_save(2, &[tensor], &[], WAIT) };
@@ -269,12 +270,13 @@ fn a_forked_child_can_drop_and_ask_every_save() {
     };
     let store = Store::open(&region.path, &open).expect("open");
     let data = vec![7u8; BYTES];
-    let tensor = HostTensor {
+    let tensor = TensorAt {
         name: "w",
         dtype: Dtype::U8,
         shape: &[BYTES as u64],
         ptr: data.as_ptr(),
         bytes: BYTES as u64,
+        device: None,
     };
     let mut raw = store.begin_raw(1, 4 << 20, &[], WAIT).expect("begin raw");
     raw.write_at(5, &[1; 100]).expect("write");
@@ -344,12 +346,13 @@ fn a_full_pool_ends_raw_writes_and_begins_in_time() {
     raw.write_at(0, &[1; 4096]).expect("write");
     assert_eq!(raw.progress().expect("not committed").copied_bytes, CHUNK as u64);
     let data = vec![3u8; 20 * CHUNK];
-    let tensor = HostTensor {
+    let tensor = TensorAt {
         name: "w",
         dtype: Dtype::U8,
         shape: &[data.len() as u64],
         ptr: data.as_ptr(),
         bytes: data.len() as u64,
+        device: None,
     };
     // SAFETY: `data` outlives the save and is not changed.
     let other = unsafe { store.begin_save(2, &[tensor], &[], WAIT) }.expect("begin");

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pccheck::engine::{HostTensor, Select, Store, Tensor};
+use pccheck::engine::{Select, Store, Tensor, TensorAt};
 use pccheck::format::{Dtype, MARK_PINNED};
 use pccheck::medium::sim::{AttemptKind, SimMedium, SimModel};
 use pccheck::medium::Barrier;
@@ -22,8 +22,8 @@ const RUN_ID: u64 = 5;
 const PROMPT: Duration = Duration::from_secs(20);
 const WAIT: Option<Duration> = Some(PROMPT);
 const SHORT: Option<Duration> = Some(Duration::from_millis(50));
-const CONFIRM: SaveOptions = SaveOptions { wait: WAIT, confirm: true, pin: false };
-const PIN: SaveOptions = SaveOptions { wait: WAIT, confirm: false, pin: true };
+const CONFIRM: SaveOptions = SaveOptions { wait: WAIT, confirm: true, ..SaveOptions::DEFAULT };
+const PIN: SaveOptions = SaveOptions { wait: WAIT, pin: true, ..SaveOptions::DEFAULT };
 
 /// A store of `slots` slots with `max_in_flight` saves, 1 kept, and a pool of no more buffers than it must have.
 fn bed(slots: u32, max_in_flight: u32) -> (Arc<SimMedium>, Store) {
@@ -128,7 +128,7 @@ fn a_confirmation_may_come_before_anything_else() {
     let hold = sim.hold(|attempt| attempt.barrier == Some(Barrier::WritingMark));
     let data = state(1);
     let (shape, bytes) = (&[STATE_BYTES as u64], STATE_BYTES as u64);
-    let tensor = HostTensor { name: "w", dtype: Dtype::U8, shape, ptr: data.as_ptr(), bytes };
+    let tensor = TensorAt { name: "w", dtype: Dtype::U8, shape, ptr: data.as_ptr(), bytes, device: None };
     // SAFETY: `data` outlives the save and is not changed.
     let save = unsafe { store.begin_save(1, &[tensor], &[], CONFIRM) }.expect("begin");
     assert!(sim.wait_held(hold, 1, PROMPT));

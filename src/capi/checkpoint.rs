@@ -120,7 +120,8 @@ pub unsafe extern "C" fn pcc_checkpoint_open(
 /// Restores in one verified pass: reads the `tensor_count` named tensors of the checkpoint that `options` select (NULL:
 /// the newest) into their `data`, in parallel, verifying every chunk on the way. Name, dtype, shape and size must be
 /// those of the checkpoint; it may hold further tensors. Where a payload turns out to be damaged, the next candidate is
-/// read instead. `checkpoint` (may be NULL) receives the checkpoint that was restored, for its step and metadata.
+/// read instead. Tensors may be on GPUs, where nothing that was enqueued before may still be at work on them: synchronise
+/// first. `checkpoint` (may be NULL) receives the checkpoint that was restored, for its step and metadata.
 ///
 /// Durability: what was restored is durable.
 /// Threads: any number at once.

@@ -76,6 +76,18 @@ pub const PCC_DURABILITY_POWER: u32 = 2;
 
 /// Memory of the host.
 pub const PCC_DEVICE_HOST: u32 = 0;
+/// Memory of an NVIDIA GPU, `device_index` as CUDA counts them in this process. Builds without CUDA, and systems without
+/// its driver, give PCC_UNSUPPORTED.
+pub const PCC_DEVICE_CUDA: u32 = 1;
+
+/// A state on GPUs goes straight into the staging pool: copied when all has passed through it.
+pub const PCC_SNAPSHOT_STAGING: u32 = 0;
+/// It goes into spare memory of its GPU first where that has room for it beside a tenth of the memory (and 1 GiB) left
+/// free, else as PCC_SNAPSHOT_STAGING.
+pub const PCC_SNAPSHOT_AUTO: u32 = 1;
+/// It goes into spare memory of its GPU first, at the speed of that memory, and is copied at once. As much as the state
+/// takes there is allocated by the first such save and kept; where there is not so much, the save fails.
+pub const PCC_SNAPSHOT_SPARE: u32 = 2;
 
 /// The checkpoint with the highest generation; falls back to the next newest where it is damaged.
 pub const PCC_SELECT_NEWEST: u32 = 0;
@@ -117,13 +129,16 @@ impl Caller {
         }
     }
 
-    /// Only host memory, so far.
-    pub fn host_memory(&self, what: &str, device: u32, index: u32) -> Outcome<()> {
-        if device == PCC_DEVICE_HOST {
-            return self.reserved(&format!("device_index of {what}"), index.into());
+    /// The GPU whose memory it is; none: host memory.
+    pub fn device(&self, what: &str, device: u32, index: u32) -> Outcome<Option<u32>> {
+        match device {
+            PCC_DEVICE_HOST => self.reserved(&format!("device_index of {what}"), index.into()).map(|()| None),
+            PCC_DEVICE_CUDA => Ok(Some(index)),
+            _ => {
+                let message = format!("{what} is on device kind {device}, expected PCC_DEVICE_... (0 or 1)");
+                Err(Error::new(ErrorKind::Unsupported, self.op(), message).into())
+            }
         }
-        let message = format!("{what} is on device kind {device}, this build knows host memory (0) only");
-        Err(Error::new(ErrorKind::Unsupported, self.op(), message).into())
     }
 
     pub fn medium(&self, code: u32) -> Outcome<Requested> {

@@ -3,14 +3,19 @@
 #![expect(clippy::missing_safety_doc, reason = "the contract of exported functions is the header")]
 
 use core::ffi::{c_char, c_void};
+#[cfg(feature = "cuda")]
+use std::time::Duration;
 
 use super::codes::*;
 use super::guard::{self, versioned, Caller, Outcome};
 use super::status::pcc_status;
 use crate::engine::Select;
+#[cfg(not(feature = "cuda"))]
 use crate::error::{Error, ErrorKind};
 use crate::format::{DEFAULT_UNIT_BYTES, MAX_MEMBERS};
 use crate::save::SaveOptions;
+#[cfg(feature = "cuda")]
+use crate::save::{DeviceOptions, Snapshot};
 use crate::store::{FormatOptions, OpenOptions};
 
 /// How a region is formatted. Initialise with `pcc_format_options_init`.
@@ -92,7 +97,9 @@ pub struct pcc_save_options {
     /// Milliseconds to wait for a slot while N saves are in flight; negative: for ever; 0: not at all.
     /// Default 60000.
     pub wait_ms: i64,
-    /// Reserved for a device's stream: NULL.
+    /// For tensors on GPUs: a CUDA stream (CUstream, cudaStream_t). What is saved is the state as of everything that was
+    /// enqueued on it before; the call does not wait for that. NULL: the legacy default stream of each GPU concerned. For
+    /// tensors on several GPUs, one that waits for the others' streams. Not used for tensors in host memory.
     pub stream: *mut c_void,
     /// 1: the save does not commit before `pcc_save_confirm`, and is cancelled when it is freed without. Until then it
     /// is one of the N in flight and keeps its slot, though no staging memory once it is written; later saves may commit
@@ -101,6 +108,13 @@ pub struct pcc_save_options {
     /// 1: the checkpoint is pinned from the instant it commits. Refused at begin (PCC_NO_SLOT) where pins, those of saves
     /// in flight among them, would leave fewer than N slots to save into. Default 0.
     pub pin: u32,
+    /// Where a state on GPUs goes first: PCC_SNAPSHOT_... Default PCC_SNAPSHOT_STAGING.
+    pub snapshot: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
+    /// 0 or default: 600000.
+    pub device_timeout_ms: u64,
 }
 
 /// One tensor: what a save reads, and what `pcc_restore` writes. The same array serves both. In an array every
@@ -115,7 +129,8 @@ pub struct pcc_tensor {
     pub name: *const c_char,
     /// `rank` dimensions, outermost first; may be NULL where rank is 0 (a scalar).
     pub shape: *const u64,
-    /// First byte: contiguous, row-major, of any alignment; may be NULL where `bytes` is 0. A save only reads it.
+    /// First byte: contiguous, row-major, of any alignment; may be NULL where `bytes` is 0. A save only reads it. In memory
+    /// of a GPU the device's address.
     pub data: *mut c_void,
     /// Size in bytes: the product of the shape times the element size.
     pub bytes: u64,
@@ -123,9 +138,9 @@ pub struct pcc_tensor {
     pub dtype: u32,
     /// Number of dimensions, at most 64.
     pub rank: u32,
-    /// PCC_DEVICE_HOST. Any other number gives PCC_UNSUPPORTED.
+    /// PCC_DEVICE_...
     pub device: u32,
-    /// 0.
+    /// Which GPU; 0 for host memory.
     pub device_index: u32,
 }
 
@@ -173,9 +188,9 @@ pub struct pcc_read {
     pub bytes: u64,
     /// Where they go: any alignment; no two pieces of one call may overlap.
     pub dst: *mut c_void,
-    /// PCC_DEVICE_HOST. Any other number gives PCC_UNSUPPORTED.
+    /// PCC_DEVICE_...
     pub device: u32,
-    /// 0.
+    /// Which GPU; 0 for host memory.
     pub device_index: u32,
 }
 
@@ -218,7 +233,7 @@ versioned!(pcc_open_options, 88, {
     chunk_bytes: OpenOptions::default().chunk_bytes,
     lock_wait_ms: OpenOptions::default().lock_wait.map_or(-1, |wait| wait.as_millis() as i64),
 });
-versioned!(pcc_save_options, 32, {
+versioned!(pcc_save_options, 48, {
     wait_ms: SaveOptions::default().wait.map_or(-1, |wait| wait.as_millis() as i64),
 });
 versioned!(pcc_tensor, 56, {});
@@ -357,15 +372,46 @@ impl Caller {
     /// How a save begins.
     pub fn save_options(&self, options: *const pcc_save_options) -> Outcome<SaveOptions> {
         let options = self.options(options)?;
-        if !options.stream.is_null() {
-            let message = "stream is not NULL: this build knows no devices";
-            return Err(Error::new(ErrorKind::Unsupported, self.op(), message).into());
-        }
+        self.reserved("reserved", options.reserved.into())?;
+        #[cfg(feature = "cuda")]
+        let device = self.device_options(&options)?;
+        #[cfg(not(feature = "cuda"))]
+        self.no_device_options(&options)?;
         Ok(SaveOptions {
             wait: wait_of(options.wait_ms),
             confirm: self.flag("confirm", options.confirm)?,
             pin: self.flag("pin", options.pin)?,
+            #[cfg(feature = "cuda")]
+            device,
         })
+    }
+
+    /// How tensors on GPUs are copied.
+    #[cfg(feature = "cuda")]
+    fn device_options(&self, options: &pcc_save_options) -> Outcome<DeviceOptions> {
+        let snapshot = match options.snapshot {
+            PCC_SNAPSHOT_STAGING => Snapshot::Staging,
+            PCC_SNAPSHOT_AUTO => Snapshot::Auto,
+            PCC_SNAPSHOT_SPARE => Snapshot::Spare,
+            code => {
+                return Err(self.invalid(format!("snapshot is {code}, expected PCC_SNAPSHOT_... (0 to 2)")))
+            }
+        };
+        let mut device =
+            DeviceOptions { stream: options.stream as usize, snapshot, ..DeviceOptions::default() };
+        if options.device_timeout_ms > 0 {
+            device.timeout = Duration::from_millis(options.device_timeout_ms);
+        }
+        Ok(device)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn no_device_options(&self, options: &pcc_save_options) -> Outcome<()> {
+        if options.stream.is_null() && options.snapshot == PCC_SNAPSHOT_STAGING {
+            return Ok(());
+        }
+        let message = "stream or snapshot is given: this build knows no GPUs";
+        Err(Error::new(ErrorKind::Unsupported, self.op(), message).into())
     }
 
     /// Which checkpoint, and whether its payload is verified at once.

@@ -9,17 +9,17 @@ use super::guard::{self, disjoint, Caller, Outcome};
 use super::options::pcc_read;
 use super::save::TensorArg;
 use super::status::pcc_status;
-use crate::load::{Checkpoint, Part};
+use crate::load::{Checkpoint, Part, PartAt};
 
 /// Reads `read_count` pieces of tensors in parallel; every chunk that holds a byte of them is verified. Blocks until
-/// done.
+/// done, also for memory of GPUs, on which nothing that was enqueued before may still be at work: synchronise first.
 ///
 /// Durability: none.
 /// Threads: any number at once.
 /// Ownership: on failure the destinations hold unspecified bytes.
 /// Errors: PCC_NOT_FOUND for an unknown tensor; PCC_INVALID_ARGUMENT for a piece that passes its tensor, and for
-/// destinations that overlap; PCC_CORRUPT where stored bytes are damaged; PCC_RECLAIMED, PCC_IO, PCC_UNSUPPORTED,
-/// PCC_FORKED, PCC_BAD_POINTER.
+/// destinations that overlap; PCC_CORRUPT where stored bytes are damaged; PCC_UNSUPPORTED for memory of a GPU
+/// where this system or this build has none; PCC_DEVICE, PCC_RECLAIMED, PCC_IO, PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_checkpoint_read(
     checkpoint: *const pcc_checkpoint,
@@ -95,10 +95,11 @@ pub(super) struct Place {
     dst: *mut c_void,
     bytes: u64,
     offset: u64,
+    device: Option<u32>,
 }
 
 fn place_of(caller: &Caller, inner: &CheckpointInner, number: usize, read: &pcc_read) -> Outcome<Place> {
-    caller.host_memory(&format!("reads[{number}]"), read.device, read.device_index)?;
+    let device = caller.device(&format!("reads[{number}]"), read.device, read.device_index)?;
     let index = match read.name.is_null() {
         true => read.index,
         false => {
@@ -115,7 +116,7 @@ fn place_of(caller: &Caller, inner: &CheckpointInner, number: usize, read: &pcc_
     if read.bytes > 0 {
         caller.check_memory(&format!("reads[{number}].dst"), read.dst, read.bytes)?;
     }
-    Ok(Place { dst: read.dst, bytes: read.bytes, offset: tensor.offset + read.offset })
+    Ok(Place { dst: read.dst, bytes: read.bytes, offset: tensor.offset + read.offset, device })
 }
 
 /// Where the tensors of a restore are in a checkpoint. Tied tensors that share memory are read once.
@@ -143,7 +144,8 @@ pub(super) fn placed(
                 checkpoint.record().generation
             )));
         }
-        places.push(Place { dst: tensor.data, bytes: tensor.bytes, offset: stored.offset });
+        let offset = stored.offset;
+        places.push(Place { dst: tensor.data, bytes: tensor.bytes, offset, device: tensor.device });
     }
     places.sort_unstable();
     places.dedup();
@@ -163,9 +165,11 @@ fn check_disjoint(caller: &Caller, places: &[Place]) -> Outcome<()> {
 /// Reads into places that were found to be disjoint.
 pub(super) fn read_places(caller: &Caller, checkpoint: &Checkpoint, places: &[Place]) -> crate::Result<()> {
     let mut parts = Vec::with_capacity(places.len());
-    for place in places {
-        let dst = caller.bytes_mut("destination", place.dst, place.bytes).map_err(|fault| fault.error)?;
-        parts.push(Part { offset: place.offset, dst });
+    for place in places.iter().filter(|place| place.bytes > 0) {
+        caller.check_memory("destination", place.dst, place.bytes).map_err(|fault| fault.error)?;
+        let (ptr, bytes) = (place.dst.cast(), place.bytes as usize);
+        parts.push(PartAt { offset: place.offset, ptr, bytes, device: place.device });
     }
-    checkpoint.read(&mut parts)
+    // SAFETY: disjoint, and by the header's promise writable by this call alone.
+    unsafe { checkpoint.read_at(&parts) }
 }

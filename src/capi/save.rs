@@ -12,7 +12,7 @@ use super::infos::{pcc_durable, pcc_progress};
 use super::options::{pcc_pair, pcc_save_options, pcc_tensor};
 use super::status::pcc_status;
 use super::store::{pcc_store, StoreInner};
-use crate::engine::{HostTensor, Store};
+use crate::engine::{Store, TensorAt};
 use crate::error::{Error, ErrorKind};
 use crate::format::{Dtype, MAX_RANK, MAX_TENSORS};
 use crate::save::Save;
@@ -164,16 +164,19 @@ fn signal(event: &OwnedFd) {
 
 /// Begins a save of `tensor_count` tensors and `metadata_count` entries of metadata under the trainer's `step`; waits
 /// for a slot as long as `options->wait_ms` says, then returns while the save goes on. What is saved is the memory as it
-/// is now. Tensors with the same address, size, dtype and shape are stored once and restored under all their names.
+/// is now; of GPUs, as it is when `options->stream` has done what was enqueued on it before, which is not waited for here.
+/// Tensors with the same address, size, dtype and shape are stored once and restored under all their names.
 ///
 /// Durability: none yet: see `pcc_save_wait_durable`.
 /// Threads: any number at once; up to N saves are in flight.
 /// Ownership: the memory of every tensor must stay valid and unchanged until `pcc_save_wait_copied` has returned
-/// anything but PCC_TIMED_OUT, or the save is freed, or the store is closed. Names, shapes, metadata and the arrays are
+/// anything but PCC_TIMED_OUT, or the save is freed, or the store is closed; memory of GPUs may be changed by work that
+/// is enqueued after `pcc_save_stream_wait_copied` on its stream, but not be freed before then. Names, shapes, metadata and the arrays are
 /// copied at once. `save` receives a handle to be given to `pcc_save_free`, or NULL on failure. `options` may be NULL.
 /// Errors: PCC_NO_SLOT, also at once where there is no room for `options->pin`; PCC_TOO_LARGE; PCC_INVALID_ARGUMENT for
 /// empty, duplicate or reserved names, wrong sizes, and options that are neither 0 nor 1;
-/// PCC_UNSUPPORTED for memory of a device; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
+/// PCC_UNSUPPORTED for memory of a GPU where this system or this build has none; PCC_INVALID_ARGUMENT for memory that is
+/// not that GPU's; PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
 /// PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_save_begin(
@@ -190,10 +193,10 @@ pub unsafe extern "C" fn pcc_save_begin(
         let out = caller.out_handle("save", save)?;
         let options = caller.save_options(options)?;
         let tensors = caller.tensors(tensors, tensor_count)?;
-        let host: Vec<HostTensor<'_>> = tensors.iter().map(TensorArg::host).collect();
+        let tensors: Vec<TensorAt<'_>> = tensors.iter().map(TensorArg::at).collect();
         let metadata = caller.metadata(metadata, metadata_count)?;
         // SAFETY: the header asks the caller to keep the memory valid and unchanged until the save is copied.
-        let save = unsafe { inner.store.begin_save(step, &host, &metadata, options) }?;
+        let save = unsafe { inner.store.begin_save(step, &tensors, &metadata, options) }?;
         out.set(guard::new_handle(SaveInner::new(save, Arc::downgrade(&inner.store))));
         Ok(())
     };
@@ -220,8 +223,8 @@ pub unsafe extern "C" fn pcc_payload_bytes(
     let body = |caller: &Caller| {
         let out = caller.out("payload_bytes", payload_bytes, 0)?;
         let tensors = caller.tensor_sizes(tensors, tensor_count)?;
-        let host: Vec<HostTensor<'_>> = tensors.iter().map(TensorArg::host).collect();
-        out.set(Store::payload_bytes(&host, &caller.metadata(metadata, metadata_count)?)?);
+        let tensors: Vec<TensorAt<'_>> = tensors.iter().map(TensorArg::at).collect();
+        out.set(Store::payload_bytes(&tensors, &caller.metadata(metadata, metadata_count)?)?);
         Ok(())
     };
     // SAFETY: the header binds the caller.
@@ -240,6 +243,40 @@ pub unsafe extern "C" fn pcc_save_wait_copied(save: *const pcc_save, timeout_ms:
     let body = |_: &Caller, inner: &SaveInner| Ok(inner.save.wait_copied(wait_of(timeout_ms))?);
     // SAFETY: the header binds the caller.
     unsafe { guard::on("pcc_save_wait_copied", save, body) }
+}
+
+/// Makes a CUDA stream wait until every byte of the state has left the caller's memory, so that what is enqueued on it from
+/// now on may update the state. The calling thread waits, for at most `timeout_ms` (negative: for ever), only until all
+/// copies are enqueued: not at all worth speaking of where the state goes into spare memory of its GPU or finds room in the
+/// staging pool, else until all but the last pool's worth has passed through it; and for tensors in host memory until they
+/// are copied. `stream` NULL is the legacy default stream. For tensors on several GPUs each stream that may update one of
+/// them is to wait.
+///
+/// Durability: none yet.
+/// Threads: any number at once.
+/// Ownership: after PCC_OK the tensors' memory is the caller's again for work on that stream.
+/// Errors: PCC_TIMED_OUT; PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; otherwise why the save failed,
+/// as `pcc_save_wait_durable`: the memory is the caller's again.
+#[no_mangle]
+pub unsafe extern "C" fn pcc_save_stream_wait_copied(
+    save: *const pcc_save,
+    stream: *mut c_void,
+    timeout_ms: i64,
+) -> pcc_status {
+    let body = |_: &Caller, inner: &SaveInner| {
+        #[cfg(feature = "cuda")]
+        // SAFETY: the header asks for a live stream.
+        unsafe { inner.save.stream_wait_copied(stream as usize, wait_of(timeout_ms)) }?;
+        #[cfg(not(feature = "cuda"))]
+        {
+            // All tensors are in host memory: there is nothing that a stream could wait for.
+            let _ = stream;
+            inner.save.wait_copied(wait_of(timeout_ms))?;
+        }
+        Ok(())
+    };
+    // SAFETY: the header binds the caller.
+    unsafe { guard::on("pcc_save_stream_wait_copied", save, body) }
 }
 
 /// Waits until the save has ended, for at most `timeout_ms` (negative: for ever, 0: only looks). PCC_OK means that the
@@ -444,12 +481,20 @@ pub(super) struct TensorArg<'a> {
     pub shape: &'a [u64],
     pub data: *mut c_void,
     pub bytes: u64,
+    pub device: Option<u32>,
 }
 
 impl<'a> TensorArg<'a> {
-    fn host(&self) -> HostTensor<'a> {
+    fn at(&self) -> TensorAt<'a> {
         let (name, dtype, shape) = (self.name, self.dtype, self.shape);
-        HostTensor { name, dtype, shape, ptr: self.data.cast_const().cast(), bytes: self.bytes }
+        TensorAt {
+            name,
+            dtype,
+            shape,
+            ptr: self.data.cast_const().cast(),
+            bytes: self.bytes,
+            device: self.device,
+        }
     }
 }
 
@@ -473,7 +518,7 @@ impl Caller {
 
     fn tensor<'a>(&'a self, index: usize, tensor: &pcc_tensor) -> Outcome<TensorArg<'a>> {
         let field = |name: &str| format!("tensors[{index}].{name}");
-        self.host_memory(&format!("tensors[{index}]"), tensor.device, tensor.device_index)?;
+        let device = self.device(&format!("tensors[{index}]"), tensor.device, tensor.device_index)?;
         if tensor.rank as usize > MAX_RANK {
             return Err(self.invalid(format!(
                 "{} is {}, expected at most {MAX_RANK}",
@@ -491,7 +536,7 @@ impl Caller {
             ))
         })?;
         let shape = self.array(&field("shape"), tensor.shape, tensor.rank.into())?;
-        Ok(TensorArg { name, dtype, shape, data: tensor.data, bytes: tensor.bytes })
+        Ok(TensorArg { name, dtype, shape, data: tensor.data, bytes: tensor.bytes, device })
     }
 
     /// Key and value pairs.

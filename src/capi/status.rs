@@ -64,6 +64,8 @@ pub const PCC_BAD_POINTER: i32 = -24;
 /// A member of a striped region is lost, foreign, in the wrong place, too short or damaged, or the path is that of a
 /// member other than the first. The text names the member.
 pub const PCC_MEMBER: i32 = -25;
+/// The driver of a GPU reported a failure.
+pub const PCC_DEVICE: i32 = -26;
 
 struct Entry {
     status: pcc_status,
@@ -76,7 +78,7 @@ const fn entry(status: pcc_status, name: &'static CStr, text: &'static CStr) -> 
 }
 
 /// Every status, at the index of its absolute value.
-const TABLE: [Entry; 26] = [
+const TABLE: [Entry; 27] = [
     entry(PCC_OK, c"PCC_OK", c"success"),
     entry(PCC_INVALID_ARGUMENT, c"PCC_INVALID_ARGUMENT", c"an argument breaks the contract of the call"),
     entry(
@@ -119,6 +121,7 @@ const TABLE: [Entry; 26] = [
         c"a pointer is NULL, misaligned, out of range or of the wrong kind",
     ),
     entry(PCC_MEMBER, c"PCC_MEMBER", c"a member of a striped region is lost, foreign or damaged"),
+    entry(PCC_DEVICE, c"PCC_DEVICE", c"the driver of a GPU reported a failure"),
 ];
 
 fn find(status: pcc_status) -> Option<&'static Entry> {
@@ -147,6 +150,7 @@ pub(crate) fn status_of(kind: ErrorKind) -> pcc_status {
         ErrorKind::Reclaimed => PCC_RECLAIMED,
         ErrorKind::Corrupt => PCC_CORRUPT,
         ErrorKind::Io => PCC_IO,
+        ErrorKind::Device => PCC_DEVICE,
         ErrorKind::DurabilityUnknown => PCC_DURABILITY_UNKNOWN,
         ErrorKind::ReadOnly => PCC_READ_ONLY,
         ErrorKind::Forked => PCC_FORKED,
@@ -212,6 +216,7 @@ mod tests {
             (-23, "PCC_INTERNAL"),
             (-24, "PCC_BAD_POINTER"),
             (-25, "PCC_MEMBER"),
+            (-26, "PCC_DEVICE"),
         ];
         assert_eq!(TABLE.len(), frozen.len());
         for (index, (entry, (status, name))) in TABLE.iter().zip(frozen).enumerate() {
@@ -223,7 +228,7 @@ mod tests {
 
     #[test]
     fn unknown_numbers_have_a_name_too() {
-        for status in [1, -26, i32::MIN] {
+        for status in [1, -27, i32::MIN] {
             assert!(find(status).is_none());
             assert!(!pcc_status_name(status).is_null() && !pcc_status_text(status).is_null());
         }

@@ -12,7 +12,7 @@ use crate::error::Error;
 /// Version of the C ABI: the number in the SONAME. A library of another major is another library.
 pub const PCC_ABI_MAJOR: u32 = 1;
 /// Raised with every addition to the ABI; additions never change what was there.
-pub const PCC_ABI_MINOR: u32 = 1;
+pub const PCC_ABI_MINOR: u32 = 2;
 /// `offset` of an error that concerns no byte offset: all bits set.
 pub const PCC_NO_OFFSET: u64 = u64::MAX;
 

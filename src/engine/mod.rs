@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 pub use checkpoints::{CheckpointInfo, Opened, Select};
-pub use saves::{HostTensor, Tensor};
+pub use saves::{Tensor, TensorAt};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Block, PreferredMedium, Superblock, SUPERBLOCK_OFFSETS};

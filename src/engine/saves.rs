@@ -3,17 +3,23 @@
 use std::collections::HashMap;
 
 use super::Store;
+#[cfg(feature = "cuda")]
+use crate::cuda::{Device, UserStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     chunk_hash, plan, plan_raw, Dtype, Layout, PayloadPlan, TensorSpec, HEADER_HASHED, RAW_STREAM,
 };
+#[cfg(feature = "cuda")]
+use crate::save::DevicePart;
 use crate::save::{deadline_in, Origin, RawChunks, RawSave, Save, SaveOptions, SaveSpec};
+#[cfg(feature = "cuda")]
+use crate::source::DeviceSource;
 use crate::source::{HostSegment, HostSource};
 use crate::sync::Arc;
 
-/// A named tensor in host memory, by address.
+/// A named tensor by address.
 #[derive(Debug, Clone, Copy)]
-pub struct HostTensor<'a> {
+pub struct TensorAt<'a> {
     /// Unique, not empty, UTF-8.
     pub name: &'a str,
     /// Element type.
@@ -24,6 +30,8 @@ pub struct HostTensor<'a> {
     pub ptr: *const u8,
     /// Size in bytes: product of the shape times the element size.
     pub bytes: u64,
+    /// The GPU whose memory it is in, as CUDA counts them in this process; none: host memory.
+    pub device: Option<u32>,
 }
 
 /// A named tensor as a borrowed slice.
@@ -47,12 +55,20 @@ impl Store {
     /// # Safety
     ///
     /// Every tensor's memory must stay valid for reads and must not change until [`Save::wait_copied`] returned
-    /// (with success or any error but `TimedOut`), or the `Save` was dropped.
+    /// (with success or any error but `TimedOut`), or the `Save` was dropped. Memory of GPUs must not be changed by work
+    /// that does not come after [`Save::stream_wait_copied`] or that moment; what was enqueued on
+    /// [`DeviceOptions::stream`](crate::save::DeviceOptions::stream) before this call may still be changing it, and is
+    /// waited for. That stream must be as [`UserStream::new`](crate::cuda::UserStream::new) asks, during this call.
+    ///
+    /// # Errors
+    ///
+    /// For tensors on GPUs also: `Unsupported` where this system or this build has none; `InvalidArgument` where memory is
+    /// not that GPU's; `Device` where the driver reports a failure.
     #[expect(unsafe_code, reason = "the caller promises that the memory outlives the copy")]
     pub unsafe fn begin_save(
         &self,
         step: u64,
-        tensors: &[HostTensor<'_>],
+        tensors: &[TensorAt<'_>],
         metadata: &[(&str, &str)],
         options: impl Into<SaveOptions>,
     ) -> Result<Save> {
@@ -63,10 +79,10 @@ impl Store {
         let plan = plan(&specs, metadata)?;
         self.check_fits(plan.payload_bytes)?;
         let spec = spec_of(step, &plan, 0, &options);
-        // SAFETY: the caller's promise is the one that `HostSource::new` asks for: the source is dropped before
-        // `copied` is told, and on failure before `wait_copied` returns.
-        let source = unsafe { source_of(plan, tensors) };
-        let core = saver.begin(spec, Origin::Source(Arc::new(source)), deadline_in(options.wait))?;
+        // SAFETY: the caller's promise is the one that is asked for: the source is dropped before `copied` is told, and
+        // on failure before `wait_copied` returns.
+        let origin = unsafe { origin_of(plan, tensors, &options) }?;
+        let core = saver.begin(spec, origin, deadline_in(options.wait))?;
         Ok(Save::new(core))
     }
 
@@ -80,14 +96,15 @@ impl Store {
         metadata: &[(&str, &str)],
         options: impl Into<SaveOptions>,
     ) -> Result<Save> {
-        let host: Vec<HostTensor<'_>> = tensors
+        let host: Vec<TensorAt<'_>> = tensors
             .iter()
-            .map(|t| HostTensor {
+            .map(|t| TensorAt {
                 name: t.name,
                 dtype: t.dtype,
                 shape: t.shape,
                 ptr: t.data.as_ptr(),
                 bytes: t.data.len() as u64,
+                device: None,
             })
             .collect();
         // SAFETY: the borrows outlive this call, which ends after `wait_copied`; were it to unwind, dropping
@@ -125,7 +142,7 @@ impl Store {
 
     /// Payload bytes that a save of these tensors takes: what the slot must hold. Their memory may not exist yet: a
     /// tensor whose address is null is counted as one that shares its bytes with no other.
-    pub fn payload_bytes(tensors: &[HostTensor<'_>], metadata: &[(&str, &str)]) -> Result<u64> {
+    pub fn payload_bytes(tensors: &[TensorAt<'_>], metadata: &[(&str, &str)]) -> Result<u64> {
         Ok(plan(&specs_of(tensors)?, metadata)?.payload_bytes)
     }
 
@@ -166,34 +183,112 @@ fn spec_of(step: u64, plan: &PayloadPlan, flags: u32, how: &SaveOptions) -> Save
     }
 }
 
-/// Header, tensors and any metadata that had no room in the header, in payload order.
+/// Where the bytes of a save come from.
 ///
 /// # Safety
 ///
-/// As [`HostSource::new`], for the memory of all tensors.
+/// As [`Store::begin_save`].
 #[expect(unsafe_code, reason = "passes the caller's promise on")]
-unsafe fn source_of(plan: PayloadPlan, tensors: &[HostTensor<'_>]) -> HostSource {
-    let mut placed: Vec<(u64, HostSegment)> = plan
-        .order
-        .iter()
-        .map(|&index| {
-            let tensor = &tensors[index];
-            (plan.placements[index], HostSegment { ptr: tensor.ptr, len: tensor.bytes as usize })
-        })
-        .collect();
-    let metadata = plan.metadata_tensor.map_or(Vec::new(), |metadata| {
-        placed.push((metadata.offset, HostSegment { ptr: metadata.data.as_ptr(), len: metadata.data.len() }));
-        metadata.data
-    });
-    // Empty tensors share the place of what follows them.
-    placed.sort_by_key(|(offset, segment)| (*offset, segment.len));
-    let segments = placed.into_iter().map(|(_, segment)| segment).collect();
+unsafe fn origin_of(plan: PayloadPlan, tensors: &[TensorAt<'_>], options: &SaveOptions) -> Result<Origin> {
+    let placed = Placed::new(plan, tensors);
+    if tensors.iter().any(|tensor| tensor.device.is_some()) {
+        // SAFETY: the caller's promise.
+        return unsafe { device_origin(placed, options) };
+    }
+    let Placed { header, segments, owned, .. } = placed;
     // SAFETY: the tensors by the caller's promise; the metadata's buffer moves into the source, its bytes stay.
-    unsafe { HostSource::new(plan.header, segments, metadata) }
+    let source = unsafe { HostSource::new(header, segments, owned) };
+    Ok(Origin::Source(Arc::new(source)))
+}
+
+/// # Safety
+///
+/// As [`Store::begin_save`].
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "passes the caller's promise on")]
+unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin> {
+    let Placed { header, segments, owners, owned } = placed;
+    let mut ordinals: Vec<u32> = owners.iter().flatten().copied().collect();
+    ordinals.sort_unstable();
+    ordinals.dedup();
+    let devices: Vec<_> = ordinals.iter().map(|&ordinal| Device::open(ordinal)).collect::<Result<_>>()?;
+    for (segment, owner) in segments.iter().zip(&owners).filter(|(segment, _)| segment.len > 0) {
+        check_owner(segment.ptr as u64, *owner)?;
+    }
+    // SAFETY: the caller's promise.
+    let stream = unsafe { UserStream::new(options.device.stream as *mut _) };
+    let after = stream.marks(&devices)?;
+    let owners =
+        owners.iter().map(|owner| owner.and_then(|owner| ordinals.binary_search(&owner).ok())).collect();
+    // SAFETY: the caller's promise; the metadata's buffer moves into the source, its bytes stay.
+    let source = unsafe { DeviceSource::new(header, segments, owned, owners, devices, after) };
+    Ok(Origin::Device(DevicePart {
+        source: Arc::new(source),
+        snapshot: options.device.snapshot,
+        timeout: options.device.timeout,
+        copies: Arc::default(),
+    }))
+}
+
+/// # Safety
+///
+/// None is needed.
+#[cfg(not(feature = "cuda"))]
+#[expect(unsafe_code, reason = "has the signature of the one that it stands for")]
+unsafe fn device_origin(_placed: Placed, _options: &SaveOptions) -> Result<Origin> {
+    Err(Error::new(ErrorKind::Unsupported, "begin save", "this build of the library knows no GPUs")
+        .advise("build it with the feature cuda"))
+}
+
+/// Refuses memory of another device than was said, which copies would read without a word.
+#[cfg(feature = "cuda")]
+fn check_owner(address: u64, said: Option<u32>) -> Result<()> {
+    let Some(said) = said else { return Ok(()) };
+    let found = match crate::cuda::owner_of(address)? {
+        Some(found) if found == said => return Ok(()),
+        Some(found) => format!("memory of GPU {found}"),
+        None => "no memory of a GPU".to_string(),
+    };
+    let message = format!("the tensor at {address:#x} is said to be on GPU {said}; that is {found}");
+    Err(Error::new(ErrorKind::InvalidArgument, "begin save", message))
+}
+
+/// Header, tensors and any metadata that had no room in the header, in payload order.
+struct Placed {
+    header: Vec<u8>,
+    segments: Vec<HostSegment>,
+    /// The GPU of each segment.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "without CUDA there are none"))]
+    owners: Vec<Option<u32>>,
+    /// What one of the segments points into.
+    owned: Vec<u8>,
+}
+
+impl Placed {
+    fn new(plan: PayloadPlan, tensors: &[TensorAt<'_>]) -> Placed {
+        let mut placed: Vec<(u64, HostSegment, Option<u32>)> = plan
+            .order
+            .iter()
+            .map(|&index| {
+                let tensor = &tensors[index];
+                let segment = HostSegment { ptr: tensor.ptr, len: tensor.bytes as usize };
+                (plan.placements[index], segment, tensor.device)
+            })
+            .collect();
+        let owned = plan.metadata_tensor.map_or(Vec::new(), |metadata| {
+            let segment = HostSegment { ptr: metadata.data.as_ptr(), len: metadata.data.len() };
+            placed.push((metadata.offset, segment, None));
+            metadata.data
+        });
+        // Empty tensors share the place of what follows them.
+        placed.sort_by_key(|(offset, segment, _)| (*offset, segment.len));
+        let (segments, owners) = placed.into_iter().map(|(_, segment, owner)| (segment, owner)).unzip();
+        Placed { header: plan.header, segments, owners, owned }
+    }
 }
 
 /// Refuses memory that cannot be read.
-fn check_memory(tensor: &HostTensor<'_>) -> Result<()> {
+fn check_memory(tensor: &TensorAt<'_>) -> Result<()> {
     if tensor.ptr.is_null() && tensor.bytes > 0 {
         return Err(Error::new(
             ErrorKind::InvalidArgument,
@@ -204,9 +299,12 @@ fn check_memory(tensor: &HostTensor<'_>) -> Result<()> {
     Ok(())
 }
 
+/// What tied tensors have in common: address, bytes, dtype, shape, GPU.
+type Memory<'a> = (usize, u64, u32, &'a [u64], Option<u32>);
+
 /// Checks addresses and finds tied tensors.
-fn specs_of<'a>(tensors: &'a [HostTensor<'a>]) -> Result<Vec<TensorSpec<'a>>> {
-    let mut seen: HashMap<(usize, u64, u32, &[u64]), usize> = HashMap::with_capacity(tensors.len());
+fn specs_of<'a>(tensors: &'a [TensorAt<'a>]) -> Result<Vec<TensorSpec<'a>>> {
+    let mut seen: HashMap<Memory<'a>, usize> = HashMap::with_capacity(tensors.len());
     let mut specs = Vec::with_capacity(tensors.len());
     for (index, tensor) in tensors.iter().enumerate() {
         let end =
@@ -218,7 +316,7 @@ fn specs_of<'a>(tensors: &'a [HostTensor<'a>]) -> Result<Vec<TensorSpec<'a>>> {
                 format!("tensor {:?} of {} bytes passes the end of memory", tensor.name, tensor.bytes),
             ));
         }
-        let key = (tensor.ptr as usize, tensor.bytes, tensor.dtype.code(), tensor.shape);
+        let key = (tensor.ptr as usize, tensor.bytes, tensor.dtype.code(), tensor.shape, tensor.device);
         let alias_of = match tensor.bytes {
             0 => None,
             _ if tensor.ptr.is_null() => None,

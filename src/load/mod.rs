@@ -2,10 +2,12 @@
 
 mod plan;
 mod reader;
+#[cfg_attr(not(feature = "cuda"), path = "no_upload.rs")]
+mod upload;
 
 use std::collections::BTreeMap;
 
-pub use plan::Part;
+pub use plan::{Part, PartAt};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::codec::reserved;
@@ -97,8 +99,10 @@ impl Place {
     /// Payload bytes from chunks that verify; `len` was bounded by a limit of the format before.
     fn read_verified(&self, hashes: &[u128], offset: u64, len: u64) -> Result<Vec<u8>> {
         let mut bytes = zeroed(len)?;
-        let mut part = [Part { offset, dst: &mut bytes }];
-        reader::read_parts(&self.region, &self.record, hashes, &mut part)?;
+        let part = [at_address(&mut Part { offset, dst: &mut bytes })];
+        // SAFETY: one part, borrowed exclusively.
+        #[expect(unsafe_code, reason = "the reader writes by address")]
+        unsafe { reader::read_parts(&self.region, &self.record, hashes, &part) }?;
         Ok(bytes)
     }
 
@@ -178,8 +182,31 @@ impl Checkpoint {
     ///
     /// On error the destinations hold unspecified bytes.
     pub fn read(&self, parts: &mut [Part<'_>]) -> Result<()> {
+        let parts: Vec<PartAt> = parts.iter_mut().map(at_address).collect();
+        // SAFETY: distinct exclusive borrows.
+        #[expect(unsafe_code, reason = "the reader writes by address")]
+        unsafe {
+            self.read_at(&parts)
+        }
+    }
+
+    /// As [`Checkpoint::read`], by address, also into memory of GPUs. What it writes there is complete on return.
+    ///
+    /// # Errors
+    ///
+    /// For memory of GPUs also `Unsupported` where this system or this build has none, `InvalidArgument` where it is not
+    /// that GPU's, `Device` where the driver reports a failure.
+    ///
+    /// # Safety
+    ///
+    /// Every part must be valid for writes until the call returns, no two may overlap, and nobody else may use them
+    /// meanwhile: nothing that was enqueued on a stream before may still be at work on them.
+    #[expect(unsafe_code, reason = "the caller promises that the memory is there")]
+    pub unsafe fn read_at(&self, parts: &[PartAt]) -> Result<()> {
         self.place.region.check_usable("read checkpoint", false)?;
-        self.judge(reader::read_parts(&self.place.region, &self.place.record, &self.hashes, parts))
+        // SAFETY: the caller's promise.
+        let read = unsafe { reader::read_parts(&self.place.region, &self.place.record, &self.hashes, parts) };
+        self.judge(read)
     }
 
     /// Reads whole tensors by name into buffers of exactly their size.
@@ -247,6 +274,10 @@ fn reclaimed(region: &Region, record: &SlotRecord) -> Error {
 
 fn corrupt(message: String) -> Error {
     Error::new(ErrorKind::Corrupt, "open checkpoint", message)
+}
+
+fn at_address(part: &mut Part<'_>) -> PartAt {
+    PartAt { offset: part.offset, ptr: part.dst.as_mut_ptr(), bytes: part.dst.len(), device: None }
 }
 
 /// So many zeros; an error where the memory cannot be had.

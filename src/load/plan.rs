@@ -11,6 +11,19 @@ pub struct Part<'a> {
     pub dst: &'a mut [u8],
 }
 
+/// As [`Part`], by address, in host memory or that of a GPU.
+#[derive(Debug, Clone, Copy)]
+pub struct PartAt {
+    /// First payload byte.
+    pub offset: u64,
+    /// First byte of the destination.
+    pub ptr: *mut u8,
+    /// How many bytes are wanted.
+    pub bytes: usize,
+    /// The GPU whose memory it is, as CUDA counts them in this process; none: host memory.
+    pub device: Option<u32>,
+}
+
 /// A piece of one chunk that goes to one destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Piece {

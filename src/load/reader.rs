@@ -6,7 +6,8 @@ use std::collections::VecDeque;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::SlotRecord;
 use crate::load::padded;
-use crate::load::plan::{pieces, Part, Piece};
+use crate::load::plan::{pieces, PartAt, Piece};
+use crate::load::upload::{Targets, Uploads};
 use crate::medium::{Io, IoOp, IoSink};
 use crate::persist::{ChunkHasher, Persister};
 use crate::staging::StagingBuffer;
@@ -29,6 +30,8 @@ struct Job<'a> {
 /// Where a part goes, shared by the threads.
 struct Destination {
     ptr: *mut u8,
+    /// Index of its GPU among the targets; none: host memory.
+    device: Option<usize>,
 }
 
 // SAFETY: each byte of a destination belongs to exactly one piece, and each piece to one job of one thread.
@@ -42,6 +45,7 @@ struct Work<'a> {
     hashes: &'a [u128],
     jobs: Vec<Job<'a>>,
     destinations: Vec<Destination>,
+    targets: Targets,
     next: AtomicUsize,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
@@ -61,26 +65,37 @@ impl IoSink for Arrivals {
 }
 
 /// Reads the parts; every chunk that holds a byte of them is verified as a whole.
-pub(super) fn read_parts(
+///
+/// # Safety
+///
+/// The parts must be writable, by this call alone, and disjoint.
+pub(super) unsafe fn read_parts(
     region: &Region,
     record: &SlotRecord,
     hashes: &[u128],
-    parts: &mut [Part<'_>],
+    parts: &[PartAt],
 ) -> Result<()> {
-    let shapes: Vec<(u64, usize)> = parts.iter().map(|part| (part.offset, part.dst.len())).collect();
+    let shapes: Vec<(u64, usize)> = parts.iter().map(|part| (part.offset, part.bytes)).collect();
     let pieces = pieces(record, &shapes)?;
     let jobs = pieces
         .chunk_by(|a, b| a.chunk == b.chunk)
         .map(|pieces| Job { chunk: pieces[0].chunk, pieces })
         .collect();
-    let destinations = parts.iter_mut().map(|part| Destination { ptr: part.dst.as_mut_ptr() }).collect();
-    run(region, record, hashes, jobs, destinations)
+    let used = parts.iter().filter(|part| part.bytes > 0);
+    let targets = Targets::open(region, used.filter_map(|part| part.device))?;
+    let destination = |part: &PartAt| {
+        let device = part.device.filter(|_| part.bytes > 0);
+        let device = device.map(|ordinal| targets.index_of(ordinal, part.ptr as u64)).transpose()?;
+        Ok(Destination { ptr: part.ptr, device })
+    };
+    let destinations = parts.iter().map(destination).collect::<Result<_>>()?;
+    run(region, record, hashes, jobs, destinations, targets)
 }
 
 /// Verifies every chunk.
 pub(super) fn verify_all(region: &Region, record: &SlotRecord, hashes: &[u128]) -> Result<()> {
     let jobs = (0..record.chunk_count).map(|chunk| Job { chunk, pieces: &[] }).collect();
-    run(region, record, hashes, jobs, Vec::new())
+    run(region, record, hashes, jobs, Vec::new(), Targets::open(region, std::iter::empty())?)
 }
 
 pub(super) fn damaged_chunk(region: &Region, record: &SlotRecord, chunk: u64) -> Error {
@@ -105,6 +120,7 @@ fn run<'a>(
     hashes: &'a [u128],
     jobs: Vec<Job<'a>>,
     destinations: Vec<Destination>,
+    targets: Targets,
 ) -> Result<()> {
     let threads = (region.options().readers as usize).min(jobs.len()).max(1);
     let work = Work {
@@ -113,6 +129,7 @@ fn run<'a>(
         hashes,
         jobs,
         destinations,
+        targets,
         next: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
         failure: Mutex::new(None),
@@ -180,6 +197,7 @@ fn read_jobs(work: &Work<'_>) {
     let mut course = Course { work, begun: None, token: 0 };
     let mut flights: VecDeque<Flight> = VecDeque::with_capacity(WINDOW);
     let mut large: Option<Reading<'_>> = None;
+    let mut uploads = Uploads::new(&work.targets);
     loop {
         while flights.len() < WINDOW && !work.failed.load(Ordering::Relaxed) {
             // Blocks for a buffer only while it holds none, so that readers never starve one another.
@@ -206,9 +224,15 @@ fn read_jobs(work: &Work<'_>) {
         let result = match work.failed.load(Ordering::Relaxed) {
             // Of a chunk that failed before its end, the rest has nothing to add to.
             true => Ok(()),
-            false => result.and_then(|()| read_stretch(work, stretch, &buffer, &mut large, &persister)),
+            false => result
+                .and_then(|()| read_stretch(work, stretch, &buffer, &mut large, &persister, &mut uploads)),
         };
-        drop(buffer);
+        // Also after an error: what was enqueued reads the buffer.
+        let result = uploads.finish().and(result);
+        match uploads.hang() {
+            true => std::mem::forget(buffer),
+            false => drop(buffer),
+        }
         if let Err(error) = result {
             work.failure.lock().get_or_insert(error);
             work.failed.store(true, Ordering::Relaxed);
@@ -245,6 +269,7 @@ fn read_stretch<'a>(
     buffer: &[u8],
     large: &mut Option<Reading<'a>>,
     persister: &Persister,
+    uploads: &mut Uploads<'_>,
 ) -> Result<()> {
     let job = &work.jobs[stretch.job];
     let mut reading = match large.take() {
@@ -255,7 +280,9 @@ fn read_stretch<'a>(
             Reading::new(job)
         }
     };
-    reading.absorb(work, &buffer[..stretch.len], persister);
+    let bytes = &buffer[..stretch.len];
+    reading.upload(work, bytes, uploads)?;
+    reading.absorb(work, bytes, persister);
     if stretch.partial && reading.done < work.record.chunk_len(job.chunk) {
         *large = Some(reading);
         return Ok(());
@@ -281,12 +308,27 @@ impl<'a> Reading<'a> {
         Reading { hasher: ChunkHasher::new(), pieces: job.pieces, done: 0 }
     }
 
-    /// Takes the next bytes of the chunk.
+    /// Has those of the next bytes that go to GPUs copied while they are verified.
+    fn upload(&self, work: &Work<'_>, bytes: &[u8], uploads: &mut Uploads<'_>) -> Result<()> {
+        let (start, end) = (self.done, self.done + bytes.len());
+        let begun = self.pieces.partition_point(|piece| piece.within < end);
+        for piece in self.pieces[..begun].iter().filter_map(|piece| piece.clipped(start, end)) {
+            let destination = &work.destinations[piece.part];
+            if let Some(device) = destination.device {
+                let to = destination.ptr.wrapping_add(piece.at);
+                uploads.add(device, to, &bytes[piece.within..piece.within + piece.len]);
+            }
+        }
+        uploads.enqueue()
+    }
+
+    /// Takes the next bytes of the chunk: hashes them, and copies out those that go to host memory.
     fn absorb(&mut self, work: &Work<'_>, bytes: &[u8], persister: &Persister) {
         let (start, end) = (self.done, self.done + bytes.len());
         let begun = self.pieces.partition_point(|piece| piece.within < end);
         // Several pieces may want the same bytes: one that ends here need not be the first that is left.
-        let mut pieces = self.pieces[..begun].iter().filter_map(|piece| piece.clipped(start, end)).peekable();
+        let here = self.pieces[..begun].iter().filter(|piece| work.destinations[piece.part].device.is_none());
+        let mut pieces = here.filter_map(|piece| piece.clipped(start, end)).peekable();
         let mut done = 0;
         while done < bytes.len() {
             let end = (done + PIECE_BYTES).min(bytes.len());

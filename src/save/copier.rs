@@ -6,11 +6,18 @@
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use crate::error::Result;
+#[cfg(feature = "cuda")]
+use crate::format::chunk_hash;
 use crate::format::BLOCK_BYTES;
 use crate::persist::ChunkHasher;
 use crate::save::core::{internal, ChunkWork, SaveCore};
+#[cfg(feature = "cuda")]
+use crate::save::device::Arrived;
 use crate::save::saver::Shared;
+#[cfg(feature = "cuda")]
+use crate::source::copy_and_hash;
 use crate::staging::StagingBuffer;
+use crate::sync::thread;
 
 /// What became of a chunk.
 enum Copied {
@@ -25,6 +32,9 @@ enum Copied {
 pub(super) fn run_copier(shared: &Shared) {
     loop {
         let ticket = shared.copy_work.ticket();
+        if take_arrived(shared) {
+            continue;
+        }
         if !shared.has_copy_work() {
             if shared.closing() {
                 return;
@@ -32,14 +42,42 @@ pub(super) fn run_copier(shared: &Shared) {
             let _ = shared.copy_work.wait(ticket, None);
             continue;
         }
-        let Some(mut buffer) = shared.acquire_buffer() else { return };
+        let Some(mut buffer) = shared.acquire_buffer() else {
+            if shared.closing() && !shared.has_arrived() {
+                return;
+            }
+            continue;
+        };
         while let Some((save, work)) = shared.next_chunk() {
             match take_chunk(shared, &save, work, buffer) {
                 Some(unused) => buffer = unused,
                 None => break,
             }
+            if shared.has_arrived() {
+                break;
+            }
         }
     }
+}
+
+/// Sees to a chunk that a device has brought; false where there is none.
+#[cfg(feature = "cuda")]
+pub(super) fn take_arrived(shared: &Shared) -> bool {
+    let Some(Arrived { save, chunk, buffer }) = shared.exchange.next_arrived() else { return false };
+    let _at_work = save.at_work();
+    if flushing_has_failed(shared, &save) {
+        return true;
+    }
+    let mut placing = false;
+    let hash = || hash_arrived(shared, &save, chunk, &buffer, &mut placing);
+    let copied = catch_unwind(AssertUnwindSafe(hash));
+    drop(finish_chunk(shared, &save, chunk, buffer, copied, placing));
+    true
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(super) fn take_arrived(_shared: &Shared) -> bool {
+    false
 }
 
 /// Returns the buffer where it was not used.
@@ -51,15 +89,37 @@ fn take_chunk(
 ) -> Option<StagingBuffer> {
     let _at_work = save.at_work();
     let chunk = work.chunk;
-    if shared.region.flush_failures() != save.flush_failures {
-        drop(work);
-        save.fail(shared.region.last_flush_error());
+    if flushing_has_failed(shared, save) {
         return Some(buffer);
     }
     let mut placing = false;
     let copied = catch_unwind(AssertUnwindSafe(|| copy(shared, save, &work, &mut buffer, &mut placing)));
     // The caller's memory may be freed once `copied` is told: let go of the source before.
     drop(work);
+    if matches!(copied, Ok(Ok(_))) {
+        save.chunk_left(chunk);
+    }
+    finish_chunk(shared, save, chunk, buffer, copied, placing)
+}
+
+/// True where a flush has failed since the save began: that has ended it.
+fn flushing_has_failed(shared: &Shared, save: &SaveCore) -> bool {
+    let failed = shared.region.flush_failures() != save.flush_failures;
+    if failed {
+        save.fail(shared.region.last_flush_error());
+    }
+    failed
+}
+
+/// Hands on what became of a chunk. Returns the buffer where it was not used.
+fn finish_chunk(
+    shared: &Shared,
+    save: &SaveCore,
+    chunk: u64,
+    mut buffer: StagingBuffer,
+    copied: thread::Result<Result<Copied>>,
+    placing: bool,
+) -> Option<StagingBuffer> {
     match copied {
         Ok(Ok(Copied::Found)) => save.chunk_found(chunk),
         Ok(Ok(Copied::Staged(hash))) => {
@@ -102,17 +162,52 @@ fn copy(
             return Ok(Copied::Found);
         }
     }
-    let mut hasher = ChunkHasher::new();
-    let memory = shared.region.medium().memory().filter(|_| save.marked_soon());
-    if let Some(memory) = memory {
-        let before = save.begin_placing(shared, work.chunk)?;
-        *placing = true;
-        let at = shared.region.layout().slot_offset(save.claim.slot) + offset;
-        memory.fill(at, len, &mut |place, write_back| {
-            work.source.fill(offset, place, &mut hasher, write_back)
-        })?;
-        return Ok(Copied::Placed { hash: hasher.finish(), before });
+    let fill = |dst: &mut [u8], hasher: &mut ChunkHasher, write_back: bool| {
+        work.source.fill(offset, dst, hasher, write_back)
+    };
+    if let Some(placed) = place(shared, save, work.chunk, placing, fill)? {
+        return Ok(placed);
     }
+    let mut hasher = ChunkHasher::new();
     work.source.fill(offset, &mut buffer[..len], &mut hasher, false)?;
     Ok(Copied::Staged(hasher.finish()))
+}
+
+/// As [`copy`], of a chunk that is in the buffer already.
+#[cfg(feature = "cuda")]
+fn hash_arrived(
+    shared: &Shared,
+    save: &SaveCore,
+    chunk: u64,
+    buffer: &[u8],
+    placing: &mut bool,
+) -> Result<Copied> {
+    let bytes = &buffer[..save.chunk_len(chunk)];
+    let fill = |dst: &mut [u8], hasher: &mut ChunkHasher, write_back: bool| {
+        copy_and_hash(dst, bytes, hasher, write_back);
+        Ok(())
+    };
+    match place(shared, save, chunk, placing, fill)? {
+        Some(placed) => Ok(placed),
+        None => Ok(Copied::Staged(chunk_hash(bytes))),
+    }
+}
+
+/// Has a chunk stored straight into its place, where the medium's bytes are memory and the slot is marked by now.
+fn place(
+    shared: &Shared,
+    save: &SaveCore,
+    chunk: u64,
+    placing: &mut bool,
+    mut fill: impl FnMut(&mut [u8], &mut ChunkHasher, bool) -> Result<()>,
+) -> Result<Option<Copied>> {
+    let Some(memory) = shared.region.medium().memory().filter(|_| save.marked_soon()) else {
+        return Ok(None);
+    };
+    let mut hasher = ChunkHasher::new();
+    let before = save.begin_placing(shared, chunk)?;
+    *placing = true;
+    let at = shared.region.layout().slot_offset(save.claim.slot) + chunk * save.chunk_bytes;
+    memory.fill(at, save.chunk_len(chunk), &mut |dst, write_back| fill(dst, &mut hasher, write_back))?;
+    Ok(Some(Copied::Placed { hash: hasher.finish(), before }))
 }

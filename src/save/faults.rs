@@ -25,6 +25,15 @@ pub struct Faults {
     /// Believe that what a cancelled save was to write is in its place.
     #[cfg(feature = "sim")]
     pub know_uncommitted: bool,
+    /// Copy a GPU's memory without waiting for what the caller's stream had to do before.
+    #[cfg(feature = "sim")]
+    pub copy_before_the_event: bool,
+    /// Take copies of a GPU's memory for done as soon as they are enqueued.
+    #[cfg(feature = "sim")]
+    pub land_early: bool,
+    /// Let the caller's stream go on without waiting for the copies.
+    #[cfg(feature = "sim")]
+    pub stream_waits_for_nothing: bool,
 }
 
 macro_rules! fault {
@@ -42,3 +51,5 @@ macro_rules! fault {
 
 fault! { skip_writing_mark commit_before_payload free_before_commit commit_on_last_chunk pin_after_commit }
 fault! { remember_overwritten know_uncommitted }
+#[cfg(feature = "cuda")]
+fault! { copy_before_the_event land_early stream_waits_for_nothing }

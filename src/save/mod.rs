@@ -3,6 +3,8 @@
 mod commit;
 mod copier;
 mod core;
+#[cfg(feature = "cuda")]
+mod device;
 mod faults;
 mod raw;
 mod saver;
@@ -10,10 +12,14 @@ mod saver;
 use std::time::{Duration, Instant};
 
 pub use self::core::{Durable, Progress};
+#[cfg(feature = "cuda")]
+pub use device::{DeviceOptions, Snapshot};
 pub use faults::Faults;
 pub use raw::RawSave;
 
 pub(crate) use self::core::{cancelled, Origin, SaveCore, SaveSpec};
+#[cfg(feature = "cuda")]
+pub(crate) use device::DevicePart;
 pub(crate) use raw::RawChunks;
 pub(crate) use saver::Saver;
 
@@ -35,11 +41,25 @@ pub struct SaveOptions {
     /// Its checkpoint is pinned from the instant it commits. Refused at begin (`NoSlot`) where pins, those of saves in
     /// flight among them, would leave fewer than N slots to save into. Default false.
     pub pin: bool,
+    /// How tensors on GPUs are copied.
+    #[cfg(feature = "cuda")]
+    pub device: DeviceOptions,
+}
+
+impl SaveOptions {
+    /// What [`Default`] gives.
+    pub const DEFAULT: SaveOptions = SaveOptions {
+        wait: Some(Duration::from_secs(60)),
+        confirm: false,
+        pin: false,
+        #[cfg(feature = "cuda")]
+        device: DeviceOptions::DEFAULT,
+    };
 }
 
 impl Default for SaveOptions {
     fn default() -> Self {
-        SaveOptions { wait: Some(Duration::from_secs(60)), confirm: false, pin: false }
+        SaveOptions::DEFAULT
     }
 }
 
@@ -90,6 +110,28 @@ impl Save {
     pub fn wait_copied(&self, timeout: Option<Duration>) -> Result<()> {
         self.core.check_process("wait for copied")?;
         self.core.wait_copied(deadline_in(timeout))
+    }
+
+    /// Makes a stream of the program wait until every byte has left the caller's memory, so that what is enqueued on it
+    /// from now on may change that memory. The calling thread waits only until all copies are enqueued (for the state in
+    /// spare memory of the GPU or in a staging pool that has room for it: not at all) and what is in host memory is copied.
+    ///
+    /// Nothing is durable yet. For tensors on several GPUs, every stream that may change one of them is to wait.
+    ///
+    /// # Errors
+    ///
+    /// `TimedOut`; otherwise why the save has failed: the memory is the caller's again. `Device` where the driver refuses.
+    ///
+    /// # Safety
+    ///
+    /// As [`UserStream::new`](crate::cuda::UserStream::new), during this call.
+    #[cfg(feature = "cuda")]
+    #[expect(unsafe_code, reason = "the caller promises that the stream lives")]
+    pub unsafe fn stream_wait_copied(&self, stream: usize, timeout: Option<Duration>) -> Result<()> {
+        self.core.check_process("wait for copied")?;
+        // SAFETY: the caller's promise.
+        let stream = unsafe { crate::cuda::UserStream::new(stream as *mut _) };
+        self.core.stream_wait_copied(stream, deadline_in(timeout))
     }
 
     /// Lets a save commit that was begun with [`SaveOptions::confirm`]: before it is copied or after, and as often as one

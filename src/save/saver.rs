@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::save::core::{cancelled, out_of_time, ChunkWork, Origin, SaveCore, SaveSpec};
+#[cfg(feature = "cuda")]
+use crate::save::device::{run_pump, Exchange, NewJob};
 use crate::save::faults::Faults;
 use crate::save::{commit, copier};
 use crate::slots::SlotState;
@@ -45,12 +47,17 @@ pub(crate) struct Shared {
     active: Mutex<BTreeMap<u64, Arc<SaveCore>>>,
     active_changed: Event,
     closing: AtomicBool,
+    #[cfg(feature = "cuda")]
+    pub exchange: Exchange,
 }
 
 /// The saving side of an open store.
 pub(crate) struct Saver {
     shared: Arc<Shared>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
+    /// Whether the thread that copies from GPUs was started: at the first save that needs it.
+    #[cfg(feature = "cuda")]
+    pumping: Mutex<bool>,
 }
 
 impl Saver {
@@ -70,8 +77,15 @@ impl Saver {
             active: Mutex::new(BTreeMap::new()),
             active_changed: Event::new(),
             closing: AtomicBool::new(false),
+            #[cfg(feature = "cuda")]
+            exchange: Exchange::default(),
         });
-        let saver = Saver { shared, threads: Mutex::new(Vec::new()) };
+        let saver = Saver {
+            shared,
+            threads: Mutex::new(Vec::new()),
+            #[cfg(feature = "cuda")]
+            pumping: Mutex::new(false),
+        };
         saver.spawn("pcc-mark", run_marker)?;
         saver.spawn("pcc-commit", commit::run_committer)?;
         for _ in 0..writers {
@@ -106,6 +120,10 @@ impl Saver {
     /// Waits until `deadline` for a slot.
     pub fn begin(&self, spec: SaveSpec, origin: Origin, deadline: Option<Instant>) -> Result<Arc<SaveCore>> {
         let shared = &self.shared;
+        #[cfg(feature = "cuda")]
+        if matches!(origin, Origin::Device(_)) {
+            self.start_pump()?;
+        }
         let save = loop {
             let ticket = shared.region.slot_freed().ticket();
             if let Some(save) = shared.try_begin(&spec, &origin)? {
@@ -121,7 +139,21 @@ impl Saver {
         }
         shared.mark_queue.lock().push_back(save.clone());
         shared.mark_work.notify_all();
+        #[cfg(feature = "cuda")]
+        if let Origin::Device(part) = origin {
+            shared.exchange.submit(NewJob { save: save.clone(), part });
+        }
         Ok(save)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn start_pump(&self) -> Result<()> {
+        let mut pumping = self.pumping.lock();
+        if !*pumping {
+            self.spawn("pcc-device", run_pump)?;
+            *pumping = true;
+        }
+        Ok(())
     }
 
     /// Waits until no save is in flight. Without a deadline it refuses to wait for saves that wait only for their
@@ -200,6 +232,8 @@ impl Shared {
         self.mark_work.notify_all();
         self.commit_work.notify_all();
         self.region.slot_freed().notify_all();
+        #[cfg(feature = "cuda")]
+        self.exchange.work.notify_all();
     }
 
     /// A thread of the engine panicked: no further saves, and those in flight end at once, since what they wait for
@@ -233,24 +267,52 @@ impl Shared {
         Ok(Some(save))
     }
 
-    /// A buffer as soon as one is free; `None` when the store is being closed.
+    /// A buffer as soon as one is free; `None` when the store is being closed, or when there is other work for a copier.
     pub fn acquire_buffer(&self) -> Option<StagingBuffer> {
+        let pool = self.region.pool();
         loop {
-            if let Some(buffer) = self.region.pool().acquire(Some(Instant::now() + CLOSE_POLL)) {
+            let ticket = pool.freed().ticket();
+            if let Some(buffer) = pool.try_acquire() {
                 return Some(buffer);
             }
-            if self.closing() {
+            if self.closing() || self.has_arrived() {
                 return None;
             }
+            let _ = pool.freed().wait(ticket, Some(Instant::now() + CLOSE_POLL));
         }
     }
 
+    /// Whether chunks from devices wait for a copier.
+    pub fn has_arrived(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.exchange.has_arrived();
+        #[cfg(not(feature = "cuda"))]
+        return false;
+    }
+
+    /// Chunks from devices have arrived: wakes copiers, also those that wait for a buffer.
+    #[cfg(feature = "cuda")]
+    pub fn arrivals_came(&self) {
+        if self.exchange.has_arrived() {
+            self.copy_work.notify_all();
+            self.region.pool().freed().notify_all();
+        }
+    }
+
+    /// No save is in flight.
+    #[cfg(feature = "cuda")]
+    pub fn all_ended(&self) -> bool {
+        self.active.lock().is_empty()
+    }
+
     /// A buffer for the save as soon as one is free; an error when it has failed or `deadline` has passed.
+    ///
+    /// Chunks that have arrived from devices are seen to meanwhile: they hold the buffers that this waits for.
     pub fn acquire_buffer_for(&self, save: &SaveCore, deadline: Option<Instant>) -> Result<StagingBuffer> {
+        let pool = self.region.pool();
         loop {
-            let poll = Instant::now() + CLOSE_POLL;
-            let until = deadline.map_or(poll, |deadline| deadline.min(poll));
-            if let Some(buffer) = self.region.pool().acquire(Some(until)) {
+            let ticket = pool.freed().ticket();
+            if let Some(buffer) = pool.try_acquire() {
                 return Ok(buffer);
             }
             save.check()?;
@@ -260,6 +322,11 @@ impl Shared {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(out_of_time("raw write", "a staging buffer"));
             }
+            if copier::take_arrived(self) {
+                continue;
+            }
+            let poll = Instant::now() + CLOSE_POLL;
+            let _ = pool.freed().wait(ticket, Some(deadline.map_or(poll, |deadline| deadline.min(poll))));
         }
     }
 

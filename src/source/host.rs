@@ -20,6 +20,18 @@ pub struct HostSegment {
     pub len: usize,
 }
 
+/// Contiguous bytes of a payload.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "devices ask whose bytes they are"))]
+pub(super) struct Run {
+    /// Whose they are; none: the header's.
+    pub segment: Option<usize>,
+    /// First byte.
+    pub ptr: *const u8,
+    /// Bytes of the segment before it.
+    pub skip: u64,
+    pub len: usize,
+}
+
 /// A payload made of a header and borrowed memory.
 pub struct HostSource {
     header: Vec<u8>,
@@ -56,22 +68,32 @@ impl HostSource {
         HostSource { header, segments, starts, _owned: owned, persister: Persister::detect() }
     }
 
-    /// The memory behind payload bytes from `offset` on, as far as it is contiguous, at most `most` bytes.
-    fn run_at(&self, offset: u64, most: usize) -> &[u8] {
+    /// Where payload bytes from `offset` on are, as far as they are contiguous, at most `most` bytes.
+    pub(super) fn locate(&self, offset: u64, most: usize) -> Run {
         let header_bytes = self.header.len() as u64;
         if offset < header_bytes {
             let rest = &self.header[offset as usize..];
-            return &rest[..rest.len().min(most)];
+            return Run { segment: None, ptr: rest.as_ptr(), skip: 0, len: rest.len().min(most) };
         }
         // The last segment that starts at or before `offset`; empty ones before it share its start.
         let index = self.starts.partition_point(|&start| start <= offset) - 1;
         let segment = self.segments[index];
         let skip = (offset - self.starts[index]) as usize;
         let len = (segment.len - skip).min(most);
-        // SAFETY: `skip < segment.len`, since the next segment starts beyond `offset`.
-        let first = unsafe { segment.ptr.add(skip) };
-        // SAFETY: `new`'s contract: readable and unchanged while `self` lives.
-        unsafe { std::slice::from_raw_parts(first, len) }
+        Run { segment: Some(index), ptr: segment.ptr.wrapping_add(skip), skip: skip as u64, len }
+    }
+
+    /// The segments, in payload order.
+    #[cfg(feature = "cuda")]
+    pub(super) fn segments(&self) -> &[HostSegment] {
+        &self.segments
+    }
+
+    /// The memory behind payload bytes from `offset` on, as far as it is contiguous, at most `most` bytes.
+    fn run_at(&self, offset: u64, most: usize) -> &[u8] {
+        let run = self.locate(offset, most);
+        // SAFETY: within the header or one segment, which by `new`'s contract is readable and unchanged while `self` lives.
+        unsafe { std::slice::from_raw_parts(run.ptr, run.len) }
     }
 
     /// Takes into account what was copied by cached stores.
@@ -82,6 +104,15 @@ impl HostSource {
             unsafe { self.persister.flush_lines(bytes.as_ptr(), bytes.len()) };
         }
     }
+}
+
+/// Copies `src` to `dst`, of the same length, around the caches, and feeds it to `hasher`; as [`Source::fill`].
+pub fn copy_and_hash(dst: &mut [u8], src: &[u8], hasher: &mut ChunkHasher, write_back: bool) {
+    assert_eq!(dst.len(), src.len(), "a chunk goes to a place of its own size");
+    // SAFETY: as long as `src`, and distinct: it is borrowed exclusively.
+    unsafe { hasher.copy(dst.as_mut_ptr(), src, write_back) };
+    // As in `fill`.
+    Persister::detect().fence();
 }
 
 impl Source for HostSource {

@@ -1,8 +1,12 @@
-//! Where the bytes of a save come from. Host memory here; the CUDA source stands behind the same seam.
+//! Where the bytes of a save come from: host memory, which copiers read; GPUs, whose copy engines bring their part.
 
+#[cfg(feature = "cuda")]
+mod device;
 mod host;
 
-pub use host::{HostSegment, HostSource};
+#[cfg(feature = "cuda")]
+pub use device::{DeviceSource, Fetch};
+pub use host::{copy_and_hash, HostSegment, HostSource};
 
 use crate::error::Result;
 use crate::persist::ChunkHasher;
@@ -17,4 +21,9 @@ pub trait Source: Send + Sync {
 
     /// Feeds payload bytes `offset..offset + len` to `hasher`, in order. Called from several threads at once.
     fn hash(&self, offset: u64, len: usize, hasher: &mut ChunkHasher) -> Result<()>;
+
+    /// Whether some of these bytes are not in host memory, so that neither `fill` nor `hash` can be asked for them.
+    fn is_fetched(&self, _offset: u64, _len: usize) -> bool {
+        false
+    }
 }

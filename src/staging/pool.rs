@@ -25,6 +25,9 @@ pub struct StagingOptions {
 /// All memory is taken in [`new`](StagingPool::new) and given back when the pool and its last buffer are
 /// dropped.
 pub struct StagingPool {
+    /// Page-locked for GPUs; none: they refused. Dropped before the mapping.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    registered: crate::sync::OnceLock<Option<crate::cuda::Registered>>,
     mapping: Mapping,
     buffer_bytes: usize,
     free: FreeList,
@@ -60,7 +63,14 @@ impl StagingPool {
         let mapping = Mapping::new(len)?;
         let locked = options.lock_memory && mapping.lock();
         let free = FreeList::new(len / buffer_bytes);
-        Ok(Arc::new(StagingPool { mapping, buffer_bytes, free, locked }))
+        Ok(Arc::new(StagingPool {
+            #[cfg(all(feature = "cuda", not(loom)))]
+            registered: crate::sync::OnceLock::new(),
+            mapping,
+            buffer_bytes,
+            free,
+            locked,
+        }))
     }
 
     /// First byte of buffer 0; buffer `i` begins `i * buffer_bytes` later. For registering the pool with the
@@ -93,6 +103,16 @@ impl StagingPool {
     /// Whether the pool is locked in memory.
     pub fn locked(&self) -> bool {
         self.locked
+    }
+
+    /// Page-locks the pool for GPUs, once. False where the driver refuses: copies then go through memory of its own.
+    #[cfg(all(feature = "cuda", not(loom)))]
+    pub fn register(&self, device: &Arc<crate::cuda::Device>) -> bool {
+        let register = || {
+            // SAFETY: mapped until the pool is dropped, and what is returned is dropped before the mapping.
+            unsafe { crate::cuda::Registered::new(device, self.base(), self.mapping.len()) }.ok()
+        };
+        self.registered.get_or_init(register).is_some()
     }
 
     /// How many buffers are free; out of date at once.

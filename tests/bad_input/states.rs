@@ -3,7 +3,7 @@
 use std::ptr;
 use std::time::Duration;
 
-use pccheck::engine::{HostTensor, Select, Store, Tensor};
+use pccheck::engine::{Select, Store, Tensor, TensorAt};
 use pccheck::format::{Dtype, MAX_NAME_BYTES, MAX_RANK};
 use pccheck::load::Part;
 use pccheck::store::OpenOptions;
@@ -106,7 +106,7 @@ fn addresses_that_cannot_be() {
     let byte = 0u8;
     let at = |ptr: *const u8, bytes: u64| {
         move |store: &Store| {
-            let tensor = HostTensor { name: "w", dtype: Dtype::U8, shape: &[bytes], ptr, bytes };
+            let tensor = TensorAt { name: "w", dtype: Dtype::U8, shape: &[bytes], ptr, bytes, device: None };
             // SAFETY: each of these addresses must be refused before anything is read.
             unsafe { store.begin_save(3, &[tensor], &[], WAIT) }.map(drop)
         }
@@ -117,7 +117,8 @@ fn addresses_that_cannot_be() {
     case.refuses(at(&byte, isize::MAX as u64 + 1), invalid, &["\"w\"", "end of memory"]);
     case.refuses(at(usize::MAX as *const u8, 2), invalid, &["\"w\"", "end of memory"]);
     // Nothing at nowhere is a tensor without elements.
-    let empty = HostTensor { name: "e", dtype: Dtype::F32, shape: &[0, 7], ptr: ptr::null(), bytes: 0 };
+    let empty =
+        TensorAt { name: "e", dtype: Dtype::F32, shape: &[0, 7], ptr: ptr::null(), bytes: 0, device: None };
     // SAFETY: no byte is read.
     let save = unsafe { case.store.begin_save(4, &[empty], &[], WAIT) }.expect("an empty tensor");
     save.wait_durable(WAIT).expect("durable");

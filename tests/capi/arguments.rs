@@ -115,7 +115,12 @@ fn bad_tensors_are_refused_by_name_and_leave_the_store_usable() {
     refuse(&|t| t[1].bytes = 5, PCC_INVALID_ARGUMENT, &["läyer.1"]);
     refuse(&|t| t[1].bytes = u64::MAX, PCC_BAD_POINTER, &["pass the end of memory"]);
     refuse(&|t| t[1].bytes = i64::MAX as u64 + 1, PCC_BAD_POINTER, &["pass the end of memory"]);
-    refuse(&|t| t[1].device = 2, PCC_UNSUPPORTED, &["tensors[1]", "host memory"]);
+    refuse(&|t| t[1].device = 2, PCC_UNSUPPORTED, &["tensors[1]", "device kind 2"]);
+    // Not a panic where there is no driver; where there is one, that is no memory of a GPU.
+    match std::path::Path::new("/dev/nvidiactl").exists() {
+        false => refuse(&|t| t[1].device = 1, PCC_UNSUPPORTED, &["no NVIDIA driver", "libcuda"]),
+        true => refuse(&|t| t[1].device = 1, PCC_INVALID_ARGUMENT, &["no memory of a GPU"]),
+    }
     refuse(&|t| t[1].device_index = 1, PCC_INVALID_ARGUMENT, &["device_index"]);
     refuse(&|t| t[0].struct_bytes = 0, PCC_INVALID_ARGUMENT, &["struct_bytes is 0"]);
     refuse(&|t| t[0].struct_bytes = 55, PCC_INVALID_ARGUMENT, &["struct_bytes is 55"]);
@@ -139,9 +144,13 @@ fn bad_tensors_are_refused_by_name_and_leave_the_store_usable() {
     fails(with_pairs(&pairs[..2]), PCC_INVALID_ARGUMENT, &["k"]);
     fails(with_pairs(&pairs[2..3]), PCC_INVALID_ARGUMENT, &["pccheck.raw"]);
     fails(with_pairs(&pairs[3..]), PCC_BAD_POINTER, &["metadata[0].value is NULL"]);
-    let stream = pcc_save_options { stream: 8 as *mut c_void, ..sized!(pcc_save_options) };
-    let status = c!(pcc_save_begin(store, 1, good.as_ptr(), 5, null(), 0, &stream, &mut null_mut()));
-    fails(status, PCC_UNSUPPORTED, &["stream"]);
+    for (options, text) in [
+        (pcc_save_options { snapshot: 3, ..sized!(pcc_save_options) }, "snapshot is 3"),
+        (pcc_save_options { reserved: 1, ..sized!(pcc_save_options) }, "reserved is 1"),
+    ] {
+        let status = c!(pcc_save_begin(store, 1, good.as_ptr(), 5, null(), 0, &options, &mut null_mut()));
+        fails(status, PCC_INVALID_ARGUMENT, &[text]);
+    }
 
     let large = vec![0u8; 3 << 20];
     let shape = [large.len() as u64];

@@ -41,7 +41,7 @@ ffi: Any = _ffi
 lib: Any = _lib
 
 # The C ABI that this package was written for; it ships with its own library, so a mismatch is a broken install.
-_MAJOR, _MINOR = 1, 1
+_MAJOR, _MINOR = 1, 2
 _found = divmod(int(lib.pcc_abi_version()), 65536)
 if _found[0] != _MAJOR or _found[1] < _MINOR:
     raise ImportError(f"pccheck: the library's C ABI is {_found}, this package needs {(_MAJOR, _MINOR)}; reinstall it")

@@ -1,6 +1,6 @@
 """Arrays of any library as memory: address, bytes, dtype and shape, without a copy.
 
-Understood are torch tensors in host memory, numpy arrays, objects with ``__array_interface__``, with DLPack's
+Understood are torch tensors in host memory or on a GPU, numpy arrays, objects with ``__array_interface__``, with DLPack's
 ``__dlpack__`` (JAX, CuPy's and TensorFlow's host arrays), and with the buffer protocol. They must be contiguous and
 row-major: what is not would have to be copied, which is the caller's decision.
 """
@@ -16,45 +16,48 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import dtypes, errors
-from ._abi import ffi
+from ._abi import ffi, lib
 
 __all__ = ["Memory", "memories_of", "memory_of", "pack_pairs", "pack_tensors"]
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A contiguous, row-major array in host memory; ``owner`` keeps it alive."""
+    """A contiguous, row-major array; ``owner`` keeps it alive."""
 
     address: int
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
     owner: Any
+    #: index of the CUDA device that it is on; None: host memory
+    gpu: int | None = None
 
 
 def memories_of(tensors: Mapping[str, Any], *, write: bool = False) -> dict[str, Memory]:
-    """:func:`memory_of` each of the named arrays."""
+    """:func:`memory_of` each of the named arrays, which may be on GPUs."""
     try:
         named = list(tensors.items())
     except (AttributeError, TypeError):
         raise errors.InvalidArgument(
             f"expected a mapping from names to arrays, found a {type(tensors).__name__}"
         ) from None
-    return {name: memory_of(array, name, write=write) for name, array in named}
+    return {name: memory_of(array, name, write=write, gpu=True) for name, array in named}
 
 
-def memory_of(array: Any, name: str, *, write: bool = False) -> Memory:
-    """The memory of an array object; ``name`` says in errors which. ``write``: it will be written to.
+def memory_of(array: Any, name: str, *, write: bool = False, gpu: bool = False) -> Memory:
+    """The memory of an array object; ``name`` says in errors which. ``write``: it will be written to. ``gpu``: it may be
+    a torch tensor on a CUDA device.
 
     Raises:
         InvalidArgument: it is no array, not contiguous, read-only though it is to be written, or of a dtype that
             cannot be stored.
-        Unsupported: it is not in host memory.
+        Unsupported: it is on a device from which it cannot be taken.
     """
     try:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(array, torch.Tensor):
-            return _of_torch(array, torch)
+            return _of_torch(array, torch, gpu)
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(array, (numpy.ndarray, numpy.generic)):
             return _of_numpy(array, write)
@@ -76,7 +79,7 @@ def memory_of(array: Any, name: str, *, write: bool = False) -> Memory:
         raise type(why)(f"tensor {name!r}: {why.message}") from None
 
 
-def _of_torch(tensor: Any, torch: Any) -> Memory:
+def _of_torch(tensor: Any, torch: Any, gpu: bool) -> Memory:
     wrapper = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     if tensor.layout is not torch.strided or tensor.is_nested or wrapper:
         raise errors.InvalidArgument(
@@ -84,7 +87,9 @@ def _of_torch(tensor: Any, torch: Any) -> Memory:
         )
     if tensor.device.type == "meta":
         raise errors.Unsupported("it is on the device meta, which holds no data; pass a tensor that does")
-    if tensor.device.type != "cpu":
+    # HIP calls its devices cuda, too.
+    on_gpu = gpu and tensor.device.type == "cuda" and torch.version.cuda is not None
+    if tensor.device.type != "cpu" and not on_gpu:
         raise errors.Unsupported(f"it is on {tensor.device}; copy it to host memory first")
     if not tensor.is_contiguous():
         raise errors.InvalidArgument(_not_contiguous(tuple(tensor.stride())))
@@ -99,7 +104,7 @@ def _of_torch(tensor: Any, torch: Any) -> Memory:
             "training does); gather the tensor first"
         )
     # The storage, not the tensor: `tensor.data = other` would let its memory go.
-    return Memory(tensor.data_ptr(), nbytes, dtype, tuple(tensor.shape), storage)
+    return Memory(tensor.data_ptr(), nbytes, dtype, tuple(tensor.shape), storage, tensor.device.index if on_gpu else None)
 
 
 def _of_numpy(array: Any, write: bool) -> Memory:
@@ -225,6 +230,8 @@ class Packed:
     array: Any
     count: int
     owners: tuple[Any, ...]
+    #: CUDA devices that hold some of them
+    gpus: tuple[int, ...] = ()
 
 
 def pack_tensors(tensors: Mapping[str, Memory]) -> Packed:
@@ -239,12 +246,14 @@ def pack_tensors(tensors: Mapping[str, Memory]) -> Packed:
     offset = 0
     for at, memory in zip(name_at, tensors.values(), strict=True):
         code, rank = dtypes.CODE[memory.dtype], len(memory.shape)
-        entry = (_TENSOR.size, names_base + at, shape, memory.address, memory.nbytes, code, rank, 0, 0)
+        device = (lib.PCC_DEVICE_HOST, 0) if memory.gpu is None else (lib.PCC_DEVICE_CUDA, memory.gpu)
+        entry = (_TENSOR.size, names_base + at, shape, memory.address, memory.nbytes, code, rank, *device)
         _TENSOR.pack_into(packed, offset, *entry)
         offset += _TENSOR.size
         shape += 8 * rank
     array = ffi.from_buffer("pcc_tensor[]", packed)
-    return Packed(array, len(tensors), (packed, shapes, names, tuple(tensors.values())))
+    gpus = {memory.gpu for memory in tensors.values() if memory.gpu is not None and memory.nbytes}
+    return Packed(array, len(tensors), (packed, shapes, names, tuple(tensors.values())), tuple(sorted(gpus)))
 
 
 def pack_pairs(metadata: Mapping[str, str] | None) -> Packed:

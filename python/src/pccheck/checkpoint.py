@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import arrays, dtypes, errors
+from . import arrays, dtypes, errors, streams
 from ._abi import Handle, check, ffi, lib, new_struct, string, text_of, whole
 
 __all__ = ["Checkpoint", "CheckpointInfo", "TensorInfo"]
@@ -160,7 +160,8 @@ class Checkpoint(Mapping[str, Any]):
     def read_into(self, targets: Mapping[str, Any]) -> None:
         """Fills writable arrays with the tensors of these names, in one parallel, verified read.
 
-        Each must be contiguous and of the tensor's dtype and shape. On failure they hold unspecified bytes, unless it
+        Each must be contiguous and of the tensor's dtype and shape. Tensors on GPUs are written to when torch's current
+        streams are done with them. On failure they hold unspecified bytes, unless it
         is NotFound or InvalidArgument: then nothing was written.
         """
         memories = arrays.memories_of(targets, write=True)
@@ -183,7 +184,7 @@ class Checkpoint(Mapping[str, Any]):
     def read_ranges(self, ranges: list[tuple[str, int, Any]]) -> None:
         """Several :meth:`read_bytes` (name, byte offset, target) in one parallel read; targets must not overlap."""
         self._read(
-            (self._tensor(name).index, whole("offset", offset), arrays.memory_of(target, name, write=True))
+            (self._tensor(name).index, whole("offset", offset), arrays.memory_of(target, name, write=True, gpu=True))
             for name, offset, target in ranges
         )
 
@@ -194,6 +195,9 @@ class Checkpoint(Mapping[str, Any]):
             read.struct_bytes = ffi.sizeof("pcc_read")
             read.index, read.offset, read.bytes = index, offset, memory.nbytes
             read.dst = ffi.cast("void *", memory.address)
+            if memory.gpu is not None:
+                read.device, read.device_index = lib.PCC_DEVICE_CUDA, memory.gpu
+        streams.synchronize(sorted({memory.gpu for _, _, memory in wanted if memory.gpu is not None}))
         with self._handle.use() as checkpoint:
             check(lib.pcc_checkpoint_read(checkpoint, reads, len(wanted)))
 

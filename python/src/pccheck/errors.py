@@ -9,6 +9,7 @@ __all__ = [
     "BadPointer",
     "Cancelled",
     "Corrupt",
+    "DeviceError",
     "DurabilityError",
     "DurabilityUnknown",
     "Forked",
@@ -225,6 +226,12 @@ class MemberError(PccheckError):
     """
 
     status, code = "PCC_MEMBER", -25
+
+
+class DeviceError(PccheckError):
+    """The driver of a GPU reported a failure."""
+
+    status, code = "PCC_DEVICE", -26
 
 
 class UnsupportedValue(PccheckError, TypeError):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from . import arrays, errors
+from . import arrays, errors, streams
 from ._abi import Handle, check, ffi, lib, new_struct, text_of, whole
 
 __all__ = ["Durable", "Progress", "RawSave", "Save"]
@@ -54,13 +54,17 @@ class Save:
     until they are copied. All methods may be called from any thread; ``await save`` gives what :meth:`durable` gives.
     """
 
-    def __init__(self, handle: Handle, store: Handle, path: str, unconfirmed: bool = False) -> None:
+    def __init__(
+        self, handle: Handle, store: Handle, path: str, unconfirmed: bool = False, gpus: tuple[int, ...] = ()
+    ) -> None:
         # It keeps the arrays until they are copied.
         self._handle = handle
         # A store that nobody closed stays open as long as it has saves whose end nobody has seen.
         self._store: Handle | None = store
         self._path = path
         self._unconfirmed = unconfirmed
+        #: CUDA devices that hold some of the tensors
+        self.gpus = gpus
         progress = self._progress()
         self.generation: int = progress.generation
         self.step: int = progress.step
@@ -88,6 +92,32 @@ class Save:
         """
         self._wait(lambda save, ms: int(lib.pcc_save_wait_copied(save, ms)), timeout)
 
+    def stream_wait_copied(self, stream: Any = None, timeout: float | None = None) -> None:
+        """Makes a CUDA stream wait until every byte has left the tensors: what is enqueued on it after this may update them.
+
+        The calling thread waits only until all copies are enqueued: hardly at all where the state went into spare memory
+        of the GPU or finds room in the staging pool; and until arrays in host memory are copied. The tensors stay
+        referenced until they are copied.
+
+        Args:
+            stream: a ``torch.cuda.Stream`` or the number of a CUDA stream; None: torch's current streams of all devices
+                that hold some of the tensors.
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            TimedOut: it goes on, and the tensors must still not change.
+            PccheckError: why the save failed; the tensors may change again.
+        """
+        handles = [streams.of_device(gpu, stream) for gpu in self.gpus[: None if stream is None else 1]]
+        if not handles:
+            return self.copied(timeout)
+        for handle in handles:
+            pointer = ffi.cast("void *", handle)
+            self._wait(
+                lambda save, ms, at=pointer: int(lib.pcc_save_stream_wait_copied(save, at, ms)), timeout, keeps=True
+            )
+        return None
+
     def durable(self, timeout: float | None = None) -> Durable:
         """Waits until the checkpoint will be found after a crash of the kind that the store's durability names.
 
@@ -109,10 +139,12 @@ class Save:
             slot=found.slot,
         )
 
-    def _wait(self, call: Callable[[Any, int], int], timeout: float | None, ends: bool = False) -> None:
+    def _wait(
+        self, call: Callable[[Any, int], int], timeout: float | None, ends: bool = False, keeps: bool = False
+    ) -> None:
         def slice_(save: Any, milliseconds: int) -> int:
             status = call(save, milliseconds)
-            if status not in (lib.PCC_TIMED_OUT, lib.PCC_FORKED, lib.PCC_BAD_POINTER):
+            if not keeps and status not in (lib.PCC_TIMED_OUT, lib.PCC_FORKED, lib.PCC_BAD_POINTER):
                 # Nothing reads the arrays any more, however the save goes on.
                 self._handle.keep = None
                 if ends:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from . import arrays, errors
+from . import arrays, errors, streams
 from ._abi import (
     Handle,
     check,
@@ -33,6 +33,7 @@ __all__ = ["Got", "Stats", "Store", "Verified"]
 
 _DURABILITIES = {"process": 1, "power": 2}
 _BACKENDS = {"auto": 0, "uring": 1, "threads": 2}
+_SNAPSHOTS = {"staging": 0, "auto": 1, "spare": 2}
 
 # Longest wait for the saves in flight when a `with` block ends by an exception.
 _DRAIN_AFTER_ERROR_S = 60.0
@@ -198,11 +199,17 @@ class Store:
         timeout: float | None = 60.0,
         confirm: bool = False,
         pin: bool = False,
+        stream: Any = None,
+        snapshot: str = "staging",
+        gpu_timeout: float | None = None,
     ) -> Save:
         """Begins a save and returns while it goes on; what is saved is the arrays' memory as it is now.
 
         The arrays must not change before :meth:`Save.copied` has returned. They are not copied by Python, and those
         with the same memory, dtype and shape are stored once and restored under all their names.
+
+        Tensors on GPUs are saved as they are when ``stream`` has done what was enqueued on it before; the call does not
+        wait for that. They may be updated after :meth:`Save.stream_wait_copied`, on the stream that waits.
 
         Args:
             step: the trainer's iteration number; need not be unique.
@@ -211,14 +218,24 @@ class Store:
             timeout: seconds to wait for a slot while N saves are in flight; None waits for ever.
             confirm: become durable only after :meth:`Save.confirm`.
             pin: keep the checkpoint, from its commit on, until :meth:`unpin`.
+            stream: a ``torch.cuda.Stream`` or the number of a CUDA stream; None: torch's current streams.
+            snapshot: where tensors on GPUs go first: "staging" (the staging pool), "spare" (spare memory of the GPU, at
+                the speed of that memory: copied at once) or "auto" (spare where there is room for it).
+            gpu_timeout: seconds after which a save that a GPU has not finished copying fails (default 600).
 
         Raises:
             NoSlot: N saves are still in flight, or a pin would leave fewer than N slots to save into.
             TooLarge: a slot is too small for the state: grow the region.
             InvalidArgument, Unsupported: of an array; nothing was saved.
+            InvalidState: the stream captures a graph.
         """
         packed, pairs = arrays.pack_tensors(arrays.memories_of(tensors)), arrays.pack_pairs(metadata)
         chosen, step, save = _save_options(confirm, pin), whole("step", step), Save.handle(packed.owners)
+        chosen.snapshot = number_of("snapshot", snapshot, _SNAPSHOTS)
+        if gpu_timeout is not None:
+            chosen.device_timeout_ms = max(1, deadline_ms(gpu_timeout))
+        if packed.gpus:
+            chosen.stream = ffi.cast("void *", streams.joined(packed.gpus, stream))
 
         def attempt(store: Any, milliseconds: int) -> int:
             chosen.wait_ms = milliseconds
@@ -226,7 +243,7 @@ class Store:
             return int(lib.pcc_save_begin(store, step, *named, chosen, save.out))
 
         self._handle.wait(attempt, timeout, again=lib.PCC_NO_SLOT)
-        begun = Save(save, self._handle, self.path, confirm)
+        begun = Save(save, self._handle, self.path, confirm, packed.gpus)
         if confirm:
             self._unconfirmed[begun.generation] = begun
         return begun
@@ -310,12 +327,14 @@ class Store:
 
         Names, dtypes and shapes must be those of the checkpoint, which may hold more. Where a payload is damaged, the
         next candidate is read instead. Returns the checkpoint that was restored, for its step and metadata: close it.
+        Tensors on GPUs are written to when torch's current streams are done with them.
 
         Raises:
             NotFound, InvalidArgument: nothing was written. After other errors the arrays hold unspecified bytes.
         """
         chosen, checkpoint = _select(generation, step, older_than, True), Checkpoint.handle()
         packed = arrays.pack_tensors(arrays.memories_of(tensors, write=True))
+        streams.synchronize(packed.gpus)
         with self._handle.use() as store:
             check(lib.pcc_restore(store, chosen, packed.array, packed.count, checkpoint.out))
         return Checkpoint(checkpoint, self.path)

@@ -43,6 +43,7 @@ impl SaveCore {
     /// needs one `at_work`.
     pub fn take_chunk(&self) -> Option<ChunkWork> {
         let mut state = self.state.lock();
+        self.skip_fetched(&mut state);
         if state.failure.is_some() || state.next_chunk == self.chunk_count {
             return None;
         }
@@ -50,6 +51,7 @@ impl SaveCore {
         let chunk = state.next_chunk;
         state.next_chunk += 1;
         state.copying += 1;
+        state.host_chunks += 1;
         let steady = state.content.steady(chunk);
         Some(ChunkWork { chunk, source, steady })
     }
@@ -59,9 +61,20 @@ impl SaveCore {
         AtWork(self)
     }
 
+    /// Passes over chunks that a device brings by itself.
+    pub(super) fn skip_fetched(&self, state: &mut SaveState) {
+        let Some(source) = &state.source else { return };
+        while state.next_chunk < self.chunk_count
+            && source.is_fetched(state.next_chunk * self.chunk_bytes, self.chunk_len(state.next_chunk))
+        {
+            state.next_chunk += 1;
+        }
+    }
+
     /// True while there are chunks to hand out.
     pub fn has_chunks(&self) -> bool {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        self.skip_fetched(&mut state);
         state.failure.is_none() && state.source.is_some() && state.next_chunk < self.chunk_count
     }
 
@@ -84,11 +97,11 @@ impl SaveCore {
     /// already; then the buffer is returned.
     pub fn chunk_copied(&self, chunk: u64, hash: u128, buffer: StagingBuffer) -> Option<StagingBuffer> {
         let padded = self.chunk_len(chunk).next_multiple_of(crate::format::BLOCK_BYTES as usize);
-        let (found, all_copied) = {
+        let (found, all_hashed) = {
             let mut state = self.state.lock();
             let found = state.content.known(chunk) == Some(hash);
             state.content.compared(chunk, found);
-            (found, self.note_copied(&mut state, chunk, hash, found))
+            (found, self.note_hashed(&mut state, chunk, hash, found))
         };
         let unused = match found {
             true => Some(buffer),
@@ -97,22 +110,22 @@ impl SaveCore {
                 None
             }
         };
-        if all_copied {
-            self.finish_copy();
+        if all_hashed {
+            self.finish_chunks();
         }
         unused
     }
 
     /// A copier found that the chunk's place holds it already.
     pub fn chunk_found(&self, chunk: u64) {
-        let all_copied = {
+        let all_hashed = {
             let mut state = self.state.lock();
             // Nobody but the chunk's copier changes what is known of it.
             let Some(known) = state.content.known(chunk) else { return };
-            self.note_copied(&mut state, chunk, known, true)
+            self.note_hashed(&mut state, chunk, known, true)
         };
-        if all_copied {
-            self.finish_copy();
+        if all_hashed {
+            self.finish_chunks();
         }
     }
 
@@ -149,28 +162,68 @@ impl SaveCore {
 
     /// The calling thread has stored the chunk into its place, which is known to have held `before`.
     pub fn chunk_placed(&self, shared: &Shared, chunk: u64, hash: u128, before: Option<u128>) {
-        let all_copied = {
+        let all_hashed = {
             let mut state = self.state.lock();
             state.content.compared(chunk, before == Some(hash));
-            self.note_copied(&mut state, chunk, hash, false)
+            self.note_hashed(&mut state, chunk, hash, false)
         };
         self.write_finished(shared, chunk, Ok(()));
-        if all_copied {
-            self.finish_copy();
+        if all_hashed {
+            self.finish_chunks();
         }
     }
 
     /// True where it was the last one.
-    fn note_copied(&self, state: &mut SaveState, chunk: u64, hash: u128, found: bool) -> bool {
+    fn note_hashed(&self, state: &mut SaveState, chunk: u64, hash: u128, found: bool) -> bool {
         let len = self.chunk_len(chunk) as u64;
         state.hashes[chunk as usize] = hash;
-        state.chunks_copied += 1;
-        state.copied_bytes += len;
+        state.chunks_hashed += 1;
         if found {
             state.written_bytes += len;
             state.unchanged_bytes += len;
         }
-        state.chunks_copied == self.chunk_count
+        state.chunks_hashed == self.chunk_count
+    }
+
+    /// A chunk that a copier took has left the caller's memory, and the copier has let go of the source: when it was the
+    /// last one, the waiters are told.
+    pub fn chunk_left(&self, chunk: u64) {
+        let waited_for = {
+            let mut state = self.state.lock();
+            state.host_chunks -= 1;
+            self.has_device_part() && state.host_chunks == 0
+        };
+        if waited_for {
+            self.changed.notify_all();
+        }
+        self.chunks_left(1, self.chunk_len(chunk) as u64);
+    }
+
+    #[cfg(feature = "cuda")]
+    fn has_device_part(&self) -> bool {
+        self.device.is_some()
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn has_device_part(&self) -> bool {
+        false
+    }
+
+    /// Chunks with so many bytes in all have left the caller's memory, and nobody will read them there any more.
+    pub fn chunks_left(&self, chunks: u64, bytes: u64) {
+        {
+            let mut state = self.state.lock();
+            state.chunks_left += chunks;
+            state.copied_bytes += bytes;
+            if state.chunks_left < self.chunk_count {
+                return;
+            }
+        }
+        // Dropped outside of the lock, and before `copied` is told: it is the caller's memory.
+        let source = self.state.lock().source.take();
+        drop(source);
+        self.state.lock().copied_at = Some(Instant::now());
+        self.changed.notify_all();
     }
 
     /// What is known of the slot once the commit record is durable.
@@ -204,13 +257,8 @@ impl SaveCore {
         }
     }
 
-    /// The last chunk has left the caller's memory: tell the waiters, then write the chunk table.
-    fn finish_copy(&self) {
-        // Dropped outside of the lock, and before `copied` is told: it is the caller's memory.
-        let source = self.state.lock().source.take();
-        drop(source);
-        self.state.lock().copied_at = Some(Instant::now());
-        self.changed.notify_all();
+    /// All hashes are known: write the chunk table.
+    fn finish_chunks(&self) {
         if let Err(error) = self.write_table() {
             self.fail(error);
         }

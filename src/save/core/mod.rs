@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkStamp;
 use crate::format::{RecordState, SlotRecord};
+#[cfg(feature = "cuda")]
+use crate::save::device::{Copies, DevicePart};
 use crate::save::raw::RawChunks;
 use crate::save::saver::Shared;
 use crate::source::Source;
@@ -81,6 +83,9 @@ pub struct Durable {
 pub(crate) enum Origin {
     Source(Arc<dyn Source>),
     Raw(Arc<RawChunks>),
+    /// Pulled by copiers where it is in host memory, else brought by a device.
+    #[cfg(feature = "cuda")]
+    Device(DevicePart),
 }
 
 /// One chunk to copy.
@@ -111,7 +116,11 @@ pub(crate) struct SaveState {
     next_chunk: u64,
     /// Copiers (and raw writers) at work on this save.
     copying: u32,
-    chunks_copied: u64,
+    /// Chunks that have left the caller's memory.
+    chunks_left: u64,
+    /// Chunks that copiers are taking out of it.
+    host_chunks: u64,
+    chunks_hashed: u64,
     copied_bytes: u64,
     written_bytes: u64,
     /// Operations submitted or parked that have not ended.
@@ -168,6 +177,9 @@ pub(crate) struct SaveCore {
     on_end: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Half-filled chunks of a raw save; their buffers go back when it fails.
     raw: Option<Arc<RawChunks>>,
+    /// Of a state on GPUs.
+    #[cfg(feature = "cuda")]
+    pub(super) device: Option<Arc<Copies>>,
     shared: Weak<Shared>,
     this: Weak<SaveCore>,
     fork_stamp: ForkStamp,
@@ -181,9 +193,16 @@ impl SaveCore {
         spec: SaveSpec,
         origin: Origin,
     ) -> Arc<SaveCore> {
-        let (source, raw) = match origin {
+        #[cfg(feature = "cuda")]
+        let device = match &origin {
+            Origin::Device(part) => Some(part.copies.clone()),
+            _ => None,
+        };
+        let (source, raw): (Option<Arc<dyn Source>>, _) = match origin {
             Origin::Source(source) => (Some(source), None),
             Origin::Raw(chunks) => (None, Some(chunks)),
+            #[cfg(feature = "cuda")]
+            Origin::Device(part) => (Some(part.source), None),
         };
         let options = shared.region.options();
         let chunk_bytes = options.chunk_bytes;
@@ -203,7 +222,9 @@ impl SaveCore {
                 source,
                 next_chunk: 0,
                 copying: 0,
-                chunks_copied: 0,
+                chunks_left: 0,
+                host_chunks: 0,
+                chunks_hashed: 0,
                 copied_bytes: 0,
                 written_bytes: 0,
                 in_flight: 0,
@@ -224,6 +245,8 @@ impl SaveCore {
             changed: Condvar::new(),
             on_end: Mutex::new(None),
             raw,
+            #[cfg(feature = "cuda")]
+            device,
             shared: Arc::downgrade(shared),
             this: this.clone(),
             fork_stamp: ForkStamp::now(),
@@ -281,6 +304,24 @@ impl SaveCore {
             let (guard, timed_out) = self.changed.wait_until(state, deadline);
             state = guard;
             if timed_out && state.copied_at.is_none() {
+                return Err(timed_out_error("wait for copied"));
+            }
+        }
+    }
+
+    /// Waits until what is in host memory has left it, but for what stands between a device's memory.
+    #[cfg(feature = "cuda")]
+    pub fn wait_host_copied(&self, deadline: Option<Instant>) -> Result<()> {
+        let mut state = self.state.lock();
+        loop {
+            self.skip_fetched(&mut state);
+            let taken = state.source.is_none() || state.next_chunk == self.chunk_count;
+            if state.copied_at.is_some() || state.failure.is_some() || taken && state.host_chunks == 0 {
+                return Ok(());
+            }
+            let timed_out;
+            (state, timed_out) = self.changed.wait_until(state, deadline);
+            if timed_out {
                 return Err(timed_out_error("wait for copied"));
             }
         }

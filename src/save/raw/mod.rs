@@ -156,6 +156,7 @@ impl RawSave {
         let len = core.chunk_len(chunk);
         buffer[len..padded_len(core, chunk)].fill(0);
         let hash = chunk_hash(&buffer[..len]);
+        core.chunks_left(1, core.chunk_len(chunk) as u64);
         drop(core.chunk_copied(chunk, hash, buffer));
     }
 

@@ -43,8 +43,11 @@ class HomeOptions:
     writers: int | None = None
     lock_timeout: float | None = 10.0
     drain_timeout: float | None = 600.0
+    snapshot: str = "staging"
 
     def __post_init__(self) -> None:
+        if self.snapshot not in ("staging", "spare", "auto"):
+            raise errors.InvalidArgument(f"snapshot={self.snapshot!r}: expected 'staging', 'spare' or 'auto'")
         for name, number in (("max_in_flight", self.max_in_flight), ("keep", self.keep)):
             if not isinstance(number, int) or number < 1:
                 raise errors.InvalidArgument(f"{name}={number!r}: expected a number of checkpoints, 1 or more")
@@ -215,7 +218,10 @@ class Home:
         confirm: bool,
         timeout: float | None,
     ) -> Save:
-        return self.store.save(step, tensors, metadata, timeout=timeout, pin=pin, confirm=confirm)
+        snapshot = self._options.snapshot
+        return self.store.save(
+            step, tensors, metadata, timeout=timeout, pin=pin, confirm=confirm, snapshot=snapshot
+        )
 
     def _grow(self, slots: int, state_bytes: int) -> None:
         """Replaces the region by a larger one that holds the same checkpoints.

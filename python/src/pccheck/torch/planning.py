@@ -153,7 +153,8 @@ class ReadPlan:
                 self.tied(where, other, stored)
             return
         self._targets[memory] = stored
-        direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == dtype
+        on_gpu = target.device.type == "cuda" and torch.version.cuda is not None
+        direct = (target.device.type == "cpu" or on_gpu) and target.is_contiguous() and target.dtype == dtype
         if direct and not target.is_conj() and not target.is_neg():
             self._reads.append(_Read(info, target, (target.data_ptr(), info.nbytes)))
         else:

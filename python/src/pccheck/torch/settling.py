@@ -109,17 +109,22 @@ class Settler:
         self._queue.put(flight)
 
     def before_update(self) -> None:
-        """Waits until nothing more is read from the trainer's memory."""
+        """Waits until nothing more is read from the trainer's memory; torch's current streams wait for that of GPUs."""
         self._witnesses = []
-        self.settle(self._update_timeout)
+        self.settle(self._update_timeout, on_host=False)
 
-    def settle(self, timeout: float | None, *, give_up: bool = True) -> None:
-        """As :meth:`before_update`, for at most ``timeout`` seconds; then the save is given up, or goes on."""
+    def settle(self, timeout: float | None, *, give_up: bool = True, on_host: bool = True) -> None:
+        """As :meth:`before_update`, for at most ``timeout`` seconds; then the save is given up, or goes on. ``on_host``:
+        the calling thread waits, also for memory of GPUs.
+        """
         flight = self._pending
         if flight is None:
             return
         try:
-            flight.save.copied(timeout)
+            if on_host:
+                flight.save.copied(timeout)
+            else:
+                flight.save.stream_wait_copied(timeout=timeout)
         except errors.TimedOut:
             if not give_up:
                 return

@@ -92,7 +92,7 @@ def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool) -> Snapshot
             snapshot.shardings[name] = sharding
         tensor = local_part(value).detach()
         _check(tensor, name)
-        readable = tensor.device.type == "cpu" and tensor.is_contiguous()
+        readable = _is_read(tensor.device) and tensor.is_contiguous()
         readable = readable and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
         if readable and tensor.nbytes > _SCALAR_BYTES and tensor.data_ptr() in addresses:
             snapshot.tensors[name] = tensor
@@ -121,8 +121,15 @@ def _check(tensor: torch.Tensor, name: str) -> None:
         )
 
 
+def _is_read(device: torch.device) -> bool:
+    """Whether the engine reads memory of that device."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.version.cuda is not None)
+
+
 def _capture(tensor: torch.Tensor) -> torch.Tensor:
-    plain = tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
+    plain = tensor.resolve_conj().resolve_neg().contiguous()
+    if not _is_read(plain.device):
+        plain = plain.to("cpu")
     return plain if plain.data_ptr() != tensor.data_ptr() or not plain.nbytes else plain.clone()
 
 
@@ -134,4 +141,4 @@ def _numpy_copy(array: Any) -> Any:
 def _crc(tensor: torch.Tensor) -> int:
     if not tensor.nbytes:
         return 0
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use memmap2::{Advice, Mmap};
-use pccheck::engine::{HostTensor, Store};
+use pccheck::engine::{Store, TensorAt};
 use pccheck::format::{header_len, parse_header, Payload};
 use pccheck::{Error, ErrorKind, Result};
 use serde_json::json;
@@ -51,15 +51,16 @@ pub fn run(args: &Args) -> Result<()> {
     let payload = read_header(&map).map_err(|error| {
         error.at_path(&args.file).advise("expected a safetensors file; see whether it was written completely")
     })?;
-    let tensors: Vec<HostTensor<'_>> = payload
+    let tensors: Vec<TensorAt<'_>> = payload
         .tensors
         .iter()
-        .map(|tensor| HostTensor {
+        .map(|tensor| TensorAt {
             name: &tensor.name,
             dtype: tensor.dtype,
             shape: &tensor.shape,
             ptr: map[tensor.offset as usize..].as_ptr(),
             bytes: tensor.bytes,
+            device: None,
         })
         .collect();
     let metadata: Vec<(&str, &str)> =

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pccheck::engine::{HostTensor, Select, Store};
+use pccheck::engine::{Select, Store, TensorAt};
 use pccheck::format::Dtype;
 use pccheck::load::Checkpoint;
 use pccheck::medium::Durability;
@@ -51,17 +51,18 @@ pub struct Args {
 }
 
 /// A tensor of the network as the engine takes it.
-pub fn host_tensor<'a>(tensor: &'a Tensor<'_>) -> HostTensor<'a> {
+pub fn host_tensor<'a>(tensor: &'a Tensor<'_>) -> TensorAt<'a> {
     let dtype = match tensor.values {
         Values::F32(_) => Dtype::F32,
         Values::U64(_) => Dtype::U64,
     };
-    HostTensor {
+    TensorAt {
         name: &tensor.name,
         dtype,
         shape: &tensor.shape,
         ptr: tensor.pointer(),
         bytes: tensor.bytes() as u64,
+        device: None,
     }
 }
 
@@ -200,7 +201,7 @@ fn train_and_save(
 fn begin(network: &Network, store: &Store, to_reporter: &SyncSender<Arc<Save>>) -> Result<Pending> {
     let began = Instant::now();
     let tensors = network.tensors();
-    let host: Vec<HostTensor<'_>> = tensors.iter().map(host_tensor).collect();
+    let host: Vec<TensorAt<'_>> = tensors.iter().map(host_tensor).collect();
     // SAFETY: `train_and_save` changes the network only after `wait_copied` succeeded, and its scope ends
     // only after the save was dropped.
     let save = Arc::new(unsafe { store.begin_save(network.step(), &host, &[], WAIT) }?);

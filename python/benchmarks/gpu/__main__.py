@@ -1,0 +1,302 @@
+"""States on a GPU: how fast they are copied and restored, and what saving them costs a training run.
+
+Needs a GPU, and a folder in memory (or on persistent memory) with room for three states, so that storage keeps up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "gpt"))
+from arms import ARMS, Arm, Timed  # noqa: E402
+from model import GPT, Size  # noqa: E402
+
+import pccheck  # noqa: E402
+
+#: parameters, and twice as much for Adam: states of about 0.06, 4 and 16 GB
+SIZES = {
+    "tiny": Size(layers=4, heads=4, width=320, context=256, batch=8, dropout=0.0),
+    "4g": Size(layers=24, heads=16, width=1088, context=1024, batch=8, dropout=0.0),
+    "16g": Size(layers=24, heads=16, width=2176, context=1024, batch=8, dropout=0.0),
+}
+
+EXAMPLES = """examples:
+  python python/benchmarks/gpu --dir /dev/shm                    all of it, with a state of 4 GB
+  python python/benchmarks/gpu --dir /dev/shm --size 16g --rounds 1
+  python python/benchmarks/gpu --dir /dev/shm --size tiny        does everything run? (its times mean nothing)
+  python python/benchmarks/gpu --dir /dev/shm --arms none,pccheck/10,pccheck-spare/1 --json
+
+An arm is NAME/K, which saves every K iterations. Names: """ + ", ".join(ARMS)
+
+
+class Bed:
+    """A model, its optimizer and a batch, on the GPU."""
+
+    def __init__(self, size: Size) -> None:
+        torch.manual_seed(1)
+        self.model = GPT(size).cuda()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        tokens = torch.randint(0, 256, (size.batch, size.context + 1), device="cuda")
+        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def backward(self) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = self.model(self.inputs, self.targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+
+    def iterate(self) -> None:
+        self.backward()
+        self.optimizer.step()
+
+
+@contextmanager
+def arm_of(name: str, folder: Path, bed: Bed) -> Iterator[Arm]:
+    with tempfile.TemporaryDirectory(prefix="gpu-", dir=folder) as own:
+        arm = ARMS[name](Path(own), bed.model, bed.optimizer)
+        try:
+            yield arm
+        finally:
+            arm.close()
+            del arm
+            gc.collect()
+
+
+def train(bed: Bed, arm: Arm, every: int, iterations: int) -> dict[str, Any]:
+    """Seconds of so many iterations, of which every K-th saves after its update. Saves end in the measured time."""
+    timed = Timed()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for index in range(iterations):
+        bed.backward()
+        timed.wait(arm)
+        bed.optimizer.step()
+        if every and index % every == 0:
+            timed.save(arm, index)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    arm.finish()
+    return {
+        "seconds": seconds,
+        "finished": time.perf_counter() - began,
+        "save_ms": [1e3 * value for value in timed.saves],
+        # Only those that had something to wait for.
+        "wait_ms": [1e3 * value for i, value in enumerate(timed.waits) if every and i and (i - 1) % every == 0],
+    }
+
+
+def training(bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each arm between iterations without saves, which its own are compared with."""
+    results = []
+    for round_index in range(options.rounds):
+        for name, every in options.arms:
+            with arm_of(name, options.dir, bed) as arm:
+                # What is allocated once is allocated now.
+                for index in range(2):
+                    arm.save(index)
+                    arm.before_update()
+                    arm.finish()
+                iterations = options.iterations if every != 1 else min(options.iterations, 20)
+                plain = [train(bed, Arm(options.dir, bed.model, bed.optimizer), 0, iterations)["seconds"]]
+                found = train(bed, arm, every, iterations)
+                plain.append(train(bed, Arm(options.dir, bed.model, bed.optimizer), 0, iterations)["seconds"])
+            found |= {"arm": name, "every": every, "round": round_index, "iterations": iterations}
+            found["plain_seconds"] = statistics.mean(plain)
+            found["plain_apart"] = abs(plain[1] - plain[0]) / min(plain)
+            found["cost"] = found["seconds"] / found["plain_seconds"] - 1
+            say(f"round {round_index + 1}  {name}/{every}: {found['cost']:+.2%}, begin {median(found['save_ms']):.2f} ms, "
+                f"wait {median(found['wait_ms']):.2f} ms")
+            results.append(found)
+    return results
+
+
+def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """A save until it is copied beside a plain copy of the same tensors into page-locked memory, in turns."""
+    with arm_of("pccheck-pool", options.dir, bed) as arm:
+        tensors = [tensor for tensor in arm.tensors().values() if tensor.is_cuda]
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        views, at = [], 0
+        for tensor in tensors:
+            views.append(pinned[at : at + tensor.nbytes])
+            at += tensor.nbytes
+        flat = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        store = arm.checkpointer.store  # type: ignore[attr-defined]
+        named = {name: tensor for name, tensor in arm.tensors().items() if tensor.is_cuda}
+        rounds = []
+        for index in range(2 * options.rounds + 3):
+            plain = min(timed_gpu(lambda: pinned.copy_(flat, non_blocking=True)), timed_gpu(lambda: copy_each(views, tensors)))
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            save = store.save(index, named)
+            begun = time.perf_counter()
+            save.stream_wait_copied()
+            waited = time.perf_counter()
+            save.copied()
+            copied = time.perf_counter()
+            durable = save.durable().durable_seconds
+            rounds.append({"plain": plain, "begin": begun - began, "wait": waited - begun, "copied": copied - began,
+                           "durable": durable})
+        del pinned, views, flat
+        gc.collect()
+        torch.cuda.empty_cache()
+        return {"bytes": nbytes, "rounds": rounds[1:]}
+
+
+def restoring(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """A restore into the GPU beside reading the region to host memory and copying from page-locked memory, in turns."""
+    with arm_of("pccheck-pool", options.dir, bed) as arm:
+        arm.save(1)
+        arm.finish()
+        store = arm.checkpointer.store  # type: ignore[attr-defined]
+        named = {name: tensor for name, tensor in arm.tensors().items() if tensor.is_cuda}
+        nbytes = sum(tensor.nbytes for tensor in named.values())
+        save = store.save(7, named)
+        save.durable()
+        pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        flat = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        rounds = []
+        with store.open(step=7, verify=False) as checkpoint:
+            hosts = {name: torch.empty_like(tensor, device="cpu", pin_memory=True) for name, tensor in named.items()}
+            for _ in range(options.rounds + 2):
+                began = time.perf_counter()
+                checkpoint.read_into(hosts)
+                read = time.perf_counter() - began
+                upload = timed_gpu(lambda: flat.copy_(pinned, non_blocking=True))
+                began = time.perf_counter()
+                checkpoint.read_into(named)
+                rounds.append({"read": read, "upload": upload, "restore": time.perf_counter() - began})
+            same = all(torch.equal(tensor.cpu(), hosts[name]) for name, tensor in named.items())
+        if not same:
+            raise RuntimeError("what was restored to the GPU is not what was restored to host memory")
+        return {"bytes": nbytes, "rounds": rounds[1:]}
+
+
+def copy_each(views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+    for view, tensor in zip(views, tensors, strict=True):
+        view.copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
+
+
+def timed_gpu(work: Any) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values) if values else float("nan")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [f"{found['gpu']}, torch {found['torch']}, state of {found['state_bytes'] / 1e9:.2f} GB, {found['dir']}", ""]
+    if "copying" in found:
+        rounds, nbytes = found["copying"]["rounds"], found["copying"]["bytes"]
+        ratios = [row["plain"] / row["copied"] for row in rounds]
+        lines += [
+            "to copied, pool that holds the state (medians over rounds)",
+            f"  plain copy {nbytes / median([r['plain'] for r in rounds]) / 1e9:.1f} GB/s, save "
+            f"{nbytes / median([r['copied'] for r in rounds]) / 1e9:.1f} GB/s: ratio {median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})",
+            f"  begin {1e3 * median([r['begin'] for r in rounds]):.2f} ms, wait {1e3 * median([r['wait'] for r in rounds]):.2f} ms, "
+            f"durable {nbytes / median([r['durable'] for r in rounds]) / 1e9:.1f} GB/s",
+            "",
+        ]
+    if "restoring" in found:
+        rounds, nbytes = found["restoring"]["rounds"], found["restoring"]["bytes"]
+        ratios = [max(row["read"], row["upload"]) / row["restore"] for row in rounds]
+        lines += [
+            "restored and verified",
+            f"  to host {nbytes / median([r['read'] for r in rounds]) / 1e9:.1f} GB/s, plain copy to the GPU "
+            f"{nbytes / median([r['upload'] for r in rounds]) / 1e9:.1f} GB/s, restore "
+            f"{nbytes / median([r['restore'] for r in rounds]) / 1e9:.1f} GB/s: {median(ratios):.3f} of the slower "
+            f"({min(ratios):.3f} to {max(ratios):.3f})",
+            "",
+        ]
+    if "training" in found:
+        lines.append(f"{'arm':<18}{'iteration ms':>14}{'cost':>9}{'least':>9}{'most':>9}{'begin ms':>11}{'wait ms':>10}{'apart':>8}")
+        kinds = dict.fromkeys((row["arm"], row["every"]) for row in found["training"])
+        for kind in kinds:
+            rows = [row for row in found["training"] if (row["arm"], row["every"]) == kind]
+            costs = [row["cost"] for row in rows]
+            begins = [value for row in rows for value in row["save_ms"]]
+            waits = [value for row in rows for value in row["wait_ms"]]
+            iteration = median([1e3 * row["plain_seconds"] / row["iterations"] for row in rows])
+            lines.append(
+                f"{kind[0] + '/' + str(kind[1]):<18}{iteration:>14.1f}{median(costs):>9.2%}{min(costs):>9.2%}{max(costs):>9.2%}"
+                f"{median(begins):>11.2f}{median(waits):>10.2f}{max(row['plain_apart'] for row in rows):>8.2%}"
+            )
+    return "\n".join(lines)
+
+
+def parse_arms(text: str) -> list[tuple[str, int]]:
+    arms = []
+    for item in text.split(","):
+        name, _, every = item.partition("/")
+        if name not in ARMS or (every and not every.isdigit()):
+            raise argparse.ArgumentTypeError(f"{item!r}: expected NAME/K, with NAME of {', '.join(ARMS)}")
+        arms.append((name, int(every or 10)))
+    return arms
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dir", type=Path, required=True, help="a folder in memory or on persistent memory")
+    add("--size", choices=SIZES, default="4g", help="of the model (default: %(default)s)")
+    add("--arms", type=parse_arms, metavar="A,B",
+        default="none/10,pccheck/10,pccheck-pool/10,pccheck-spare/10,pccheck-spare/1,checkfreq/10,dcp-pinned/10,gpm/10,torch.save/10",
+        help="(default: %(default)s)")
+    add("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    add("--iterations", type=int, default=40, metavar="N", help="per phase (default: %(default)s)")
+    add("--measure", default="copying,restoring,training", metavar="A,B", help="(default: %(default)s)")
+    add("--batch", type=int, metavar="B", help="sequences per iteration")
+    add("--json", action="store_true", help="print every measurement as JSON")
+    add("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    size = SIZES[options.size]
+    bed = Bed(dataclasses.replace(size, batch=options.batch or size.batch))
+    for _ in range(5):
+        bed.iterate()
+    state = sum(tensor.nbytes for tensor in Arm(options.dir, bed.model, bed.optimizer).tensors().values())
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "state_bytes": state, "dir": str(options.dir),
+        "pccheck": pccheck.__version__,
+    }
+    for what in options.measure.split(","):
+        say(f"{what} ...")
+        found[what] = {"copying": copying, "restoring": restoring, "training": training}[what](bed, options)
+    text = json.dumps(found, indent=1)
+    if options.output:
+        options.output.write_text(text)
+    print(text if options.json else table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""States on a real GPU: what is saved is the state as of the stream's work before, whatever training does next; the host
+waits for nothing that it need not; what is restored is bit for bit what was saved.
+
+Run by scripts/gpu where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pccheck
+import pccheck.torch
+from pccheck import errors
+
+MODES = ["staging", "auto", "spare"]
+#: so many cycles of a kernel that does nothing: some tens of milliseconds
+BUSY = 100_000_000
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    path = tmp_path / "region"
+    pccheck.format_region(path, slots=3, payload_bytes=600 << 20)
+    with pccheck.Store(path, durability="process", staging_bytes=64 << 20) as store:
+        yield store
+
+
+def tensors(seed: int, *, device: str = "cuda") -> dict[str, torch.Tensor]:
+    """Of all kinds: large, small, empty, scalar, several dtypes."""
+    dice = torch.Generator(device).manual_seed(seed)
+
+    def filled(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        values = torch.randint(0, 256, (*shape, dtype.itemsize), generator=dice, device=device, dtype=torch.uint8)
+        if dtype is torch.bool:
+            return values.reshape(shape) < 128
+        return values.view(dtype).reshape(shape)
+
+    found = {
+        "large": filled(5000, 1001),
+        "half": filled(3333, 777, dtype=torch.bfloat16),
+        "bytes": filled(1_000_003, dtype=torch.uint8),
+        "flags": filled(777, dtype=torch.bool),
+        "scalar": filled(dtype=torch.float64),
+        "complex": filled(100, 3, dtype=torch.complex64),
+        "tiny8": filled(9, dtype=torch.float8_e4m3fn),
+        "empty": torch.empty(0, 4, device=device),
+    }
+    return found | {f"small{i:03}": filled(1 + i % 37) for i in range(300)}
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    )
+
+
+def assert_saved(store: pccheck.Store, step: int, expected: dict[str, torch.Tensor]) -> None:
+    with store.open(step=step) as checkpoint:
+        assert set(checkpoint) == set(expected)
+        restored = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+        checkpoint.read_into(restored)
+    wrong = [name for name, tensor in expected.items() if not same(restored[name], tensor)]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("snapshot", MODES)
+def test_what_is_saved_is_the_state_before_whatever_comes_behind(store, snapshot):
+    state = tensors(0)
+    for step in range(6):
+        new = tensors(step + 1)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(BUSY)
+        for name, tensor in state.items():
+            tensor.copy_(new[name])
+        save = store.save(step, state, snapshot=snapshot)
+        save.stream_wait_copied()
+        for tensor in state.values():
+            tensor.zero_()
+        save.durable()
+        assert_saved(store, step, new)
+
+
+@pytest.mark.parametrize("snapshot", MODES)
+def test_the_stream_that_is_named_is_the_one_that_counts(store, snapshot):
+    side, state = torch.cuda.Stream(), tensors(1)
+    expected = tensors(2)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(BUSY)
+        for name, tensor in state.items():
+            tensor.copy_(expected[name])
+    save = store.save(1, state, snapshot=snapshot, stream=side)
+    save.stream_wait_copied(side)
+    with torch.cuda.stream(side):
+        for tensor in state.values():
+            tensor.zero_()
+    save.durable()
+    assert_saved(store, 1, expected)
+
+
+@pytest.mark.parametrize("snapshot", ["spare", "staging"])
+def test_the_host_does_not_wait_for_a_busy_stream(tmp_path, snapshot):
+    state = {"w": torch.ones(8 << 20, device="cuda")}
+    path = tmp_path / "region"
+    pccheck.format_region(path, slots=3, payload_bytes=pccheck.payload_bytes(state))
+    with pccheck.Store(path, durability="process", staging_bytes=64 << 20) as store:
+        store.save(0, state, snapshot=snapshot).durable()
+        torch.cuda._sleep(20 * BUSY)
+        began = time.perf_counter()
+        save = store.save(1, state, snapshot=snapshot)
+        save.stream_wait_copied()
+        host = time.perf_counter() - began
+        with pytest.raises(errors.TimedOut):
+            save.copied(0)
+        torch.cuda.synchronize()
+        stream = time.perf_counter() - began
+        save.durable()
+    assert host < stream / 4, (host, stream)
+
+
+@pytest.mark.parametrize("snapshot", MODES)
+def test_memory_that_the_program_lets_go_is_kept_until_it_is_copied(store, snapshot):
+    expected = tensors(3)
+    kept = {name: tensor.cpu() for name, tensor in expected.items()}
+    torch.cuda._sleep(BUSY)
+    save = store.save(1, {name: tensor.clone() for name, tensor in expected.items()}, snapshot=snapshot)
+    gc.collect()
+    torch.cuda.empty_cache()
+    junk = [torch.zeros_like(tensor) for tensor in expected.values()]
+    save.durable()
+    del junk
+    assert_saved(store, 1, kept)
+
+
+def test_host_and_gpu_tensors_are_one_checkpoint(store):
+    both = {f"gpu.{name}": tensor for name, tensor in tensors(4).items()}
+    both |= {f"host.{name}": tensor for name, tensor in tensors(5, device="cpu").items()}
+    save = store.save(1, both)
+    save.stream_wait_copied()
+    save.durable()
+    assert_saved(store, 1, both)
+
+
+def test_tied_tensors_are_stored_once(store):
+    weights = torch.rand(1 << 20, device="cuda")
+    save = store.save(1, {"a": weights, "b": weights})
+    save.durable()
+    with store.open() as checkpoint:
+        assert checkpoint.info.payload_bytes < 1.5 * weights.nbytes
+    assert_saved(store, 1, {"a": weights, "b": weights})
+
+
+def test_a_save_is_refused_while_its_stream_captures_and_leaves_other_captures_alone(store):
+    state = {"w": torch.rand(4 << 20, device="cuda"), "v": torch.rand(4 << 20, device="cuda")}
+    store.save(0, state).durable()
+    graph, x = torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")
+    with torch.cuda.graph(graph):
+        x += 1
+        with pytest.raises(errors.InvalidState):
+            store.save(1, state)
+    # While a save is in flight, its threads' calls do not end a capture, though it is in the global mode.
+    torch.cuda.synchronize()
+    torch.cuda._sleep(BUSY)
+    save = store.save(2, state)
+    other = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(other, capture_error_mode="global"):
+        x += 1
+        time.sleep(0.1)
+    save.durable()
+    assert_saved(store, 2, state)
+    other.replay()
+
+
+def test_damaged_arguments_are_errors(store):
+    state = {"w": torch.rand(1000, device="cuda")}
+    with pytest.raises(errors.InvalidArgument):
+        store.save(1, state, stream="0")
+    with pytest.raises(errors.InvalidArgument):
+        store.save(1, state, snapshot="nowhere")
+    with pytest.raises(errors.InvalidArgument):
+        store.save(1, {"w": torch.rand(100, 10, device="cuda").t()})
+    store.save(2, state).durable()
+
+
+def test_spare_memory_that_there_is_not_fails_the_save_alone(tmp_path):
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(free - (1 << 30), dtype=torch.uint8, device="cuda")
+    state = {"w": torch.rand((600 << 20) // 4, device="cuda")}
+    path = tmp_path / "region"
+    pccheck.format_region(path, slots=3, payload_bytes=pccheck.payload_bytes(state))
+    with pccheck.Store(path, durability="process", staging_bytes=64 << 20) as store:
+        with pytest.raises(errors.OutOfMemory):
+            store.save(1, state, snapshot="spare").durable()
+        store.save(2, state, snapshot="auto").durable()
+        assert_saved(store, 2, state)
+    del hog
+    torch.cuda.empty_cache()
+
+
+def trained(folder: Path, steps: int, *, snapshot: str, stop_at: int | None = None, compiled: bool = False) -> list[float]:
+    """A small training run with AMP that saves every step, and may stop early; returns the losses of its steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 256), torch.nn.BatchNorm1d(256), torch.nn.GELU(), torch.nn.Dropout(0.1), torch.nn.Linear(256, 8)
+    ).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    scaler = torch.amp.GradScaler("cuda")
+    run = torch.compile(model) if compiled else model
+    losses = []
+    with pccheck.torch.Checkpointer(
+        folder / "run.pcc", model=model, optimizer=optimizer, scaler=scaler, snapshot=snapshot, durability="process",
+        on_error="raise", staging_bytes=16 << 20,
+    ) as checkpointer:
+        last = checkpointer.restore()
+        for step in range(0 if last is None else last + 1, steps):
+            inputs = torch.randn(32, 64, device="cuda")
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = run(inputs).square().mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            checkpointer.step(step)
+            losses.append(float(loss))
+            if step == stop_at:
+                break
+        checkpointer.wait()
+    return losses
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("snapshot", MODES)
+def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path, snapshot, compiled):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    torch.use_deterministic_algorithms(False)
+    whole = trained(tmp_path / "whole", 12, snapshot=snapshot, compiled=compiled)
+    first = trained(tmp_path / "parts", 12, snapshot=snapshot, stop_at=4, compiled=compiled)
+    second = trained(tmp_path / "parts", 12, snapshot=snapshot, compiled=compiled)
+    assert first + second == whole
+
+
+def test_updates_by_a_replayed_graph_wait_for_the_copies(tmp_path):
+    weights = torch.zeros(16 << 20, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    weights.add_(0)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        weights.add_(1)
+    weights.zero_()
+    with pccheck.torch.Checkpointer(
+        tmp_path / "run.pcc", state={"w": weights}, durability="process", on_error="raise", staging_bytes=128 << 20, rng=False
+    ) as checkpointer:
+        checkpointer.restore()
+        for step in range(8):
+            checkpointer.before_update()
+            graph.replay()
+            save = checkpointer.step(step)
+            assert save is not None
+        checkpointer.wait()
+    with pccheck.Store(tmp_path / "run.pcc", read_only=True) as store, store.open() as checkpoint:
+        name = next(iter(checkpoint.tensors))
+        found = checkpoint.read(name)
+        assert (found == checkpoint.step + 1).all()
+
+
+def test_a_restore_fills_parameters_on_the_gpu_in_place(tmp_path):
+    model = torch.nn.Linear(1000, 1000).cuda()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pccheck.torch.Checkpointer(tmp_path / "run.pcc", model=model, durability="process") as checkpointer:
+        checkpointer.restore()
+        checkpointer.save(3)
+        checkpointer.wait()
+    address = model.weight.data_ptr()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    with pccheck.torch.Checkpointer(tmp_path / "run.pcc", model=model, durability="process") as checkpointer:
+        assert checkpointer.restore() == 3
+    assert model.weight.data_ptr() == address
+    assert all(same(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_several_threads_save_and_restore_at_once(tmp_path):
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            torch.cuda.set_device(0)
+            path = tmp_path / f"region-{number}"
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                state = tensors(number)
+                pccheck.format_region(path, slots=3, payload_bytes=pccheck.payload_bytes(state))
+                with pccheck.Store(path, durability="process", staging_bytes=16 << 20) as store:
+                    for step in range(5):
+                        expected = {name: tensor.clone() for name, tensor in state.items()}
+                        save = store.save(step, state, snapshot=MODES[step % 3])
+                        save.stream_wait_copied()
+                        for tensor in state.values():
+                            tensor.reshape(-1).view(torch.uint8).bitwise_xor_(1)
+                        save.durable()
+                        stream.synchronize()
+                        assert_saved(store, step, expected)
+        except BaseException as why:
+            failures.append(why)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures

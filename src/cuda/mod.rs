@@ -1,0 +1,38 @@
+//! NVIDIA's driver, as far as checkpoints need it: contexts, streams, events, copies, page-locked and device memory.
+//!
+//! The driver is loaded when the first state on a GPU is saved or restored; where there is none, that is an error and
+//! nothing else changes. Every object belongs to a [`Device`] and does nothing in a forked child, where the driver
+//! cannot be used.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`api`] | the calls, loaded by name |
+//! | [`device`] | devices and their primary contexts |
+//! | [`stream`] | streams and events |
+//! | [`memory`] | page-locked host memory, device memory |
+//! | [`copies`] | copies, alone or in batches |
+//!
+//! # Why results are integers
+//!
+//! cudarc's functions return a Rust enum. A driver newer than cudarc's list may return a number that is none of its
+//! variants, which would be undefined behaviour. So cudarc finds the library and names the types of handles, and the
+//! calls are declared here with the type that C gives them.
+
+mod api;
+mod copies;
+mod device;
+mod memory;
+mod stream;
+
+pub use copies::{Copy, Direction};
+pub use device::{Device, Entered};
+pub use memory::{free_memory, owner_of, DeviceBuffer, Registered};
+pub use stream::{Event, Stream, UserStream};
+
+use crate::error::Result;
+
+/// Puts the calling thread into the relaxed capture mode: its calls never end a capture that another thread of the
+/// program has open. For the engine's own threads.
+pub fn relax_thread() -> Result<()> {
+    api::Api::get()?.relax_thread()
+}

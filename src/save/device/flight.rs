@@ -1,0 +1,106 @@
+//! Copies that were enqueued together, and the staging buffers that are lent to them meanwhile.
+
+use std::time::{Duration, Instant};
+
+use crate::cuda::{Event, Stream};
+use crate::error::{Error, Result};
+use crate::staging::StagingBuffer;
+use crate::sync::Arc;
+
+/// A device that reports nothing but errors for so long has stopped copying.
+const LOST_AFTER: Duration = Duration::from_secs(1);
+
+/// By what it is known that copies are done.
+pub(super) enum Mark {
+    /// This is reached.
+    Event(Event),
+    /// This is idle: an event could not be recorded.
+    Idle(Arc<Stream>),
+}
+
+impl Mark {
+    fn reached(&self) -> Result<bool> {
+        match self {
+            Mark::Event(event) => event.reached(),
+            Mark::Idle(stream) => stream.idle(),
+        }
+    }
+}
+
+/// Chunks and the buffers that they go to.
+pub(super) type Chunks = Vec<(u64, StagingBuffer)>;
+/// Each with its lane.
+pub(super) type Marks = Vec<(usize, Mark)>;
+
+/// What leaves the caller's memory.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Leaving {
+    pub chunks: u64,
+    pub bytes: u64,
+}
+
+/// A group of chunks on its way, or a snapshot into spare memory, which has no buffers.
+pub(super) struct Flight {
+    /// Number of the job that it belongs to.
+    pub job: u64,
+    /// Its copies are done when all are reached.
+    pub marks: Marks,
+    /// Lent to the copies.
+    pub chunks: Chunks,
+    /// What leaves the caller's memory with it.
+    pub leaving: Leaving,
+    /// The device has reported nothing but errors since.
+    lost_since: Option<Instant>,
+}
+
+/// How far a flight is.
+pub(super) enum Arrival {
+    /// Not all copies are done.
+    Pending,
+    /// All are.
+    Reached,
+    /// The device has failed. Whether it still copies is not known.
+    Failing(Error),
+    /// It has failed, and stopped.
+    Lost(Error),
+}
+
+impl Flight {
+    pub fn new(job: u64, marks: Marks, chunks: Chunks, leaving: Leaving) -> Self {
+        Flight { job, marks, chunks, leaving, lost_since: None }
+    }
+
+    pub fn look(&mut self) -> Arrival {
+        let mut reached = true;
+        for (_, mark) in &self.marks {
+            match mark.reached() {
+                Ok(yes) => reached &= yes,
+                Err(error) => {
+                    let since = *self.lost_since.get_or_insert_with(Instant::now);
+                    return match since.elapsed() < LOST_AFTER {
+                        true => Arrival::Failing(error),
+                        false => Arrival::Lost(error),
+                    };
+                }
+            }
+        }
+        self.lost_since = None;
+        if reached {
+            Arrival::Reached
+        } else {
+            Arrival::Pending
+        }
+    }
+
+    /// Its copies are done: the buffers are nobody's but the caller's, and the events can be used again.
+    pub fn land(mut self) -> (Chunks, Marks) {
+        (std::mem::take(&mut self.chunks), std::mem::take(&mut self.marks))
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        // The device may still write to them: better lost than given to somebody else.
+        std::mem::forget(std::mem::take(&mut self.chunks));
+    }
+}

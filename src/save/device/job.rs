@@ -1,0 +1,178 @@
+//! One save as the pump sees it: what is to be copied from where, and how far that is.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::flight::Leaving;
+use super::{Copies, DevicePart, NewJob, Snapshot};
+use crate::cuda::{Copy, DeviceBuffer};
+use crate::error::{Error, ErrorKind, Result};
+use crate::save::core::SaveCore;
+use crate::source::{DeviceSource, Source};
+use crate::sync::Arc;
+
+/// A save that does not end while this lives.
+pub(super) struct Held(Arc<SaveCore>);
+
+impl Held {
+    /// Fails where the save has.
+    pub fn new(save: Arc<SaveCore>) -> Result<Held> {
+        // Taken over by `drop`.
+        std::mem::forget(save.enter()?);
+        Ok(Held(save))
+    }
+
+    pub fn save(&self) -> &Arc<SaveCore> {
+        &self.0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop(self.0.at_work());
+    }
+}
+
+pub(super) struct Job {
+    pub held: Held,
+    pub source: Option<Arc<DeviceSource>>,
+    pub copies: Arc<Copies>,
+    pub snapshot: Snapshot,
+    pub deadline: Instant,
+    /// Per device of the source, its lane. Empty: not begun.
+    pub lanes: Vec<usize>,
+    /// Per segment of a device, where it is read: the caller's memory or the spare.
+    addresses: BTreeMap<usize, u64>,
+    /// Per lane that has one.
+    pub spares: Vec<(usize, DeviceBuffer)>,
+    /// With a snapshot in spare memory: chunks in which host memory stands between, with that copied.
+    kept: BTreeMap<u64, Vec<u8>>,
+    next_chunk: u64,
+    pub flights: u32,
+    pub failed: bool,
+}
+
+impl Job {
+    /// None where the save has ended already.
+    pub fn new(new: NewJob) -> Option<Job> {
+        let DevicePart { source, snapshot, timeout, copies } = new.part;
+        let deadline = new.save.begun + timeout;
+        let Ok(held) = Held::new(new.save) else {
+            copies.failed();
+            return None;
+        };
+        let addresses = source.on_devices().map(|(segment, _, address, _)| (segment, address)).collect();
+        Some(Job {
+            held,
+            source: Some(source),
+            copies,
+            snapshot,
+            deadline,
+            lanes: Vec::new(),
+            addresses,
+            spares: Vec::new(),
+            kept: BTreeMap::new(),
+            next_chunk: 0,
+            flights: 0,
+            failed: false,
+        })
+    }
+
+    pub fn number(&self) -> u64 {
+        self.held.save().claim.generation
+    }
+
+    pub fn source(&self) -> Result<Arc<DeviceSource>> {
+        let gone = || Error::new(ErrorKind::Internal, "save", "the source is gone before its copies");
+        self.source.clone().ok_or_else(gone)
+    }
+
+    fn span(&self, chunk: u64) -> (u64, usize) {
+        let save = self.held.save();
+        (chunk * save.chunk_bytes, save.chunk_len(chunk))
+    }
+
+    /// The next chunk that a device brings, if there is one.
+    pub fn peek(&mut self) -> Option<u64> {
+        let source = self.source.as_ref()?;
+        let count = self.held.save().chunk_count;
+        while self.next_chunk < count {
+            let (offset, len) = self.span(self.next_chunk);
+            if source.is_fetched(offset, len) {
+                return Some(self.next_chunk);
+            }
+            self.next_chunk += 1;
+        }
+        None
+    }
+
+    /// All copies are enqueued.
+    pub fn is_enqueued(&mut self) -> bool {
+        !self.lanes.is_empty() && self.peek().is_none()
+    }
+
+    /// Puts what is in host memory of the next chunk into `buffer`, and adds what is to be copied to the lists, one for
+    /// each device. Returns chunk and bytes.
+    pub fn take_chunk(&mut self, buffer: &mut [u8], lists: &mut [Vec<Copy>]) -> Result<Option<(u64, u64)>> {
+        let Some(chunk) = self.peek() else { return Ok(None) };
+        let source = self.source()?;
+        let (offset, len) = self.span(chunk);
+        let chunk_buffer = &mut buffer[..len];
+        if self.spares.is_empty() {
+            source.copy_host(offset, chunk_buffer);
+        } else if let Some(kept) = self.kept.remove(&chunk) {
+            chunk_buffer.copy_from_slice(&kept);
+        }
+        let to = buffer.as_ptr() as u64;
+        for fetch in source.fetches(offset, len) {
+            let from = self.addresses[&fetch.segment] + fetch.skip;
+            let copy = Copy { to: to + fetch.at as u64, from, bytes: fetch.bytes };
+            Copy::push(&mut lists[fetch.device], copy);
+        }
+        self.next_chunk += 1;
+        Ok(Some((chunk, len as u64)))
+    }
+
+    /// Bytes that the source has on each of its devices.
+    pub fn bytes_on_devices(&self) -> Result<Vec<u64>> {
+        let source = self.source()?;
+        let mut bytes = vec![0; source.devices().len()];
+        for (_, device, _, len) in source.on_devices() {
+            bytes[device] += len as u64;
+        }
+        Ok(bytes)
+    }
+
+    /// From now on the segments are read in spare memory, one for each device, which the returned copies fill; what stands
+    /// in host memory between them is copied at once. Also returns what leaves the caller's memory so.
+    pub fn move_to_spares(
+        &mut self,
+        spares: Vec<(usize, DeviceBuffer)>,
+    ) -> Result<(Vec<Vec<Copy>>, Leaving)> {
+        let source = self.source()?;
+        let mut lists = vec![Vec::new(); spares.len()];
+        let mut ends: Vec<u64> = spares.iter().map(|(_, spare)| spare.address()).collect();
+        for (segment, device, from, bytes) in source.on_devices() {
+            Copy::push(&mut lists[device], Copy { to: ends[device], from, bytes });
+            self.addresses.insert(segment, ends[device]);
+            ends[device] += bytes as u64;
+        }
+        let mut leaving = Leaving::default();
+        for chunk in 0..self.held.save().chunk_count {
+            let (offset, len) = self.span(chunk);
+            if !source.is_fetched(offset, len) {
+                continue;
+            }
+            leaving.chunks += 1;
+            leaving.bytes += len as u64;
+            let fetched: usize = source.fetches(offset, len).map(|fetch| fetch.bytes).sum();
+            if fetched < len {
+                let mut between = vec![0; len];
+                source.copy_host(offset, &mut between);
+                self.kept.insert(chunk, between);
+            }
+        }
+        self.spares = spares;
+        Ok((lists, leaving))
+    }
+}

@@ -1,0 +1,126 @@
+//! One device as the pump uses it: two streams, events to use again, and spare memory.
+#![expect(unsafe_code, reason = "buffers are lent to a device's copy engines")]
+
+use super::flight::{Flight, Mark};
+use crate::cuda::{free_memory, Copy, Device, DeviceBuffer, Direction, Event, Stream};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Arc;
+
+/// Streams per device: while one copy ends, the next one runs.
+const STREAMS: usize = 2;
+
+/// `Auto` leaves so much of a device's memory, and so large a part of it, to the program.
+const LEFT_BYTES: u64 = 1 << 30;
+const LEFT_SHARE: u64 = 10;
+
+pub(super) struct Lane {
+    device: Arc<Device>,
+    streams: Vec<Arc<Stream>>,
+    turn: usize,
+    events: Vec<Event>,
+    spares: Vec<DeviceBuffer>,
+}
+
+impl Lane {
+    pub fn new(device: &Arc<Device>) -> Result<Lane> {
+        let streams = (0..STREAMS).map(|_| Stream::new(device).map(Arc::new)).collect::<Result<_>>()?;
+        let device = device.clone();
+        Ok(Lane { device, streams, turn: 0, events: Vec::new(), spares: Vec::new() })
+    }
+
+    pub fn is_of(&self, device: &Arc<Device>) -> bool {
+        Arc::ptr_eq(&self.device, device)
+    }
+
+    /// All copies that are enqueued from now on come after the events.
+    pub fn wait(&self, events: &[Event]) -> Result<()> {
+        self.streams.iter().try_for_each(|stream| events.iter().try_for_each(|event| stream.wait(event)))
+    }
+
+    /// Enqueues copies out of the device into the buffers that are lent to a flight; the event is reached when they are
+    /// done. After an error some of them may run.
+    pub fn fetch(&mut self, copies: &[Copy], _lent: &Flight) -> Result<Event> {
+        // SAFETY: destinations are disjoint parts of the flight's buffers, which it keeps until all its events are reached
+        // (or for ever); sources are the caller's memory, lent until the save is copied, which is told later, or a
+        // spare, which the job keeps as long as it has flights.
+        unsafe { self.copy(Direction::ToHost, copies) }
+    }
+
+    /// Enqueues copies into spare memory of the device; all that is enqueued later comes after them. The events are reached
+    /// when they are done: the first is for the pump, the second for streams of the program.
+    pub fn snapshot(&mut self, copies: &[Copy]) -> Result<(Event, Event)> {
+        let kept = Event::new(&self.device)?;
+        // SAFETY: destinations are disjoint parts of a spare, which the job keeps as long as it has flights; sources are
+        // the caller's memory, lent until the save is copied, which is told later.
+        let event = unsafe { self.copy(Direction::OnDevice, copies) }?;
+        kept.record(&self.streams[self.turn])?;
+        self.wait(std::slice::from_ref(&event))?;
+        Ok((event, kept))
+    }
+
+    /// Enqueues copies on the next stream.
+    ///
+    /// # Safety
+    ///
+    /// As [`Stream::copy`].
+    unsafe fn copy(&mut self, direction: Direction, copies: &[Copy]) -> Result<Event> {
+        let event = self.event()?;
+        self.turn = (self.turn + 1) % STREAMS;
+        let stream = &self.streams[self.turn];
+        // SAFETY: the caller's promise.
+        unsafe { stream.copy(direction, copies) }?;
+        event.record(stream)?;
+        Ok(event)
+    }
+
+    /// What tells that all that was enqueued is done, where no event could be recorded.
+    pub fn when_idle(&self) -> impl Iterator<Item = Mark> + '_ {
+        self.streams.iter().map(|stream| Mark::Idle(stream.clone()))
+    }
+
+    /// Events that are reached when all that was enqueued on the streams is done.
+    pub fn mark_all(&self) -> Result<Vec<Event>> {
+        let mark = |stream: &Arc<Stream>| {
+            let event = Event::new(&self.device)?;
+            event.record(stream)?;
+            Ok(event)
+        };
+        self.streams.iter().map(mark).collect()
+    }
+
+    fn event(&mut self) -> Result<Event> {
+        match self.events.pop() {
+            Some(event) => Ok(event),
+            None => Event::new(&self.device),
+        }
+    }
+
+    /// Takes back an event that was reached.
+    pub fn recycle(&mut self, mark: Mark) {
+        if let Mark::Event(event) = mark {
+            self.events.push(event);
+        }
+    }
+
+    /// Spare memory for so many bytes: what an earlier save has left, or new; `modest`: only where enough is left to the
+    /// program.
+    pub fn take_spare(&mut self, bytes: u64, modest: bool) -> Result<DeviceBuffer> {
+        if let Some(at) = self.spares.iter().position(|spare| spare.len() >= bytes) {
+            return Ok(self.spares.swap_remove(at));
+        }
+        // Too small for this state: room for the one that is needed.
+        self.spares.clear();
+        if modest {
+            let (free, total) = free_memory(&self.device)?;
+            if free < bytes.saturating_add(LEFT_BYTES.max(total / LEFT_SHARE)) {
+                let message = format!("{bytes} bytes of spare memory, and {free} are free");
+                return Err(Error::new(ErrorKind::OutOfMemory, "allocate GPU memory", message));
+            }
+        }
+        DeviceBuffer::new(&self.device, bytes)
+    }
+
+    pub fn return_spare(&mut self, spare: DeviceBuffer) {
+        self.spares.push(spare);
+    }
+}

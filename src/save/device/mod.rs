@@ -1,0 +1,190 @@
+//! The part of saves that is in the memory of GPUs: fetched by their copy engines, chunk by chunk, into the staging pool.
+//!
+//! One thread, the [`pump`], makes all calls of the driver that copy: it never waits inside one, but looks at events, so
+//! that a device that hangs holds up nothing but the saves of its own memory. It enqueues copies as long as there are
+//! free buffers, several groups of chunks ahead on two streams per device, and hands what has arrived to the copiers,
+//! which hash and write it. So a chunk has left the caller's memory before it is hashed, and `copied` is told before.
+//!
+//! | module | what |
+//! |---|---|
+//! | this one | what a save and the pump share |
+//! | [`pump`] | the thread |
+//! | [`job`] | one save, as the pump sees it |
+//! | [`flight`] | copies that were enqueued, and the buffers that are lent to them |
+//! | [`lane`] | one device: its streams and its spare memory |
+
+mod flight;
+mod job;
+mod lane;
+mod pump;
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+pub(super) use pump::run_pump;
+
+use crate::cuda::{Event, UserStream};
+use crate::error::{Error, ErrorKind, Result};
+use crate::save::core::SaveCore;
+use crate::source::DeviceSource;
+use crate::staging::StagingBuffer;
+use crate::sync::{Arc, Condvar, Event as Signal, Mutex};
+
+/// Where a state on a GPU goes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Snapshot {
+    /// Into the staging pool, over the bus: copied when all has passed through it.
+    #[default]
+    Staging,
+    /// Into spare memory of the GPU where that has room, else as `Staging`.
+    Auto,
+    /// Into spare memory of the GPU, at the speed of that memory: copied at once, fetched from there. As much memory as
+    /// the state takes there is allocated at the first such save and kept; the save fails where there is not so much.
+    Spare,
+}
+
+/// How the part of a save that is on GPUs is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceOptions {
+    /// The save holds the state as of everything that was enqueued on this stream (`CUstream`, as a number) when it
+    /// began; 0 is the legacy default stream of each device concerned. Default 0.
+    pub stream: usize,
+    /// Where the state goes first. Default: the staging pool.
+    pub snapshot: Snapshot,
+    /// After so long without all of it having arrived the save fails: the device hangs, or its stream waits for
+    /// something that never comes. Default 10 minutes.
+    pub timeout: Duration,
+}
+
+impl DeviceOptions {
+    /// What [`Default`] gives.
+    pub const DEFAULT: DeviceOptions =
+        DeviceOptions { stream: 0, snapshot: Snapshot::Staging, timeout: Duration::from_secs(600) };
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        DeviceOptions::DEFAULT
+    }
+}
+
+/// A device's part of a save, from begin on.
+#[derive(Clone)]
+pub(crate) struct DevicePart {
+    pub source: Arc<DeviceSource>,
+    pub snapshot: Snapshot,
+    pub timeout: Duration,
+    pub copies: Arc<Copies>,
+}
+
+/// A save that has just begun, for the pump.
+pub(crate) struct NewJob {
+    pub save: Arc<SaveCore>,
+    pub part: DevicePart,
+}
+
+/// A chunk that has arrived and is to be hashed. Its save was told of one more at work on it.
+pub(crate) struct Arrived {
+    pub save: Arc<SaveCore>,
+    pub chunk: u64,
+    pub buffer: StagingBuffer,
+}
+
+/// What pump, copiers and the savers' threads share.
+#[derive(Default)]
+pub(crate) struct Exchange {
+    jobs: Mutex<VecDeque<NewJob>>,
+    pub work: Signal,
+    arrived: Mutex<VecDeque<Arrived>>,
+}
+
+impl Exchange {
+    pub fn submit(&self, job: NewJob) {
+        self.jobs.lock().push_back(job);
+        self.work.notify_all();
+    }
+
+    pub fn next_job(&self) -> Option<NewJob> {
+        self.jobs.lock().pop_front()
+    }
+
+    pub fn arrive(&self, chunk: Arrived) {
+        self.arrived.lock().push_back(chunk);
+    }
+
+    pub fn next_arrived(&self) -> Option<Arrived> {
+        self.arrived.lock().pop_front()
+    }
+
+    pub fn has_arrived(&self) -> bool {
+        !self.arrived.lock().is_empty()
+    }
+}
+
+/// How far the copies of one save are enqueued.
+#[derive(Default)]
+pub(crate) struct Copies {
+    state: Mutex<Enqueued>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+enum Enqueued {
+    #[default]
+    Pending,
+    /// All are; they are done when these are reached.
+    All(Arc<Vec<Event>>),
+    /// They never will be: the save has failed.
+    Failed,
+}
+
+impl Copies {
+    fn set(&self, state: Enqueued) {
+        *self.state.lock() = state;
+        self.changed.notify_all();
+    }
+
+    pub(super) fn all_enqueued(&self, events: Vec<Event>) {
+        self.set(Enqueued::All(Arc::new(events)));
+    }
+
+    pub(super) fn failed(&self) {
+        self.set(Enqueued::Failed);
+    }
+
+    /// Waits until all copies are enqueued; none where the save has failed before.
+    fn wait(&self, deadline: Option<Instant>) -> Result<Option<Arc<Vec<Event>>>> {
+        let mut state = self.state.lock();
+        loop {
+            match &*state {
+                Enqueued::All(events) => return Ok(Some(events.clone())),
+                Enqueued::Failed => return Ok(None),
+                Enqueued::Pending => {}
+            }
+            let timed_out;
+            (state, timed_out) = self.changed.wait_until(state, deadline);
+            if timed_out && matches!(*state, Enqueued::Pending) {
+                return Err(Error::new(
+                    ErrorKind::TimedOut,
+                    "wait for copied",
+                    "the time given ran out; the save goes on",
+                )
+                .advise("wait again, or cancel"));
+            }
+        }
+    }
+}
+
+impl SaveCore {
+    /// Makes a stream of the program wait until the state is copied: the calling thread waits only until all copies are
+    /// enqueued, and what is in host memory is copied.
+    pub fn stream_wait_copied(&self, stream: UserStream, deadline: Option<Instant>) -> Result<()> {
+        let Some(copies) = &self.device else { return self.wait_copied(deadline) };
+        self.wait_host_copied(deadline)?;
+        match copies.wait(deadline)? {
+            Some(events) => events.iter().try_for_each(|event| stream.wait(event)),
+            // It has failed: says why, once the memory is the caller's again.
+            None => self.wait_copied(deadline),
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! The thread that enqueues copies and looks at how far they are.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::flight::{Arrival, Flight, Leaving, Mark};
+use super::job::{Held, Job};
+use super::lane::Lane;
+use super::{Arrived, Snapshot};
+use crate::cuda::{relax_thread, DeviceBuffer};
+use crate::error::{Error, ErrorKind, Result};
+use crate::save::saver::Shared;
+use crate::staging::StagingBuffer;
+
+/// Chunks are enqueued in groups of so many bytes: long copies use the bus best.
+const GROUP_BYTES: u64 = 16 << 20;
+/// No group takes more than this share of the pool, so that one can be on its way while another is written.
+const GROUP_SHARE: usize = 4;
+
+/// How long the thread sleeps while copies are on their way: a share of the time since something moved, within limits.
+const PAUSE_SHARE: u32 = 16;
+const PAUSE_MIN: Duration = Duration::from_micros(20);
+const PAUSE_MAX: Duration = Duration::from_millis(1);
+
+/// How long a store that is closed waits for copies on their way.
+const CLOSE_GRACE: Duration = Duration::from_secs(10);
+
+pub(in crate::save) fn run_pump(shared: &Shared) {
+    // Where it cannot be set, programs that capture graphs meanwhile must do so in their thread's own mode.
+    let _ = relax_thread();
+    let mut pump = Pump { shared, lanes: Vec::new(), jobs: VecDeque::new(), flights: VecDeque::new() };
+    let mut moved_at = Instant::now();
+    let mut closing_since = None;
+    loop {
+        let ticket = shared.exchange.work.ticket();
+        let moved = pump.step();
+        if moved {
+            moved_at = Instant::now();
+            continue;
+        }
+        let idle = pump.jobs.is_empty() && pump.flights.is_empty();
+        if shared.closing() {
+            let since = *closing_since.get_or_insert_with(Instant::now);
+            if !idle && since.elapsed() > CLOSE_GRACE {
+                return pump.abandon();
+            }
+            if idle && shared.all_ended() {
+                return;
+            }
+        }
+        let pause = (moved_at.elapsed() / PAUSE_SHARE).clamp(PAUSE_MIN, PAUSE_MAX);
+        let until = (!idle).then(|| Instant::now() + pause);
+        let _ = shared.exchange.work.wait(ticket, until);
+    }
+}
+
+struct Pump<'a> {
+    shared: &'a Shared,
+    lanes: Vec<Lane>,
+    /// Oldest first.
+    jobs: VecDeque<Job>,
+    /// In the order of their enqueuing. Those of jobs that have gone only wait for their buffers.
+    flights: VecDeque<Flight>,
+}
+
+impl Pump<'_> {
+    /// True where something moved.
+    fn step(&mut self) -> bool {
+        let mut moved = false;
+        while let Some(new) = self.shared.exchange.next_job() {
+            self.jobs.extend(Job::new(new));
+            moved = true;
+        }
+        moved |= self.land();
+        for at in 0..self.jobs.len() {
+            moved |= self.advance(at);
+        }
+        moved | self.end_jobs()
+    }
+
+    // ---- enqueuing ------------------------------------------------------------------------------------
+
+    /// Enqueues what a job's copies find buffers for.
+    fn advance(&mut self, at: usize) -> bool {
+        if self.jobs[at].failed {
+            return false;
+        }
+        let result = self.check(at).and_then(|()| match self.jobs[at].lanes.is_empty() {
+            true => self.begin(at).map(|()| true),
+            false => Ok(false),
+        });
+        let result = result.and_then(|begun| Ok(self.enqueue_groups(at)? | begun));
+        result.unwrap_or_else(|error| {
+            self.fail(at, error);
+            true
+        })
+    }
+
+    /// Errors where the save has failed, or has been on its way for too long.
+    fn check(&self, at: usize) -> Result<()> {
+        let job = &self.jobs[at];
+        job.held.save().check()?;
+        if Instant::now() < job.deadline {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::TimedOut,
+            "copy GPU memory",
+            "the GPU has not finished copying the state in the time given at begin; the save has failed",
+        )
+        .advise(
+            "look for a stream that waits for something that never comes, or give a longer device timeout",
+        ))
+    }
+
+    fn fail(&mut self, at: usize, error: Error) {
+        let job = &mut self.jobs[at];
+        job.failed = true;
+        job.held.save().fail(error);
+        job.copies.failed();
+    }
+
+    /// Finds the lanes, orders them after the caller's streams, and takes the snapshot, where one is to be taken.
+    fn begin(&mut self, at: usize) -> Result<()> {
+        let source = self.jobs[at].source()?;
+        let mut lanes = Vec::with_capacity(source.devices().len());
+        for device in source.devices() {
+            let known = self.lanes.iter().position(|lane| lane.is_of(device));
+            let lane = match known {
+                Some(lane) => lane,
+                None => {
+                    self.lanes.push(Lane::new(device)?);
+                    self.lanes.len() - 1
+                }
+            };
+            // Where it is refused copies are slower, and each is done when the call returns.
+            let _ = self.shared.region.pool().register(device);
+            if !self.shared.faults.copy_before_the_event() {
+                self.lanes[lane].wait(source.after())?;
+            }
+            lanes.push(lane);
+        }
+        self.jobs[at].lanes = lanes;
+        match self.jobs[at].snapshot {
+            Snapshot::Staging => Ok(()),
+            Snapshot::Spare => self.take_spares(at, false).and_then(|spares| self.snapshot(at, spares)),
+            Snapshot::Auto => match self.take_spares(at, true) {
+                Ok(spares) => self.snapshot(at, spares),
+                Err(error) if error.kind() == ErrorKind::OutOfMemory => Ok(()),
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    fn take_spares(&mut self, at: usize, modest: bool) -> Result<Vec<(usize, DeviceBuffer)>> {
+        let bytes = self.jobs[at].bytes_on_devices()?;
+        let mut spares = Vec::with_capacity(bytes.len());
+        for (&lane, &bytes) in self.jobs[at].lanes.iter().zip(&bytes) {
+            match self.lanes[lane].take_spare(bytes, modest) {
+                Ok(spare) => spares.push((lane, spare)),
+                Err(error) => {
+                    spares.into_iter().for_each(|(lane, spare)| self.lanes[lane].return_spare(spare));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(spares)
+    }
+
+    fn snapshot(&mut self, at: usize, spares: Vec<(usize, DeviceBuffer)>) -> Result<()> {
+        let job = &mut self.jobs[at];
+        let (lists, leaving) = job.move_to_spares(spares)?;
+        let (mut reached, mut kept) = (Vec::new(), Vec::new());
+        for (&lane, copies) in job.lanes.iter().zip(&lists) {
+            let (event, for_streams) = self.lanes[lane].snapshot(copies)?;
+            reached.push((lane, Mark::Event(event)));
+            kept.push(for_streams);
+        }
+        if self.shared.faults.stream_waits_for_nothing() {
+            kept.clear();
+        }
+        job.copies.all_enqueued(kept);
+        job.flights += 1;
+        self.flights.push_back(Flight::new(job.number(), reached, Vec::new(), leaving));
+        Ok(())
+    }
+
+    fn enqueue_groups(&mut self, at: usize) -> Result<bool> {
+        let mut moved = false;
+        while self.jobs[at].peek().is_some() {
+            let buffers = self.free_buffers();
+            if buffers.is_empty() {
+                return Ok(moved);
+            }
+            moved = true;
+            self.enqueue_group(at, buffers)?;
+        }
+        Ok(moved)
+    }
+
+    fn free_buffers(&self) -> Vec<StagingBuffer> {
+        let pool = self.shared.region.pool();
+        let most = (GROUP_BYTES as usize / pool.buffer_bytes()).min(pool.buffer_count() / GROUP_SHARE);
+        std::iter::from_fn(|| pool.try_acquire()).take(most.max(1)).collect()
+    }
+
+    fn enqueue_group(&mut self, at: usize, buffers: Vec<StagingBuffer>) -> Result<()> {
+        let job = &mut self.jobs[at];
+        let mut lists = vec![Vec::new(); job.lanes.len()];
+        let (mut chunks, mut bytes) = (Vec::with_capacity(buffers.len()), 0);
+        for mut buffer in buffers {
+            let Some((chunk, len)) = job.take_chunk(&mut buffer, &mut lists)? else { break };
+            bytes += len;
+            chunks.push((chunk, buffer));
+        }
+        let leaving = match job.spares.is_empty() {
+            true => Leaving { chunks: chunks.len() as u64, bytes },
+            // They left with the snapshot.
+            false => Leaving::default(),
+        };
+        let mut flight = Flight::new(job.number(), Vec::new(), chunks, leaving);
+        let mut failure = None;
+        for (&lane, copies) in job.lanes.iter().zip(&lists).filter(|(_, copies)| !copies.is_empty()) {
+            match self.lanes[lane].fetch(copies, &flight) {
+                Ok(event) => flight.marks.push((lane, Mark::Event(event))),
+                Err(error) => {
+                    // Some of them may run all the same.
+                    flight.marks.extend(self.lanes[lane].when_idle().map(|mark| (lane, mark)));
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        job.flights += 1;
+        self.flights.push_back(flight);
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        if job.spares.is_empty() && job.peek().is_none() {
+            let mut events = Vec::new();
+            if !self.shared.faults.stream_waits_for_nothing() {
+                for &lane in &job.lanes {
+                    events.extend(self.lanes[lane].mark_all()?);
+                }
+            }
+            job.copies.all_enqueued(events);
+        }
+        Ok(())
+    }
+
+    // ---- landing --------------------------------------------------------------------------------------
+
+    /// Takes what has arrived to the copiers.
+    fn land(&mut self) -> bool {
+        let mut landed = false;
+        let mut at = 0;
+        while let Some(flight) = self.flights.get_mut(at) {
+            let arrival = flight.look();
+            match arrival {
+                Arrival::Pending if !self.shared.faults.land_early() => at += 1,
+                Arrival::Pending | Arrival::Reached => {
+                    self.settle(at, None);
+                    landed = true;
+                }
+                Arrival::Failing(error) => {
+                    landed |= self.lose(at, error);
+                    at += 1;
+                }
+                Arrival::Lost(error) => {
+                    self.settle(at, Some(error));
+                    landed = true;
+                }
+            }
+        }
+        if landed {
+            self.shared.arrivals_came();
+        }
+        landed
+    }
+
+    /// A flight's device reports an error: its job has failed. True where that is news.
+    fn lose(&mut self, at: usize, error: Error) -> bool {
+        let number = self.flights[at].job;
+        let job = self.jobs.iter().position(|job| job.number() == number && !job.failed);
+        job.is_some_and(|job| {
+            self.fail(job, error);
+            true
+        })
+    }
+
+    /// A flight has ended.
+    fn settle(&mut self, at: usize, lost: Option<Error>) {
+        if let Some(error) = &lost {
+            self.lose(at, error.clone());
+        }
+        let Some(flight) = self.flights.remove(at) else { return };
+        let (number, leaving) = (flight.job, flight.leaving);
+        let (chunks, marks) = flight.land();
+        if lost.is_none() {
+            marks.into_iter().for_each(|(lane, mark)| self.lanes[lane].recycle(mark));
+        }
+        let Some(job) = self.jobs.iter_mut().find(|job| job.number() == number) else { return };
+        job.flights -= 1;
+        if job.failed {
+            return;
+        }
+        let save = job.held.save().clone();
+        for (chunk, buffer) in chunks {
+            let Ok(held) = Held::new(save.clone()) else { return };
+            // Taken over by the copier.
+            std::mem::forget(held);
+            self.shared.exchange.arrive(Arrived { save: save.clone(), chunk, buffer });
+        }
+        if job.flights == 0 && job.is_enqueued() {
+            // Before `copied` is told.
+            job.source = None;
+        }
+        save.chunks_left(leaving.chunks, leaving.bytes);
+    }
+
+    /// Lets go of jobs that are done, or have failed and have nothing on its way any more, or not in time.
+    fn end_jobs(&mut self) -> bool {
+        let before = self.jobs.len();
+        let mut at = 0;
+        while let Some(job) = self.jobs.get_mut(at) {
+            let late = job.failed && Instant::now() >= job.deadline;
+            let done = job.flights == 0 && (job.failed || job.source.is_none() || job.is_enqueued());
+            if !done && !late {
+                at += 1;
+                continue;
+            }
+            let Some(mut job) = self.jobs.remove(at) else { break };
+            let spares = std::mem::take(&mut job.spares);
+            if job.flights > 0 {
+                // Copies may still use them, and giving them back would wait for those.
+                std::mem::forget(spares);
+            } else if !job.failed {
+                spares.into_iter().for_each(|(lane, spare)| self.lanes[lane].return_spare(spare));
+            }
+        }
+        before != self.jobs.len()
+    }
+
+    /// The store is closed, and copies do not end: what they use stays theirs.
+    fn abandon(mut self) {
+        for at in 0..self.jobs.len() {
+            let error = Error::new(ErrorKind::Device, "close", "the GPU did not finish its copies");
+            self.fail(at, error);
+        }
+        self.jobs.drain(..).for_each(|mut job| std::mem::forget(std::mem::take(&mut job.spares)));
+        // Giving streams and memory back could wait for the device.
+        std::mem::forget(std::mem::take(&mut self.lanes));
+        std::mem::forget(std::mem::take(&mut self.flights));
+    }
+}

@@ -1,0 +1,139 @@
+//! Memory of GPUs as the source of a save, perhaps beside host memory.
+#![expect(unsafe_code, reason = "host memory within is that of `HostSource`")]
+
+use super::host::{HostSegment, HostSource, Run};
+use super::Source;
+use crate::cuda::{Device, Event};
+use crate::error::{Error, ErrorKind, Result};
+use crate::persist::ChunkHasher;
+use crate::sync::Arc;
+
+/// A payload of which some segments are in the memory of GPUs.
+///
+/// Copiers read the chunks that are in host memory alone. All others are brought by the devices' copy engines, once the
+/// devices have reached the events that the caller's streams were marked with.
+pub struct DeviceSource {
+    /// Header and all segments. Those of devices are never read through it.
+    host: HostSource,
+    /// Per segment, the index of its device in `devices`; none: host memory.
+    owners: Vec<Option<usize>>,
+    devices: Vec<Arc<Device>>,
+    after: Vec<Event>,
+}
+
+type Piece = (usize, Run, Option<(usize, usize)>);
+
+/// A piece of a chunk that a device is to bring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fetch {
+    /// Index among [`DeviceSource::devices`].
+    pub device: usize,
+    /// Index of the segment.
+    pub segment: usize,
+    /// Bytes of the segment before the piece.
+    pub skip: u64,
+    /// Where it goes, from the chunk's start.
+    pub at: usize,
+    /// How many bytes.
+    pub bytes: usize,
+}
+
+impl DeviceSource {
+    /// A payload of `header` and `segments`, as [`HostSource::new`]; `owners` says which device of `devices` holds each
+    /// segment. Nothing is copied before the events `after`.
+    ///
+    /// # Safety
+    ///
+    /// As [`HostSource::new`], for segments in host memory. Those of devices must be memory of that device, and from the
+    /// events on unchanged until the source is dropped.
+    pub unsafe fn new(
+        header: Vec<u8>,
+        segments: Vec<HostSegment>,
+        owned: Vec<u8>,
+        owners: Vec<Option<usize>>,
+        devices: Vec<Arc<Device>>,
+        after: Vec<Event>,
+    ) -> Self {
+        // SAFETY: the caller's promise; what is a device's is never read through it: see `readable`.
+        let host = unsafe { HostSource::new(header, segments, owned) };
+        DeviceSource { host, owners, devices, after }
+    }
+
+    /// The devices that hold parts of it.
+    pub fn devices(&self) -> &[Arc<Device>] {
+        &self.devices
+    }
+
+    /// What the copies come after.
+    pub fn after(&self) -> &[Event] {
+        &self.after
+    }
+
+    /// Segments on devices: index of the segment, index of the device, address, bytes.
+    pub fn on_devices(&self) -> impl Iterator<Item = (usize, usize, u64, usize)> + '_ {
+        let segments = self.host.segments().iter().zip(&self.owners).enumerate();
+        segments.filter_map(|(index, (segment, owner))| {
+            owner.map(|device| (index, device, segment.ptr as u64, segment.len))
+        })
+    }
+
+    /// Copies what is in host memory of the payload bytes from `offset` on to its place in `dst`. True where there is any.
+    pub fn copy_host(&self, offset: u64, dst: &mut [u8]) -> bool {
+        let mut any = false;
+        for (at, run, owner) in self.pieces(offset, dst.len()) {
+            if owner.is_none() {
+                // SAFETY: host memory of the header or a segment: readable while `self` lives, by `new`'s contract.
+                let src = unsafe { std::slice::from_raw_parts(run.ptr, run.len) };
+                dst[at..at + run.len].copy_from_slice(src);
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// What devices are to bring of the payload bytes `offset..offset + len`, in order.
+    pub fn fetches(&self, offset: u64, len: usize) -> impl Iterator<Item = Fetch> + '_ {
+        self.pieces(offset, len).filter_map(|(at, run, owner)| {
+            let (device, segment) = owner?;
+            Some(Fetch { device, segment, skip: run.skip, at, bytes: run.len })
+        })
+    }
+
+    /// Contiguous pieces, in order: each with its place from `offset` on, and, of a device's, the device and the segment.
+    fn pieces(&self, offset: u64, len: usize) -> impl Iterator<Item = Piece> + '_ {
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            if done == len {
+                return None;
+            }
+            let run = self.host.locate(offset + done as u64, len - done);
+            let at = done;
+            done += run.len;
+            let owner = run.segment.and_then(|segment| self.owners[segment].map(|device| (device, segment)));
+            Some((at, run, owner))
+        })
+    }
+
+    fn readable(&self, offset: u64, len: usize) -> Result<()> {
+        match self.is_fetched(offset, len) {
+            false => Ok(()),
+            true => Err(Error::new(ErrorKind::Internal, "save", "a chunk on a GPU was read as host memory")),
+        }
+    }
+}
+
+impl Source for DeviceSource {
+    fn fill(&self, offset: u64, dst: &mut [u8], hasher: &mut ChunkHasher, write_back: bool) -> Result<()> {
+        self.readable(offset, dst.len())?;
+        self.host.fill(offset, dst, hasher, write_back)
+    }
+
+    fn hash(&self, offset: u64, len: usize, hasher: &mut ChunkHasher) -> Result<()> {
+        self.readable(offset, len)?;
+        self.host.hash(offset, len, hasher)
+    }
+
+    fn is_fetched(&self, offset: u64, len: usize) -> bool {
+        self.fetches(offset, len).next().is_some()
+    }
+}

@@ -1,0 +1,201 @@
+//! The stand-in: built, loaded where the engine will look for the driver, and controlled.
+
+use std::ffi::{c_char, c_void, CString};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::{mem, ptr};
+
+/// Exclusive use of the stand-in, whose state is the process's.
+pub struct Standin {
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// A stream of the program under test.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stream(pub usize);
+
+/// The driver's name for the legacy default stream.
+pub const LEGACY: Stream = Stream(0);
+
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin/cuda.c")
+}
+
+/// Compiles `tests/standin/cuda.c`. Its name is the one that loaders of the driver ask for first, so that no real driver
+/// is taken.
+pub fn build(name: &str, flags: &[&str]) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin").join(name);
+    std::fs::create_dir_all(&folder).expect("folder");
+    let library = folder.join("libcuda.so");
+    let beside = folder.join(format!("libcuda.so.{}", std::process::id()));
+    let built = Command::new("cc")
+        .args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"])
+        .arg("-Wl,-soname,libcuda.so")
+        .args(flags)
+        .arg("-o")
+        .arg(&beside)
+        .arg(source())
+        .status()
+        .expect("cc");
+    assert!(built.success(), "the stand-in does not compile");
+    std::fs::rename(&beside, &library).expect("rename");
+    library
+}
+
+fn library() -> usize {
+    static LIBRARY: OnceLock<usize> = OnceLock::new();
+    *LIBRARY.get_or_init(|| {
+        let path = build("whole", &[]);
+        let path = CString::new(path.to_str().expect("UTF-8")).expect("no NUL");
+        // SAFETY: our own library, whose constructor does nothing.
+        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+        assert!(!handle.is_null(), "the stand-in does not load");
+        handle as usize
+    })
+}
+
+/// A function of the stand-in.
+macro_rules! call {
+    ($name:literal($($value:expr => $type:ty),*) -> $result:ty) => {{
+        let name: CString = CString::new($name).expect("no NUL");
+        // SAFETY: the library is loaded.
+        let found = unsafe { libc::dlsym(library() as *mut c_void, name.as_ptr()) };
+        assert!(!found.is_null(), "the stand-in lacks {}", $name);
+        // SAFETY: the function of that name has this signature.
+        let function: extern "C" fn($($type),*) -> $result = unsafe { mem::transmute(found) };
+        function($($value),*)
+    }};
+}
+
+fn check(what: &str, code: i32) {
+    assert_eq!(code, 0, "{what}");
+}
+
+impl Standin {
+    /// Waits for other tests to be done with it, and takes back all that they set.
+    pub fn take() -> Standin {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let standin = Standin { _alone: alone };
+        standin.reset();
+        check("init", call!("cuInit"(0 => u32) -> i32));
+        standin
+    }
+
+    pub fn reset(&self) {
+        call!("standin_reset"() -> ());
+    }
+
+    fn enter<T>(&self, device: i32, work: impl FnOnce() -> T) -> T {
+        let mut context: *mut c_void = ptr::null_mut();
+        check(
+            "retain",
+            call!("cuDevicePrimaryCtxRetain"(&raw mut context => *mut *mut c_void, device => i32) -> i32),
+        );
+        check("push", call!("cuCtxPushCurrent_v2"(context => *mut c_void) -> i32));
+        let result = work();
+        check("pop", call!("cuCtxPopCurrent_v2"(&raw mut context => *mut *mut c_void) -> i32));
+        check("release", call!("cuDevicePrimaryCtxRelease_v2"(device => i32) -> i32));
+        result
+    }
+
+    /// A stream of a device that takes part in the ordering of the legacy default stream.
+    pub fn stream(&self, device: u32) -> Stream {
+        self.enter(device as i32, || {
+            let mut stream: *mut c_void = ptr::null_mut();
+            check("stream", call!("cuStreamCreate"(&raw mut stream => *mut *mut c_void, 0 => u32) -> i32));
+            Stream(stream as usize)
+        })
+    }
+
+    pub fn destroy(&self, stream: Stream) {
+        check("destroy", call!("cuStreamDestroy_v2"(stream.0 as *mut c_void => *mut c_void) -> i32));
+    }
+
+    pub fn allocate(&self, device: u32, bytes: usize) -> u64 {
+        self.enter(device as i32, || {
+            let mut address = 0_u64;
+            check("allocate", call!("cuMemAlloc_v2"(&raw mut address => *mut u64, bytes => usize) -> i32));
+            address
+        })
+    }
+
+    pub fn free(&self, device: u32, address: u64) {
+        self.enter(device as i32, || check("free", call!("cuMemFree_v2"(address => u64) -> i32)));
+    }
+
+    /// Has a kernel fill memory once everything before it on the stream is done, and so many microseconds later.
+    pub fn fill(&self, device: u32, stream: Stream, address: u64, bytes: usize, seed: u64, delay_us: u64) {
+        let code = self.enter(device as i32, || {
+            call!("standin_fill"(
+                stream.0 as *mut c_void => *mut c_void, address => u64, bytes as u64 => u64, seed => u64, delay_us => u64
+            ) -> i32)
+        });
+        check("fill", code);
+    }
+
+    pub fn synchronize(&self, device: u32, stream: Stream) {
+        let code = self.enter(
+            device as i32,
+            || call!("cuStreamSynchronize"(stream.0 as *mut c_void => *mut c_void) -> i32),
+        );
+        check("synchronize", code);
+    }
+
+    /// What [`Standin::fill`] fills with.
+    pub fn pattern(&self, seed: u64, bytes: usize) -> Vec<u8> {
+        (0..bytes as u64).map(|at| call!("standin_pattern"(seed => u64, at => u64) -> u8)).collect()
+    }
+
+    /// The bytes of device memory.
+    pub fn bytes(&self, address: u64, bytes: usize) -> Vec<u8> {
+        let shadow = call!("standin_shadow"(address => u64) -> *const u8);
+        assert!(!shadow.is_null(), "{address:#x} is no device memory");
+        // SAFETY: the stand-in's memory behind that address; nothing is running.
+        unsafe { std::slice::from_raw_parts(shadow, bytes) }.to_vec()
+    }
+
+    pub fn fail(&self, function: &str, nth: u64, code: i32, sticky: bool) {
+        let name = CString::new(function).expect("no NUL");
+        call!("standin_fail"(name.as_ptr() => *const c_char, nth => u64, code => i32, u32::from(sticky) => u32) -> ());
+    }
+
+    pub fn fail_work(&self, nth: u64, code: i32) {
+        call!("standin_fail_work"(nth => u64, code => i32) -> ());
+    }
+
+    pub fn calls(&self, function: &str) -> u64 {
+        let name = CString::new(function).expect("no NUL");
+        call!("standin_calls"(name.as_ptr() => *const c_char) -> u64)
+    }
+
+    pub fn delay_us(&self, us: u64) {
+        call!("standin_delay_us"(us => u64) -> ());
+    }
+
+    pub fn hold(&self, on: bool) {
+        call!("standin_hold"(u32::from(on) => u32) -> ());
+    }
+
+    pub fn hold_stream(&self, stream: Stream, on: bool) {
+        call!("standin_hold_stream"(stream.0 as *mut c_void => *mut c_void, u32::from(on) => u32) -> ());
+    }
+
+    pub fn capture(&self, stream: Stream, on: bool) {
+        call!("standin_capture"(stream.0 as *mut c_void => *mut c_void, u32::from(on) => u32) -> ());
+    }
+
+    pub fn capture_invalidated(&self) -> bool {
+        call!("standin_capture_invalidated"() -> u32) != 0
+    }
+
+    pub fn live(&self, kind: &str) -> u64 {
+        let kind = CString::new(kind).expect("no NUL");
+        call!("standin_live"(kind.as_ptr() => *const c_char) -> u64)
+    }
+
+    pub fn copies(&self) -> u64 {
+        call!("standin_copies"() -> u64)
+    }
+}
