@@ -235,12 +235,12 @@ def trained(folder: Path, steps: int, *, snapshot: str, stop_at: int | None = No
     return losses
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("snapshot", MODES)
+@pytest.mark.parametrize(
+    ("snapshot", "compiled"), [("staging", False), ("auto", False), ("spare", False), ("staging", True)]
+)
 def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path, snapshot, compiled):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    torch.use_deterministic_algorithms(False)
     whole = trained(tmp_path / "whole", 12, snapshot=snapshot, compiled=compiled)
     first = trained(tmp_path / "parts", 12, snapshot=snapshot, stop_at=4, compiled=compiled)
     second = trained(tmp_path / "parts", 12, snapshot=snapshot, compiled=compiled)

@@ -17,7 +17,7 @@ pub const NO_DEVICE: c_int = 100;
 pub const NOT_READY: c_int = 600;
 
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
-const CAPTURE_RELAXED: c_uint = 2;
+pub const CAPTURE_RELAXED: c_uint = 2;
 
 const OP: &str = "load CUDA driver";
 
@@ -162,10 +162,11 @@ impl Api {
         Error::new(kind, op, format!("the CUDA driver reports {name} ({code}){text}"))
     }
 
-    pub(super) fn relax_thread(&self) -> Result<()> {
-        let mut mode = CAPTURE_RELAXED;
+    /// Sets the calling thread's capture mode and returns the one before.
+    pub(super) fn exchange_mode(&self, mode: c_uint) -> Result<c_uint> {
+        let mut mode = mode;
         // SAFETY: a place that holds one of the three modes.
         let code = unsafe { (self.exchange_capture_mode)(&raw mut mode) };
-        self.check("set capture mode", code)
+        self.check("set capture mode", code).map(|()| mode)
     }
 }

@@ -33,8 +33,11 @@ pub struct Copy {
 }
 
 impl Copy {
-    /// Adds a copy to a list, as part of the last one where it goes on there.
+    /// Adds a copy to a list, as part of the last one where it goes on there. The driver refuses copies of nothing.
     pub fn push(list: &mut Vec<Copy>, next: Copy) {
+        if next.bytes == 0 {
+            return;
+        }
         if let Some(last) = list.last_mut() {
             let end = last.bytes as u64;
             if last.to + end == next.to && last.from + end == next.from {

@@ -31,8 +31,23 @@ pub use stream::{Event, Stream, UserStream};
 
 use crate::error::Result;
 
-/// Puts the calling thread into the relaxed capture mode: its calls never end a capture that another thread of the
-/// program has open. For the engine's own threads.
-pub fn relax_thread() -> Result<()> {
-    api::Api::get()?.relax_thread()
+/// The calling thread's calls do not end a capture that another thread of the program has open, until this is dropped.
+pub struct Relaxed {
+    previous: u32,
+    _of_this_thread: core::marker::PhantomData<*const ()>,
+}
+
+impl Relaxed {
+    /// Puts the calling thread into the relaxed capture mode.
+    pub fn enter() -> Result<Relaxed> {
+        let previous = api::Api::get()?.exchange_mode(api::CAPTURE_RELAXED)?;
+        Ok(Relaxed { previous, _of_this_thread: core::marker::PhantomData })
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // It was possible before; where it is not now, no call is.
+        let _ = api::Api::get().and_then(|api| api.exchange_mode(self.previous));
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::Store;
 #[cfg(feature = "cuda")]
-use crate::cuda::{Device, UserStream};
+use crate::cuda::{Device, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     chunk_hash, plan, plan_raw, Dtype, Layout, PayloadPlan, TensorSpec, HEADER_HASHED, RAW_STREAM,
@@ -208,6 +208,7 @@ unsafe fn origin_of(plan: PayloadPlan, tensors: &[TensorAt<'_>], options: &SaveO
 #[expect(unsafe_code, reason = "passes the caller's promise on")]
 unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin> {
     let Placed { header, segments, owners, owned } = placed;
+    let _relaxed = Relaxed::enter()?;
     let mut ordinals: Vec<u32> = owners.iter().flatten().copied().collect();
     ordinals.sort_unstable();
     ordinals.dedup();

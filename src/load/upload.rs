@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::cuda::{owner_of, Copy, Device, Direction, Event, Stream};
+use crate::cuda::{owner_of, Copy, Device, Direction, Event, Relaxed, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Region;
 use crate::sync::{thread, Arc};
@@ -29,6 +29,7 @@ impl Targets {
         let mut ordinals: Vec<u32> = wanted.collect();
         ordinals.sort_unstable();
         ordinals.dedup();
+        let _relaxed = (!ordinals.is_empty()).then(Relaxed::enter).transpose()?;
         let devices: Vec<_> = ordinals.into_iter().map(Device::open).collect::<Result<_>>()?;
         for device in &devices {
             // Where it is refused copies are slower.
@@ -64,6 +65,7 @@ pub(super) struct Uploads<'a> {
     running: Vec<bool>,
     /// Per device, whether its event was recorded behind them.
     recorded: Vec<bool>,
+    _relaxed: Option<Relaxed>,
 }
 
 impl<'a> Uploads<'a> {
@@ -75,6 +77,8 @@ impl<'a> Uploads<'a> {
             lists: vec![Vec::new(); count],
             running: vec![false; count],
             recorded: vec![false; count],
+            // Where it is refused the copies will say why.
+            _relaxed: (count > 0).then(Relaxed::enter).and_then(Result::ok),
         }
     }
 

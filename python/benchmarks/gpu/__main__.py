@@ -127,7 +127,7 @@ def training(bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:
 def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """A save until it is copied beside a plain copy of the same tensors into page-locked memory, in turns."""
     with arm_of("pccheck-pool", options.dir, bed) as arm:
-        tensors = [tensor for tensor in arm.tensors().values() if tensor.is_cuda]
+        tensors = list(untied(arm).values())
         nbytes = sum(tensor.nbytes for tensor in tensors)
         pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         views, at = [], 0
@@ -136,7 +136,7 @@ def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
             at += tensor.nbytes
         flat = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
         store = arm.checkpointer.store  # type: ignore[attr-defined]
-        named = {name: tensor for name, tensor in arm.tensors().items() if tensor.is_cuda}
+        named = untied(arm)
         rounds = []
         for index in range(2 * options.rounds + 3):
             plain = min(timed_gpu(lambda: pinned.copy_(flat, non_blocking=True)), timed_gpu(lambda: copy_each(views, tensors)))
@@ -163,7 +163,7 @@ def restoring(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         arm.save(1)
         arm.finish()
         store = arm.checkpointer.store  # type: ignore[attr-defined]
-        named = {name: tensor for name, tensor in arm.tensors().items() if tensor.is_cuda}
+        named = untied(arm)
         nbytes = sum(tensor.nbytes for tensor in named.values())
         save = store.save(7, named)
         save.durable()
@@ -184,6 +184,12 @@ def restoring(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         if not same:
             raise RuntimeError("what was restored to the GPU is not what was restored to host memory")
         return {"bytes": nbytes, "rounds": rounds[1:]}
+
+
+def untied(arm: Arm) -> dict[str, torch.Tensor]:
+    """The state's tensors on the GPU, each memory once."""
+    found = {tensor.data_ptr(): (name, tensor) for name, tensor in arm.tensors().items() if tensor.is_cuda}
+    return dict(found.values())
 
 
 def copy_each(views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
@@ -283,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     bed = Bed(dataclasses.replace(size, batch=options.batch or size.batch))
     for _ in range(5):
         bed.iterate()
-    state = sum(tensor.nbytes for tensor in Arm(options.dir, bed.model, bed.optimizer).tensors().values())
+    state = sum(tensor.nbytes for tensor in untied(Arm(options.dir, bed.model, bed.optimizer)).values())
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "state_bytes": state, "dir": str(options.dir),
         "pccheck": pccheck.__version__,
@@ -291,9 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
     for what in options.measure.split(","):
         say(f"{what} ...")
         found[what] = {"copying": copying, "restoring": restoring, "training": training}[what](bed, options)
+        if options.output:
+            # As far as it has come.
+            options.output.write_text(json.dumps(found, indent=1))
     text = json.dumps(found, indent=1)
-    if options.output:
-        options.output.write_text(text)
     print(text if options.json else table(found))
     return 0
 

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 pub(super) use pump::run_pump;
 
-use crate::cuda::{Event, UserStream};
+use crate::cuda::{Event, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::DeviceSource;
@@ -182,7 +182,10 @@ impl SaveCore {
         let Some(copies) = &self.device else { return self.wait_copied(deadline) };
         self.wait_host_copied(deadline)?;
         match copies.wait(deadline)? {
-            Some(events) => events.iter().try_for_each(|event| stream.wait(event)),
+            Some(events) => {
+                let _relaxed = Relaxed::enter()?;
+                events.iter().try_for_each(|event| stream.wait(event))
+            }
             // It has failed: says why, once the memory is the caller's again.
             None => self.wait_copied(deadline),
         }

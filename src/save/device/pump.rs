@@ -7,7 +7,7 @@ use super::flight::{Arrival, Flight, Leaving, Mark};
 use super::job::{Held, Job};
 use super::lane::Lane;
 use super::{Arrived, Snapshot};
-use crate::cuda::{relax_thread, DeviceBuffer};
+use crate::cuda::{DeviceBuffer, Relaxed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
@@ -27,7 +27,7 @@ const CLOSE_GRACE: Duration = Duration::from_secs(10);
 
 pub(in crate::save) fn run_pump(shared: &Shared) {
     // Where it cannot be set, programs that capture graphs meanwhile must do so in their thread's own mode.
-    let _ = relax_thread();
+    let _relaxed = Relaxed::enter();
     let mut pump = Pump { shared, lanes: Vec::new(), jobs: VecDeque::new(), flights: VecDeque::new() };
     let mut moved_at = Instant::now();
     let mut closing_since = None;
