@@ -11,7 +11,6 @@ use super::standin::{Standin, LEGACY};
 /// Every call that a save makes, but for those that give something back.
 const CALLS: &[&str] = &[
     "cuDevicePrimaryCtxRetain",
-    "cuCtxPushCurrent_v2",
     "cuThreadExchangeStreamCaptureMode",
     "cuStreamCreateWithPriority",
     "cuStreamWaitEvent",
@@ -27,6 +26,8 @@ const CALLS: &[&str] = &[
     "cuMemcpyDtoDAsync_v2",
     "cuMemcpyBatchAsync",
     "cuPointerGetAttribute",
+    // The last one: without its context nothing can be given back, and later leaks would not be told from these.
+    "cuCtxPushCurrent_v2",
 ];
 
 /// Each call in turn fails once, the first time, the second or a later one; and from some time on.
@@ -78,11 +79,8 @@ fn a_call_that_fails_costs_its_save_and_nothing_else() {
                 assert_idle(&store);
                 drop((store, state));
                 standin.destroy(stream);
-                // Without its context nothing can be given back.
                 if *call != "cuCtxPushCurrent_v2" {
-                    for kind in ["event", "memory", "registered", "context"] {
-                        assert_eq!(standin.live(kind), 0, "{kind} left behind by {what}");
-                    }
+                    standin.assert_clean(&what);
                 }
             }
         }
@@ -174,6 +172,9 @@ fn a_store_is_closed_although_a_gpu_hangs() {
     standin.synchronize(0, stream);
     standin.hold(true);
     let save = state.begin(&store, 1, on(stream, Snapshot::Staging)).expect("begin");
+    until("copies are enqueued", || {
+        standin.calls("cuMemcpyDtoHAsync_v2") + standin.calls("cuMemcpyBatchAsync") > 0
+    });
     let began = Instant::now();
     drop(store);
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());

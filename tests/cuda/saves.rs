@@ -36,9 +36,7 @@ fn steps(shape: &Shape, buffers: u64, snapshot: Snapshot) {
     standin.synchronize(1, streams[1]);
     drop((store, state));
     streams.iter().for_each(|stream| standin.destroy(*stream));
-    for kind in ["event", "memory", "registered", "context"] {
-        assert_eq!(standin.live(kind), 0, "{kind} left behind");
-    }
+    standin.assert_clean("saves");
 }
 
 #[test]

@@ -4,12 +4,18 @@ use std::ffi::{c_char, c_void, CString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
 use std::{mem, ptr};
 
 /// Exclusive use of the stand-in, whose state is the process's.
 pub struct Standin {
     _alone: MutexGuard<'static, ()>,
+    /// What tests before have left: where a GPU hangs some things are never given back.
+    before: Vec<u64>,
 }
+
+/// Kinds of objects that are counted.
+const KINDS: [&str; 4] = ["event", "memory", "registered", "context"];
 
 /// A stream of the program under test.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,9 +83,10 @@ impl Standin {
     pub fn take() -> Standin {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let standin = Standin { _alone: alone };
+        let mut standin = Standin { _alone: alone, before: Vec::new() };
         standin.reset();
         check("init", call!("cuInit"(0 => u32) -> i32));
+        standin.before = KINDS.map(|kind| standin.live(kind)).to_vec();
         standin
     }
 
@@ -190,7 +197,19 @@ impl Standin {
         call!("standin_capture_invalidated"() -> u32) != 0
     }
 
-    pub fn live(&self, kind: &str) -> u64 {
+    /// Nothing is left of what was made since.
+    pub fn assert_clean(&self, what: &str) {
+        // Events go once the streams have come past them.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        for (kind, before) in KINDS.iter().zip(&self.before) {
+            while self.live(kind) > *before && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            assert_eq!(self.live(kind), *before, "{kind} left behind by {what}");
+        }
+    }
+
+    fn live(&self, kind: &str) -> u64 {
         let kind = CString::new(kind).expect("no NUL");
         call!("standin_live"(kind.as_ptr() => *const c_char) -> u64)
     }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::flight::{Arrival, Flight, Leaving, Mark};
-use super::job::{Held, Job};
+use super::job::Job;
 use super::lane::Lane;
 use super::{Arrived, Snapshot};
 use crate::cuda::{DeviceBuffer, Relaxed};
@@ -305,9 +305,9 @@ impl Pump<'_> {
         }
         let save = job.held.save().clone();
         for (chunk, buffer) in chunks {
-            let Ok(held) = Held::new(save.clone()) else { return };
+            let Ok(at_work) = save.enter() else { return };
             // Taken over by the copier.
-            std::mem::forget(held);
+            std::mem::forget(at_work);
             self.shared.exchange.arrive(Arrived { save: save.clone(), chunk, buffer });
         }
         if job.flights == 0 && job.is_enqueued() {
