@@ -56,8 +56,10 @@ def tensors(seed: int, *, device: str = "cuda") -> dict[str, torch.Tensor]:
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     one, other = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(
-        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
     )
 
 
@@ -199,24 +201,36 @@ def test_spare_memory_that_there_is_not_fails_the_save_alone(tmp_path):
         with pytest.raises(errors.OutOfMemory):
             store.save(1, state, snapshot="spare").durable()
         store.save(2, state, snapshot="auto").durable()
+        del hog
+        torch.cuda.empty_cache()
         assert_saved(store, 2, state)
-    del hog
-    torch.cuda.empty_cache()
 
 
-def trained(folder: Path, steps: int, *, snapshot: str, stop_at: int | None = None, compiled: bool = False) -> list[float]:
+def trained(
+    folder: Path, steps: int, *, snapshot: str, stop_at: int | None = None, compiled: bool = False
+) -> list[float]:
     """A small training run with AMP that saves every step, and may stop early; returns the losses of its steps."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
-        torch.nn.Linear(64, 256), torch.nn.BatchNorm1d(256), torch.nn.GELU(), torch.nn.Dropout(0.1), torch.nn.Linear(256, 8)
+        torch.nn.Linear(64, 256),
+        torch.nn.BatchNorm1d(256),
+        torch.nn.GELU(),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(256, 8),
     ).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     scaler = torch.amp.GradScaler("cuda")
     run = torch.compile(model) if compiled else model
     losses = []
     with pccheck.torch.Checkpointer(
-        folder / "run.pcc", model=model, optimizer=optimizer, scaler=scaler, snapshot=snapshot, durability="process",
-        on_error="raise", staging_bytes=16 << 20,
+        folder / "run.pcc",
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        snapshot=snapshot,
+        durability="process",
+        on_error="raise",
+        staging_bytes=16 << 20,
     ) as checkpointer:
         last = checkpointer.restore()
         for step in range(0 if last is None else last + 1, steps):
@@ -256,7 +270,12 @@ def test_updates_by_a_replayed_graph_wait_for_the_copies(tmp_path):
         weights.add_(1)
     weights.zero_()
     with pccheck.torch.Checkpointer(
-        tmp_path / "run.pcc", state={"w": weights}, durability="process", on_error="raise", staging_bytes=128 << 20, rng=False
+        tmp_path / "run.pcc",
+        state={"w": weights},
+        durability="process",
+        on_error="raise",
+        staging_bytes=128 << 20,
+        rng=False,
     ) as checkpointer:
         checkpointer.restore()
         for step in range(8):
@@ -265,7 +284,7 @@ def test_updates_by_a_replayed_graph_wait_for_the_copies(tmp_path):
             save = checkpointer.step(step)
             assert save is not None
         checkpointer.wait()
-    with pccheck.Store(tmp_path / "run.pcc", read_only=True) as store, store.open() as checkpoint:
+    with pccheck.Store(tmp_path / "run.pcc", read_only=True, durability="process") as store, store.open() as checkpoint:
         name = next(iter(checkpoint.tensors))
         found = checkpoint.read(name)
         assert (found == checkpoint.step + 1).all()

@@ -183,6 +183,9 @@ fn hash_arrived(
     placing: &mut bool,
 ) -> Result<Copied> {
     let bytes = &buffer[..save.chunk_len(chunk)];
+    if save.steady(chunk).is_some_and(|known| chunk_hash(bytes) == known) {
+        return Ok(Copied::Found);
+    }
     let fill = |dst: &mut [u8], hasher: &mut ChunkHasher, write_back: bool| {
         copy_and_hash(dst, bytes, hasher, write_back);
         Ok(())

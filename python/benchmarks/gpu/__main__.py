@@ -104,24 +104,44 @@ def training(bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for round_index in range(options.rounds):
         for name, every in options.arms:
-            with arm_of(name, options.dir, bed) as arm:
-                # What is allocated once is allocated now.
-                for index in range(2):
-                    arm.save(index)
-                    arm.before_update()
-                    arm.finish()
-                iterations = options.iterations if every != 1 else min(options.iterations, 20)
-                plain = [train(bed, Arm(options.dir, bed.model, bed.optimizer), 0, iterations)["seconds"]]
-                found = train(bed, arm, every, iterations)
-                plain.append(train(bed, Arm(options.dir, bed.model, bed.optimizer), 0, iterations)["seconds"])
-            found |= {"arm": name, "every": every, "round": round_index, "iterations": iterations}
-            found["plain_seconds"] = statistics.mean(plain)
-            found["plain_apart"] = abs(plain[1] - plain[0]) / min(plain)
-            found["cost"] = found["seconds"] / found["plain_seconds"] - 1
-            say(f"round {round_index + 1}  {name}/{every}: {found['cost']:+.2%}, begin {median(found['save_ms']):.2f} ms, "
-                f"wait {median(found['wait_ms']):.2f} ms")
+            # What an arm before had is given back.
+            torch.cuda.empty_cache()
+            try:
+                found = train_arm(bed, options, name, every)
+            except Exception as why:
+                say(f"round {round_index + 1}  {name}/{every}: {type(why).__name__}: {why}")
+                results.append(
+                    {"arm": name, "every": every, "round": round_index, "error": f"{type(why).__name__}: {why}"}
+                )
+                continue
+            found |= {"arm": name, "every": every, "round": round_index}
+            say(
+                f"round {round_index + 1}  {name}/{every}: {found['cost']:+.2%}, begin {median(found['save_ms']):.2f} ms, "
+                f"wait {median(found['wait_ms']):.2f} ms"
+            )
             results.append(found)
     return results
+
+
+def train_arm(bed: Bed, options: argparse.Namespace, name: str, every: int) -> dict[str, Any]:
+    none = Arm(options.dir, bed.model, bed.optimizer)
+    iterations = options.iterations if every != 1 else min(options.iterations, 20)
+    with arm_of(name, options.dir, bed) as arm:
+        # What is allocated once is allocated now.
+        for index in range(2):
+            arm.save(index)
+            arm.before_update()
+            arm.finish()
+        plain = [train(bed, none, 0, iterations)["seconds"]]
+        found = train(bed, arm, every, iterations)
+        plain.append(train(bed, none, 0, iterations)["seconds"])
+    mean = statistics.mean(plain)
+    return found | {
+        "iterations": iterations,
+        "plain_seconds": mean,
+        "plain_apart": abs(plain[1] - plain[0]) / min(plain),
+        "cost": found["seconds"] / mean - 1,
+    }
 
 
 def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +159,9 @@ def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         named = untied(arm)
         rounds = []
         for index in range(2 * options.rounds + 3):
-            plain = min(timed_gpu(lambda: pinned.copy_(flat, non_blocking=True)), timed_gpu(lambda: copy_each(views, tensors)))
+            plain = min(
+                timed_gpu(lambda: pinned.copy_(flat, non_blocking=True)), timed_gpu(lambda: copy_each(views, tensors))
+            )
             torch.cuda.synchronize()
             began = time.perf_counter()
             save = store.save(index, named)
@@ -149,8 +171,15 @@ def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
             save.copied()
             copied = time.perf_counter()
             durable = save.durable().durable_seconds
-            rounds.append({"plain": plain, "begin": begun - began, "wait": waited - begun, "copied": copied - began,
-                           "durable": durable})
+            rounds.append(
+                {
+                    "plain": plain,
+                    "begin": begun - began,
+                    "wait": waited - begun,
+                    "copied": copied - began,
+                    "durable": durable,
+                }
+            )
         del pinned, views, flat
         gc.collect()
         torch.cuda.empty_cache()
@@ -214,7 +243,10 @@ def say(text: str) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = [f"{found['gpu']}, torch {found['torch']}, state of {found['state_bytes'] / 1e9:.2f} GB, {found['dir']}", ""]
+    lines = [
+        f"{found['gpu']}, torch {found['torch']}, state of {found['state_bytes'] / 1e9:.2f} GB, {found['dir']}",
+        "",
+    ]
     if "copying" in found:
         rounds, nbytes = found["copying"]["rounds"], found["copying"]["bytes"]
         ratios = [row["plain"] / row["copied"] for row in rounds]
@@ -239,10 +271,13 @@ def table(found: dict[str, Any]) -> str:
             "",
         ]
     if "training" in found:
-        lines.append(f"{'arm':<18}{'iteration ms':>14}{'cost':>9}{'least':>9}{'most':>9}{'begin ms':>11}{'wait ms':>10}{'apart':>8}")
-        kinds = dict.fromkeys((row["arm"], row["every"]) for row in found["training"])
-        for kind in kinds:
-            rows = [row for row in found["training"] if (row["arm"], row["every"]) == kind]
+        lines.append(
+            f"{'arm':<18}{'iteration ms':>14}{'cost':>9}{'least':>9}{'most':>9}{'begin ms':>11}{'wait ms':>10}{'apart':>8}"
+        )
+        failed = [row for row in found["training"] if "error" in row]
+        trained = [row for row in found["training"] if "error" not in row]
+        for kind in dict.fromkeys((row["arm"], row["every"]) for row in trained):
+            rows = [row for row in trained if (row["arm"], row["every"]) == kind]
             costs = [row["cost"] for row in rows]
             begins = [value for row in rows for value in row["save_ms"]]
             waits = [value for row in rows for value in row["wait_ms"]]
@@ -251,6 +286,7 @@ def table(found: dict[str, Any]) -> str:
                 f"{kind[0] + '/' + str(kind[1]):<18}{iteration:>14.1f}{median(costs):>9.2%}{min(costs):>9.2%}{max(costs):>9.2%}"
                 f"{median(begins):>11.2f}{median(waits):>10.2f}{max(row['plain_apart'] for row in rows):>8.2%}"
             )
+        lines += [f"{row['arm']}/{row['every']} failed: {row['error']}" for row in failed]
     return "\n".join(lines)
 
 
@@ -271,9 +307,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dir", type=Path, required=True, help="a folder in memory or on persistent memory")
     add("--size", choices=SIZES, default="4g", help="of the model (default: %(default)s)")
-    add("--arms", type=parse_arms, metavar="A,B",
+    add(
+        "--arms",
+        type=parse_arms,
+        metavar="A,B",
         default="none/10,pccheck/10,pccheck-pool/10,pccheck-spare/10,pccheck-spare/1,checkfreq/10,dcp-pinned/10,gpm/10,torch.save/10",
-        help="(default: %(default)s)")
+        help="(default: %(default)s)",
+    )
     add("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     add("--iterations", type=int, default=40, metavar="N", help="per phase (default: %(default)s)")
     add("--measure", default="copying,restoring,training", metavar="A,B", help="(default: %(default)s)")
@@ -291,7 +331,10 @@ def main(arguments: list[str] | None = None) -> int:
         bed.iterate()
     state = sum(tensor.nbytes for tensor in untied(Arm(options.dir, bed.model, bed.optimizer)).values())
     found: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "state_bytes": state, "dir": str(options.dir),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "state_bytes": state,
+        "dir": str(options.dir),
         "pccheck": pccheck.__version__,
     }
     for what in options.measure.split(","):

@@ -71,7 +71,6 @@ class Pccheck(Arm):
             max_in_flight=self.in_flight,
             durability="process",
             on_error="raise",
-            writers=8,
             slot_timeout=600.0,
         )
 
@@ -106,7 +105,9 @@ class TorchSave(Arm):
     def save(self, step: int) -> None:
         partial = self.folder / "partial"
         with partial.open("wb") as stream:
-            torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}, stream)
+            torch.save(
+                {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}, stream
+            )
             stream.flush()
             os.fsync(stream.fileno())
         partial.rename(self.folder / f"checkpoint-{step % _SPARE_SLOTS}.pt")
@@ -125,7 +126,8 @@ class DcpPinned(Arm):
     def save(self, step: int) -> None:
         self.finish()
         response: Any = async_save(
-            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step},
+            # One flat dict: the stager of torch 2.11 fails on some of what optimizers' state dicts hold.
+            {"step": step, **self.tensors()},
             checkpoint_id=self.folder / f"checkpoint-{step % _SPARE_SLOTS}",
             async_stager=self._stager,
             async_checkpointer_type=AsyncCheckpointerType.THREAD,
@@ -157,7 +159,8 @@ class CheckFreq(Arm):
         super().__init__(*of)
         self._stream = torch.cuda.Stream()
         self._kept = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in self.tensors().items()
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            for name, tensor in self.tensors().items()
         }
         self._copied: torch.cuda.Event | None = None
         self._writer: threading.Thread | None = None

@@ -11,6 +11,7 @@ import ctypes
 import math
 import struct
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from . import dtypes, errors
 from ._abi import ffi, lib
 
-__all__ = ["Memory", "memories_of", "memory_of", "pack_pairs", "pack_tensors"]
+__all__ = ["Memory", "Packer", "memories_of", "memory_of", "pack_pairs", "pack_tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,9 @@ def _of_torch(tensor: Any, torch: Any, gpu: bool) -> Memory:
             "training does); gather the tensor first"
         )
     # The storage, not the tensor: `tensor.data = other` would let its memory go.
-    return Memory(tensor.data_ptr(), nbytes, dtype, tuple(tensor.shape), storage, tensor.device.index if on_gpu else None)
+    return Memory(
+        tensor.data_ptr(), nbytes, dtype, tuple(tensor.shape), storage, tensor.device.index if on_gpu else None
+    )
 
 
 def _of_numpy(array: Any, write: bool) -> Memory:
@@ -235,25 +238,113 @@ class Packed:
 
 
 def pack_tensors(tensors: Mapping[str, Memory]) -> Packed:
-    """``pcc_tensor[]`` of named memories."""
-    assert ffi.sizeof("pcc_tensor") == _TENSOR.size
-    names = _Texts()
-    name_at = [names.add(name, "tensor name") for name in tensors]
-    dimensions = [size for memory in tensors.values() for size in memory.shape]
-    shapes = ffi.new("uint64_t[]", dimensions or 1)
-    names_base, shape = names.address(), int(ffi.cast("uintptr_t", shapes))
-    packed = bytearray(max(1, len(tensors)) * _TENSOR.size)
-    offset = 0
-    for at, memory in zip(name_at, tensors.values(), strict=True):
+    """``pcc_tensor[]`` of the named memories."""
+    table = _Table(list(tensors))
+    table.fill(list(tensors.values()))
+    return table.packed(list(tensors.values()))
+
+
+class Packer:
+    """Packs the tensors of one save after another, of which most are the same: those of torch that are where they were are
+    not looked at anew. Any thread may use it; two at once cost only speed.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Table | None = None
+
+    def pack(self, tensors: Mapping[str, Any]) -> Packed:
+        """As :func:`pack_tensors` of :func:`memories_of`."""
+        # Nobody else's meanwhile.
+        table, self._kept = self._kept, None
+        try:
+            names, arrays = list(tensors.keys()), list(tensors.values())
+        except (AttributeError, TypeError):
+            return pack_tensors(memories_of(tensors))
+        owners = table.update(arrays) if table is not None and table.names == names else None
+        if table is None or owners is None:
+            table = _Table(names)
+            memories = [memory_of(array, name, gpu=True) for name, array in zip(names, arrays, strict=True)]
+            table.fill(memories)
+            table.remember(arrays)
+            owners = [memory.owner for memory in memories]
+        self._kept = table
+        return table.packed(owners)
+
+
+class _Table:
+    """The ``pcc_tensor[]`` of some names, to be filled."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self._texts = _Texts()
+        self._name_at = [self._texts.add(name, "tensor name") for name in names]
+        self._base = self._texts.address()
+        self._bytes = bytearray(max(1, len(names)) * _TENSOR.size)
+        self._gpus: list[int | None] = [None] * len(names)
+        #: per tensor of torch: itself, not kept alive, address, shape, and bytes that its storage must have
+        self._known: list[tuple[weakref.ref[Any], int, Any, int] | None] = [None] * len(names)
+
+    def fill(self, memories: list[Memory]) -> None:
+        """Enters one memory for each name."""
+        self._dimensions = [memory.shape for memory in memories]
+        sizes = [size for shape in self._dimensions for size in shape]
+        self._shapes = ffi.new("uint64_t[]", sizes or 1)
+        shape = int(ffi.cast("uintptr_t", self._shapes))
+        self._shape_at = []
+        for at, memory in enumerate(memories):
+            self._shape_at.append(shape)
+            self._enter(at, memory)
+            shape += 8 * len(memory.shape)
+
+    def _enter(self, at: int, memory: Memory) -> None:
         code, rank = dtypes.CODE[memory.dtype], len(memory.shape)
         device = (lib.PCC_DEVICE_HOST, 0) if memory.gpu is None else (lib.PCC_DEVICE_CUDA, memory.gpu)
-        entry = (_TENSOR.size, names_base + at, shape, memory.address, memory.nbytes, code, rank, *device)
-        _TENSOR.pack_into(packed, offset, *entry)
-        offset += _TENSOR.size
-        shape += 8 * rank
-    array = ffi.from_buffer("pcc_tensor[]", packed)
-    gpus = {memory.gpu for memory in tensors.values() if memory.gpu is not None and memory.nbytes}
-    return Packed(array, len(tensors), (packed, shapes, names, tuple(tensors.values())), tuple(sorted(gpus)))
+        name, shape = self._base + self._name_at[at], self._shape_at[at]
+        entry = (_TENSOR.size, name, shape, memory.address, memory.nbytes, code, rank, *device)
+        _TENSOR.pack_into(self._bytes, at * _TENSOR.size, *entry)
+        self._gpus[at] = memory.gpu if memory.nbytes else None
+
+    def remember(self, arrays: list[Any]) -> None:
+        """Notes where tensors are; nothing is kept alive by it."""
+        for at, array in enumerate(arrays):
+            self._note(at, array)
+
+    def _note(self, at: int, array: Any) -> None:
+        torch = sys.modules.get("torch")
+        # A parameter is a tensor, too; other kinds of tensors are asked each time.
+        if torch is None or type(array) not in (torch.Tensor, torch.nn.Parameter):
+            self._known[at] = None
+            return
+        needed = array.storage_offset() * array.element_size() + array.nbytes
+        self._known[at] = (weakref.ref(array), array.data_ptr(), array.shape, needed)
+
+    def update(self, arrays: list[Any]) -> list[Any] | None:
+        """Enters what is not where it was; returns what keeps each memory alive. None where a shape is another one: then
+        the table is of no use any more.
+        """
+        owners = []
+        for at, array in enumerate(arrays):
+            known = self._known[at]
+            if known is not None and known[0]() is array:
+                storage = array.untyped_storage()
+                same = array.data_ptr() == known[1] and array.shape == known[2] and array.is_contiguous()
+                if same and storage.nbytes() >= known[3]:
+                    owners.append(storage)
+                    continue
+            memory = memory_of(array, self.names[at], gpu=True)
+            if memory.shape != self._dimensions[at]:
+                return None
+            self._enter(at, memory)
+            self._note(at, array)
+            owners.append(memory.owner)
+        return owners
+
+    def packed(self, owners: list[Any]) -> Packed:
+        """The array as it is now; ``owners`` keep alive what it points to."""
+        content = bytearray(self._bytes)
+        array = ffi.from_buffer("pcc_tensor[]", content)
+        gpus = tuple(sorted({gpu for gpu in self._gpus if gpu is not None}))
+        return Packed(array, len(self.names), (content, self._shapes, self._texts, owners), gpus)
 
 
 def pack_pairs(metadata: Mapping[str, str] | None) -> Packed:

@@ -176,6 +176,7 @@ class Store:
         #: path of the region as it was given
         self.path: str = os.fsdecode(path)
         self._run_id = chosen.run_id
+        self._packer = arrays.Packer()
         self._unconfirmed: weakref.WeakValueDictionary[int, Save] = weakref.WeakValueDictionary()
         name, self._handle = path_bytes(path), Handle("pcc_store", lib.pcc_close)
 
@@ -229,7 +230,7 @@ class Store:
             InvalidArgument, Unsupported: of an array; nothing was saved.
             InvalidState: the stream captures a graph.
         """
-        packed, pairs = arrays.pack_tensors(arrays.memories_of(tensors)), arrays.pack_pairs(metadata)
+        packed, pairs = self._packer.pack(tensors), arrays.pack_pairs(metadata)
         chosen, step, save = _save_options(confirm, pin), whole("step", step), Save.handle(packed.owners)
         chosen.snapshot = number_of("snapshot", snapshot, _SNAPSHOTS)
         if gpu_timeout is not None:

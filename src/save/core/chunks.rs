@@ -56,6 +56,12 @@ impl SaveCore {
         Some(ChunkWork { chunk, source, steady })
     }
 
+    /// Hash of what the chunk's place holds, where it is expected to be the same.
+    #[cfg(feature = "cuda")]
+    pub fn steady(&self, chunk: u64) -> Option<u128> {
+        self.state.lock().content.steady(chunk)
+    }
+
     /// Takes over the registration that `take_chunk` made.
     pub fn at_work(&self) -> AtWork<'_> {
         AtWork(self)

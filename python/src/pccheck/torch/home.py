@@ -219,9 +219,7 @@ class Home:
         timeout: float | None,
     ) -> Save:
         snapshot = self._options.snapshot
-        return self.store.save(
-            step, tensors, metadata, timeout=timeout, pin=pin, confirm=confirm, snapshot=snapshot
-        )
+        return self.store.save(step, tensors, metadata, timeout=timeout, pin=pin, confirm=confirm, snapshot=snapshot)
 
     def _grow(self, slots: int, state_bytes: int) -> None:
         """Replaces the region by a larger one that holds the same checkpoints.
