@@ -598,7 +598,7 @@ static bool implies_capture(const struct lane *lane) {
     return false;
 }
 
-/* Why a stream takes no work. */
+/* Why a stream takes no work. What is refused here leaves the capture as it is, unless it is on another stream. */
 static CUresult check_lane(const struct lane *lane) {
     TRY(lane->context->failed);
     if (lane->capturing)
@@ -606,7 +606,7 @@ static CUresult check_lane(const struct lane *lane) {
     return implies_capture(lane) ? invalidate_capture(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) : CUDA_SUCCESS;
 }
 
-/* Why a stream cannot be looked at. */
+/* Why a stream cannot be asked or waited for. */
 static CUresult check_look(const struct lane *lane) {
     TRY(lane->context->failed);
     if (lane->capturing)

@@ -1,6 +1,6 @@
 /*
- * Whether the stand-in for the NVIDIA driver does as it says: loads the library given as the argument, prints a line for
- * each check, and ends with 0, or says which line failed.
+ * Whether the stand-in for the NVIDIA driver does as it says: loads the library given as the argument, prints a line
+ * for each check, and ends with 0, or says which line failed.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -461,6 +461,20 @@ static void registered_memory(void) {
     SAME(cuMemHostGetDevicePointer_v2(&address, plain, 0), INVALID_VALUE);
     OK(cuMemHostUnregister(pinned));
     SAME(standin_live("registered"), 0);
+    /* Other contexts take it for registered only where it is portable. */
+    CUstream theirs;
+    enter(1);
+    OK(cuStreamCreate(&theirs, NON_BLOCKING));
+    OK(cuMemHostRegister_v2(pinned, BYTES, 0));
+    standin_delay_us(2000);
+    OK(cuMemcpyDtoHAsync_v2(pinned, memory, BYTES, stream));
+    SAME(standin_copies(), 1);
+    OK(cuMemcpyDtoHAsync_v2(pinned, memory, BYTES, theirs));
+    OK(cuStreamDestroy_v2(theirs));
+    OK(cuMemHostUnregister(pinned));
+    leave();
+    SAME(standin_copies(), 2);
+    standin_delay_us(0);
     OK(cuMemHostRegister_v2(pinned, BYTES, PORTABLE));
 }
 
@@ -703,6 +717,16 @@ static void failing_work(void) {
     OK(cuStreamSynchronize(stream));
     OK(cuStreamSynchronize(alone));
     CHECK(is_at(memory, 2));
+    /* What the legacy default stream's ordering adds is not counted. */
+    standin_hold(1);
+    standin_fail_work(3, 700);
+    fill(stream, 5, 0);
+    fill(NULL, 6, 0);
+    OK(cuEventRecord(event, NULL));
+    standin_hold(0);
+    SAME(cuStreamSynchronize(NULL), 700);
+    CHECK(is_at(memory, 6));
+    standin_reset();
     OK(cuEventDestroy_v2(event));
     OK(cuEventDestroy_v2(early));
 }
@@ -897,9 +921,9 @@ int main(int count, char **arguments) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     setenv("STANDIN_DEVICES", "2", 1);
     setenv("STANDIN_MEMORY_BYTES", "1048576", 1);
-#define RUN(check)               \
-    do {                         \
-        check();                 \
+#define RUN(check)                 \
+    do {                           \
+        check();                   \
         printf("ok %s\n", #check); \
     } while (0)
     RUN(initialisation);
