@@ -1,5 +1,5 @@
-"""States on a real GPU: what is saved is the state as of the stream's work before, whatever training does next; the host
-waits for nothing that it need not; what is restored is bit for bit what was saved.
+"""States on a real GPU: what is saved is the state as of the stream's work before, whatever training does next; the
+host waits for nothing that it need not; what is restored is bit for bit what was saved.
 
 Run by scripts/gpu where there is a GPU.
 """

@@ -9,3 +9,29 @@ mod faults;
 mod restores;
 mod saves;
 mod standin;
+
+use std::process::Command;
+
+#[test]
+fn the_stand_in_does_what_the_driver_does() {
+    let library = standin::build("whole", &[]);
+    let program = standin::compile("selftest", "selftest.c", &["-Wno-unused-function"]);
+    let tested = Command::new(program).arg(library).output().expect("run");
+    let said = String::from_utf8_lossy(&tested.stdout);
+    assert!(tested.status.success(), "{said}{}", String::from_utf8_lossy(&tested.stderr));
+    assert!(said.lines().filter(|line| line.starts_with("ok ")).count() > 20, "{said}");
+}
+
+/// Drivers before CUDA 12.8 lack the call for many copies.
+#[test]
+fn all_is_the_same_with_a_driver_that_copies_one_by_one() {
+    if std::env::var_os(standin::WITHOUT_BATCH).is_some() {
+        return;
+    }
+    let mut again = Command::new(std::env::current_exe().expect("this test"));
+    again.args(["saves::", "restores::what", "faults::", "--skip", "few_calls"]);
+    let again = again.env(standin::WITHOUT_BATCH, "1").output().expect("run");
+    let said = String::from_utf8_lossy(&again.stdout);
+    assert!(again.status.success(), "{said}{}", String::from_utf8_lossy(&again.stderr));
+    assert!(!said.contains("running 0 tests"), "{said}");
+}

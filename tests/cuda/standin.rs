@@ -3,6 +3,7 @@
 use std::ffi::{c_char, c_void, CString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 use std::{mem, ptr};
@@ -24,35 +25,45 @@ pub struct Stream(pub usize);
 /// The driver's name for the legacy default stream.
 pub const LEGACY: Stream = Stream(0);
 
-fn source() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin/cuda.c")
-}
+/// Set where the stand-in is to lack `cuMemcpyBatchAsync`.
+pub const WITHOUT_BATCH: &str = "PCC_STANDIN_WITHOUT_BATCH";
 
 /// Compiles `tests/standin/cuda.c`. Its name is the one that loaders of the driver ask for first, so that no real driver
 /// is taken.
-pub fn build(name: &str, flags: &[&str]) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin").join(name);
-    std::fs::create_dir_all(&folder).expect("folder");
-    let library = folder.join("libcuda.so");
-    let beside = folder.join(format!("libcuda.so.{}", std::process::id()));
+pub fn build(folder: &str, flags: &[&str]) -> PathBuf {
+    let flags: Vec<&str> = [&["-shared", "-fPIC", "-Wl,-soname,libcuda.so"], flags].concat();
+    compile(&format!("{folder}/libcuda.so"), "cuda.c", &flags)
+}
+
+/// Compiles a file of `tests/standin`.
+pub fn compile(target: &str, source: &str, flags: &[&str]) -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin").join(target);
+    std::fs::create_dir_all(target.parent().expect("a folder")).expect("folder");
+    // Several tests may build it at once.
+    static BUILDS: AtomicU32 = AtomicU32::new(0);
+    let number = BUILDS.fetch_add(1, Ordering::Relaxed);
+    let beside = target.with_extension(format!("{}-{number}", std::process::id()));
     let built = Command::new("cc")
-        .args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"])
-        .arg("-Wl,-soname,libcuda.so")
+        .args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"])
         .args(flags)
         .arg("-o")
         .arg(&beside)
-        .arg(source())
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin").join(source))
+        .arg("-ldl")
         .status()
         .expect("cc");
-    assert!(built.success(), "the stand-in does not compile");
-    std::fs::rename(&beside, &library).expect("rename");
-    library
+    assert!(built.success(), "{source} does not compile");
+    std::fs::rename(&beside, &target).expect("rename");
+    target
 }
 
 fn library() -> usize {
     static LIBRARY: OnceLock<usize> = OnceLock::new();
     *LIBRARY.get_or_init(|| {
-        let path = build("whole", &[]);
+        let path = match std::env::var_os(WITHOUT_BATCH) {
+            Some(_) => build("without-batch", &["-DSTANDIN_WITHOUT_BATCH"]),
+            None => build("whole", &[]),
+        };
         let path = CString::new(path.to_str().expect("UTF-8")).expect("no NUL");
         // SAFETY: our own library, whose constructor does nothing.
         let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "gpt"))
 from arms import ARMS, Arm, Timed  # noqa: E402
 from model import GPT, Size  # noqa: E402
+from table import median, table  # noqa: E402
 
 import pccheck  # noqa: E402
 
@@ -115,9 +117,9 @@ def training(bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:
                 )
                 continue
             found |= {"arm": name, "every": every, "round": round_index}
+            begin, wait = median(found["save_ms"]), median(found["wait_ms"])
             say(
-                f"round {round_index + 1}  {name}/{every}: {found['cost']:+.2%}, begin {median(found['save_ms']):.2f} ms, "
-                f"wait {median(found['wait_ms']):.2f} ms"
+                f"round {round_index + 1}  {name}/{every}: {found['cost']:+.2%}, begin {begin:.2f} ms, wait {wait:.2f} ms"
             )
             results.append(found)
     return results
@@ -160,7 +162,7 @@ def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         rounds = []
         for index in range(2 * options.rounds + 3):
             plain = min(
-                timed_gpu(lambda: pinned.copy_(flat, non_blocking=True)), timed_gpu(lambda: copy_each(views, tensors))
+                timed_gpu(partial(pinned.copy_, flat, non_blocking=True)), timed_gpu(partial(copy_each, views, tensors))
             )
             torch.cuda.synchronize()
             began = time.perf_counter()
@@ -234,60 +236,8 @@ def timed_gpu(work: Any) -> float:
     return time.perf_counter() - began
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values) if values else float("nan")
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def table(found: dict[str, Any]) -> str:
-    lines = [
-        f"{found['gpu']}, torch {found['torch']}, state of {found['state_bytes'] / 1e9:.2f} GB, {found['dir']}",
-        "",
-    ]
-    if "copying" in found:
-        rounds, nbytes = found["copying"]["rounds"], found["copying"]["bytes"]
-        ratios = [row["plain"] / row["copied"] for row in rounds]
-        lines += [
-            "to copied, pool that holds the state (medians over rounds)",
-            f"  plain copy {nbytes / median([r['plain'] for r in rounds]) / 1e9:.1f} GB/s, save "
-            f"{nbytes / median([r['copied'] for r in rounds]) / 1e9:.1f} GB/s: ratio {median(ratios):.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f})",
-            f"  begin {1e3 * median([r['begin'] for r in rounds]):.2f} ms, wait {1e3 * median([r['wait'] for r in rounds]):.2f} ms, "
-            f"durable {nbytes / median([r['durable'] for r in rounds]) / 1e9:.1f} GB/s",
-            "",
-        ]
-    if "restoring" in found:
-        rounds, nbytes = found["restoring"]["rounds"], found["restoring"]["bytes"]
-        ratios = [max(row["read"], row["upload"]) / row["restore"] for row in rounds]
-        lines += [
-            "restored and verified",
-            f"  to host {nbytes / median([r['read'] for r in rounds]) / 1e9:.1f} GB/s, plain copy to the GPU "
-            f"{nbytes / median([r['upload'] for r in rounds]) / 1e9:.1f} GB/s, restore "
-            f"{nbytes / median([r['restore'] for r in rounds]) / 1e9:.1f} GB/s: {median(ratios):.3f} of the slower "
-            f"({min(ratios):.3f} to {max(ratios):.3f})",
-            "",
-        ]
-    if "training" in found:
-        lines.append(
-            f"{'arm':<18}{'iteration ms':>14}{'cost':>9}{'least':>9}{'most':>9}{'begin ms':>11}{'wait ms':>10}{'apart':>8}"
-        )
-        failed = [row for row in found["training"] if "error" in row]
-        trained = [row for row in found["training"] if "error" not in row]
-        for kind in dict.fromkeys((row["arm"], row["every"]) for row in trained):
-            rows = [row for row in trained if (row["arm"], row["every"]) == kind]
-            costs = [row["cost"] for row in rows]
-            begins = [value for row in rows for value in row["save_ms"]]
-            waits = [value for row in rows for value in row["wait_ms"]]
-            iteration = median([1e3 * row["plain_seconds"] / row["iterations"] for row in rows])
-            lines.append(
-                f"{kind[0] + '/' + str(kind[1]):<18}{iteration:>14.1f}{median(costs):>9.2%}{min(costs):>9.2%}{max(costs):>9.2%}"
-                f"{median(begins):>11.2f}{median(waits):>10.2f}{max(row['plain_apart'] for row in rows):>8.2%}"
-            )
-        lines += [f"{row['arm']}/{row['every']} failed: {row['error']}" for row in failed]
-    return "\n".join(lines)
 
 
 def parse_arms(text: str) -> list[tuple[str, int]]:
@@ -311,7 +261,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--arms",
         type=parse_arms,
         metavar="A,B",
-        default="none/10,pccheck/10,pccheck-pool/10,pccheck-spare/10,pccheck-spare/1,checkfreq/10,dcp-pinned/10,gpm/10,torch.save/10",
+        default="none/10,pccheck/10,pccheck-pool/10,pccheck-spare/10,pccheck-spare/1,checkfreq/10,dcp-pinned/10,gpm/10,"
+        "torch.save/10",
         help="(default: %(default)s)",
     )
     add("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")

@@ -151,8 +151,8 @@ class DcpPinned(Arm):
 
 
 class CheckFreq(Arm):
-    """CheckFreq's way (Mohan et al., FAST 2021): a snapshot in pinned memory, copied beside forward and backward, which a
-    thread writes to a file; one at a time.
+    """CheckFreq's way (Mohan et al., FAST 2021): a snapshot in pinned memory, copied beside forward and backward, which
+    a thread writes to a file; one at a time.
     """
 
     def __init__(self, *of: Any) -> None:
@@ -200,8 +200,8 @@ class CheckFreq(Arm):
 
 
 class Gpm(Arm):
-    """GPM's way (Pandey et al., ASPLOS 2022): the GPU itself stores the state into the mapped file, while training stands
-    still; then it is made durable.
+    """GPM's way (Pandey et al., ASPLOS 2022): the GPU itself stores the state into the mapped file, while training
+    stands still; then it is made durable.
     """
 
     def __init__(self, *of: Any) -> None:

@@ -1,8 +1,8 @@
 """Arrays of any library as memory: address, bytes, dtype and shape, without a copy.
 
-Understood are torch tensors in host memory or on a GPU, numpy arrays, objects with ``__array_interface__``, with DLPack's
-``__dlpack__`` (JAX, CuPy's and TensorFlow's host arrays), and with the buffer protocol. They must be contiguous and
-row-major: what is not would have to be copied, which is the caller's decision.
+Understood are torch tensors in host memory or on a GPU, numpy arrays, objects with ``__array_interface__``, with
+DLPack's ``__dlpack__`` (JAX, CuPy's and TensorFlow's host arrays), and with the buffer protocol. They must be
+contiguous and row-major: what is not would have to be copied, which is the caller's decision.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def memories_of(tensors: Mapping[str, Any], *, write: bool = False) -> dict[str,
 
 
 def memory_of(array: Any, name: str, *, write: bool = False, gpu: bool = False) -> Memory:
-    """The memory of an array object; ``name`` says in errors which. ``write``: it will be written to. ``gpu``: it may be
-    a torch tensor on a CUDA device.
+    """The memory of an array object; ``name`` says in errors which. ``write``: it will be written to. ``gpu``: it may
+    be a torch tensor on a CUDA device.
 
     Raises:
         InvalidArgument: it is no array, not contiguous, read-only though it is to be written, or of a dtype that
@@ -245,8 +245,8 @@ def pack_tensors(tensors: Mapping[str, Memory]) -> Packed:
 
 
 class Packer:
-    """Packs the tensors of one save after another, of which most are the same: those of torch that are where they were are
-    not looked at anew. Any thread may use it; two at once cost only speed.
+    """Packs the tensors of one save after another, of which most are the same: those of torch that are where they were
+    are not looked at anew. Any thread may use it; two at once cost only speed.
     """
 
     def __init__(self) -> None:
@@ -319,15 +319,16 @@ class _Table:
         self._known[at] = (weakref.ref(array), array.data_ptr(), array.shape, needed)
 
     def update(self, arrays: list[Any]) -> list[Any] | None:
-        """Enters what is not where it was; returns what keeps each memory alive. None where a shape is another one: then
-        the table is of no use any more.
+        """Enters what is not where it was; returns what keeps each memory alive. None where a shape is another one:
+        then the table is of no use any more.
         """
         owners = []
         for at, array in enumerate(arrays):
             known = self._known[at]
+            tensor: Any = array
             if known is not None and known[0]() is array:
-                storage = array.untyped_storage()
-                same = array.data_ptr() == known[1] and array.shape == known[2] and array.is_contiguous()
+                storage = tensor.untyped_storage()
+                same = tensor.data_ptr() == known[1] and tensor.shape == known[2] and tensor.is_contiguous()
                 if same and storage.nbytes() >= known[3]:
                     owners.append(storage)
                     continue

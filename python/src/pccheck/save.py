@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -93,11 +94,12 @@ class Save:
         self._wait(lambda save, ms: int(lib.pcc_save_wait_copied(save, ms)), timeout)
 
     def stream_wait_copied(self, stream: Any = None, timeout: float | None = None) -> None:
-        """Makes a CUDA stream wait until every byte has left the tensors: what is enqueued on it after this may update them.
+        """Makes a CUDA stream wait until every byte has left the tensors: what is enqueued on it after this may update
+        them.
 
-        The calling thread waits only until all copies are enqueued: hardly at all where the state went into spare memory
-        of the GPU or finds room in the staging pool; and until arrays in host memory are copied. The tensors stay
-        referenced until they are copied.
+        The calling thread waits only until all copies are enqueued: hardly at all where the state went into spare
+        memory of the GPU or finds room in the staging pool; and until arrays in host memory are copied. The tensors
+        stay referenced until they are copied.
 
         Args:
             stream: a ``torch.cuda.Stream`` or the number of a CUDA stream; None: torch's current streams of all devices
@@ -112,10 +114,8 @@ class Save:
         if not handles:
             return self.copied(timeout)
         for handle in handles:
-            pointer = ffi.cast("void *", handle)
-            self._wait(
-                lambda save, ms, at=pointer: int(lib.pcc_save_stream_wait_copied(save, at, ms)), timeout, keeps=True
-            )
+            call = functools.partial(_stream_wait, ffi.cast("void *", handle))
+            self._wait(call, timeout, keeps=True)
         return None
 
     def durable(self, timeout: float | None = None) -> Durable:
@@ -243,6 +243,10 @@ class Save:
         except errors.PccheckError as why:
             state = type(why).__name__ if isinstance(why, errors.Forked) else "closed"
         return f"<pccheck.Save step={self.step} generation={self.generation} {state}>"
+
+
+def _stream_wait(stream: Any, save: Any, milliseconds: int) -> int:
+    return int(lib.pcc_save_stream_wait_copied(save, stream, milliseconds))
 
 
 def _free(pointer: Any) -> None:

@@ -24,8 +24,8 @@ def of_device(gpu: int, stream: Any = None) -> int:
 
 
 def joined(gpus: Sequence[int], stream: Any = None) -> int:
-    """The handle of one stream that comes after everything that tensors on these devices depend on: the given one, or the
-    current one of the first device, which is made to wait for those of the others."""
+    """The handle of one stream that comes after everything that tensors on these devices depend on: the given one, or
+    the current one of the first device, which is made to wait for those of the others."""
     if stream is None and len(gpus) > 1:
         cuda = _torch().cuda
         first = cuda.current_stream(gpus[0])

@@ -50,9 +50,10 @@ class Checkpointer:
     Python values) is captured before :meth:`step` returns. A snapshot of which torch has
     counted an in-place change by then is not committed: the save fails and says which tensors changed.
 
-    State on CUDA devices is copied by their copy engines while the next iteration runs: :meth:`step` does not wait for the
-    GPU, and before the next update torch's current stream waits for the copies, not the host, as soon as all are enqueued
-    (``snapshot`` says when that is). State on other devices is copied to host memory by torch before :meth:`step` returns.
+    State on CUDA devices is copied by their copy engines while the next iteration runs: :meth:`step` does not wait for
+    the GPU, and before the next update torch's current stream waits for the copies, not the host, as soon as all are
+    enqueued (``snapshot`` says when that is). State on other devices is copied to host memory by torch before
+    :meth:`step` returns.
 
     Args:
         path: of the region, made when it is missing; ``{rank}`` in it is replaced by torch.distributed's rank, of
@@ -70,9 +71,10 @@ class Checkpointer:
         on_sigterm: finish saves in flight on SIGTERM, then do what the program or the system does on it.
         debug: hash what is copied in the background before and after, which finds changes that bypass torch's version
             counters (such as ``tensor.data``). Slow.
-        snapshot: where state on CUDA devices goes first. "staging": the staging pool; with one as large as the state the
-            host does not wait before updates. "spare": spare memory of the GPU, as much as the state takes, at the speed
-            of that memory, so that even a save per iteration hardly delays the update. "auto": spare where there is room.
+        snapshot: where state on CUDA devices goes first. "staging": the staging pool; with one as large as the state
+            the host does not wait before updates. "spare": spare memory of the GPU, as much as the state takes, at the
+            speed of that memory, so that even a save per iteration hardly delays the update. "auto": spare where there
+            is room.
         durability, medium, staging_bytes, chunk_bytes, writers, lock_timeout: see :class:`pccheck.Store`.
         slot_timeout: seconds that :meth:`step` waits for a slot while N saves are in flight, and before the region
             grows.

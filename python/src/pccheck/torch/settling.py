@@ -114,8 +114,8 @@ class Settler:
         self.settle(self._update_timeout, on_host=False)
 
     def settle(self, timeout: float | None, *, give_up: bool = True, on_host: bool = True) -> None:
-        """As :meth:`before_update`, for at most ``timeout`` seconds; then the save is given up, or goes on. ``on_host``:
-        the calling thread waits, also for memory of GPUs.
+        """As :meth:`before_update`, for at most ``timeout`` seconds; then the save is given up, or goes on.
+        ``on_host``: the calling thread waits, also for memory of GPUs.
         """
         flight = self._pending
         if flight is None:

@@ -1,0 +1,75 @@
+"""What was measured on a GPU, as text."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+
+def median(values: list[float]) -> float:
+    """Not a number where there is none."""
+    return statistics.median(values) if values else float("nan")
+
+
+def table(found: dict[str, Any]) -> str:
+    """All that was measured."""
+    state = f"{found['state_bytes'] / 1e9:.2f} GB"
+    lines = [f"{found['gpu']}, torch {found['torch']}, state of {state}, {found['dir']}", ""]
+    if "copying" in found:
+        lines += [*_copying(**found["copying"]), ""]
+    if "restoring" in found:
+        lines += [*_restoring(**found["restoring"]), ""]
+    if "training" in found:
+        lines += _training(found["training"])
+    return "\n".join(lines)
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def _column(rounds: list[dict[str, float]], name: str) -> float:
+    return median([row[name] for row in rounds])
+
+
+def _copying(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
+    yield "from begin to copied, the staging pool holds the state (medians over rounds)"
+    plain, copied = (bytes / _column(rounds, name) / 1e9 for name in ("plain", "copied"))
+    ratios = [row["plain"] / row["copied"] for row in rounds]
+    yield f"  plain copy {plain:.1f} GB/s, save {copied:.1f} GB/s: ratio {_spread(ratios)}"
+    begin, wait = (1e3 * _column(rounds, name) for name in ("begin", "wait"))
+    durable = bytes / _column(rounds, "durable") / 1e9
+    yield f"  begin {begin:.2f} ms, wait {wait:.2f} ms, durable {durable:.1f} GB/s"
+
+
+def _restoring(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
+    yield "restored and verified"
+    read, upload, restore = (bytes / _column(rounds, name) / 1e9 for name in ("read", "upload", "restore"))
+    ratios = [max(row["read"], row["upload"]) / row["restore"] for row in rounds]
+    yield f"  to host {read:.1f} GB/s, plain copy to the GPU {upload:.1f} GB/s, restore {restore:.1f} GB/s"
+    yield f"  over the slower of the two: {_spread(ratios)}"
+
+
+_COLUMNS = ("iteration ms", "cost", "least", "most", "begin ms", "wait ms", "plain apart")
+
+
+def _training(results: list[dict[str, Any]]) -> Iterator[str]:
+    trained = [row for row in results if "error" not in row]
+    yield f"{'arm':<18}" + "".join(f"{column:>14}" for column in _COLUMNS)
+    for arm, every in dict.fromkeys((row["arm"], row["every"]) for row in trained):
+        rows = [row for row in trained if (row["arm"], row["every"]) == (arm, every)]
+        costs = [row["cost"] for row in rows]
+        cells = (
+            f"{median([1e3 * row['plain_seconds'] / row['iterations'] for row in rows]):.1f}",
+            f"{median(costs):.2%}",
+            f"{min(costs):.2%}",
+            f"{max(costs):.2%}",
+            f"{median([value for row in rows for value in row['save_ms']]):.2f}",
+            f"{median([value for row in rows for value in row['wait_ms']]):.2f}",
+            f"{max(row['plain_apart'] for row in rows):.2%}",
+        )
+        yield f"{f'{arm}/{every}':<18}" + "".join(f"{cell:>14}" for cell in cells)
+    for row in results:
+        if "error" in row:
+            yield f"{row['arm']}/{row['every']} failed: {row['error']}"

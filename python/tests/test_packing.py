@@ -1,0 +1,126 @@
+"""Prevents: a save that reads memory which its tensor has left, or that nobody keeps, because the tensors of the save
+before were taken for those of this one.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pccheck
+from pccheck import errors
+
+
+def saved(store: pccheck.Store, step: int, state: dict[str, Any]) -> dict[str, bytes]:
+    """The bytes that a save of this state holds."""
+    store.save(step, state).durable(30)
+    found = {}
+    with store.open(step=step) as checkpoint:
+        assert set(checkpoint) == set(state)
+        for name, info in checkpoint.tensors.items():
+            back = bytearray(info.nbytes)
+            checkpoint.read_bytes(name, 0, back)
+            found[name] = bytes(back)
+    return found
+
+
+def expected(state: dict[str, Any]) -> dict[str, bytes]:
+    # A copy: a storage that numpy has seen can no longer be resized.
+    plain = {
+        name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()
+    }
+    return {name: np.asarray(value).tobytes() for name, value in plain.items()}
+
+
+def replace_data(tensor: torch.Tensor) -> None:
+    tensor.data = torch.full_like(tensor, 7)
+
+
+def resize(tensor: torch.Tensor) -> None:
+    tensor.resize_(5).fill_(8)
+
+
+def take_other_storage(tensor: torch.Tensor) -> None:
+    tensor.set_(torch.full((9,), 9.0))
+
+
+CHANGES: list[Callable[[torch.Tensor], object]] = [
+    lambda tensor: tensor.add_(1),
+    replace_data,
+    resize,
+    lambda tensor: tensor.resize_(100).fill_(3),
+    take_other_storage,
+    lambda tensor: tensor.unsqueeze_(0),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tensor_that_changed_is_saved_as_it_is_now(store: pccheck.Store, change: Callable[..., object]) -> None:
+    state = {"a": torch.arange(10.0), "b": torch.arange(20.0), "n": np.arange(3)}
+    for step in range(4):
+        assert saved(store, step, state) == expected(state)
+        with torch.no_grad():
+            change(state["a"])
+    with store.open() as checkpoint:
+        shape = checkpoint.tensors["a"].shape
+    assert saved(store, 9, state) == expected(state)
+    with store.open() as checkpoint:
+        assert checkpoint.tensors["a"].shape == tuple(state["a"].shape)
+    assert shape
+
+
+def test_other_tensors_and_other_names_are_looked_at_anew(store: pccheck.Store) -> None:
+    for step, state in enumerate(
+        [
+            {"a": torch.zeros(4), "b": torch.ones(5)},
+            {"a": torch.ones(4), "b": torch.zeros(5)},
+            {"b": torch.ones(4), "a": torch.zeros(5)},
+            {"a": torch.ones(4, dtype=torch.int64), "b": torch.zeros(5, dtype=torch.bfloat16).float()},
+            {"a": np.ones(4), "b": torch.nn.Parameter(torch.zeros(5))},
+            {"a": torch.ones(3), "b": torch.zeros(5), "c": torch.ones(())},
+        ]
+    ):
+        assert saved(store, step, state) == expected(state)
+
+
+def test_a_tensor_that_cannot_be_saved_any_more_is_refused(store: pccheck.Store) -> None:
+    state = {"a": torch.zeros(4, 5)}
+    saved(store, 1, state)
+    state["a"].t_()
+    with pytest.raises(errors.InvalidArgument, match="contiguous"):
+        store.save(2, state)
+    state["a"].t_()
+    assert saved(store, 3, state) == expected(state)
+    state["a"].untyped_storage().resize_(8)
+    with pytest.raises(errors.InvalidArgument, match="resized"):
+        store.save(4, state)
+
+
+def test_nothing_is_kept_alive_once_it_is_saved(store: pccheck.Store) -> None:
+    state: dict[str, Any] = {"a": torch.zeros(4), "b": np.zeros(5)}
+    gone = [weakref.ref(state["a"]), weakref.ref(state["b"])]
+    save = store.save(1, state)
+    save.durable(30)
+    state.clear()
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_memory_is_kept_until_it_is_copied_though_it_was_known(store: pccheck.Store) -> None:
+    tensor = torch.full((1 << 20,), 5.0)
+    saved(store, 1, {"a": tensor})
+    save = store.save(2, {"a": tensor})
+    # The tensor goes elsewhere at once; what it had is still read.
+    tensor.data = torch.zeros(1)
+    del tensor
+    junk = [torch.zeros(1 << 20) for _ in range(8)]
+    save.durable(30)
+    with store.open(step=2) as checkpoint:
+        assert (checkpoint["a"] == 5.0).all()
+    del junk
