@@ -117,10 +117,8 @@ def training(bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:
                 )
                 continue
             found |= {"arm": name, "every": every, "round": round_index}
-            begin, wait = median(found["save_ms"]), median(found["wait_ms"])
-            say(
-                f"round {round_index + 1}  {name}/{every}: {found['cost']:+.2%}, begin {begin:.2f} ms, wait {wait:.2f} ms"
-            )
+            label, begin, wait = f"{name}/{every}", median(found["save_ms"]), median(found["wait_ms"])
+            say(f"round {round_index + 1}  {label}: {found['cost']:+.2%}, begin {begin:.2f} ms, wait {wait:.2f} ms")
             results.append(found)
     return results
 

@@ -11,7 +11,6 @@ import ctypes
 import math
 import struct
 import sys
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -245,8 +244,8 @@ def pack_tensors(tensors: Mapping[str, Memory]) -> Packed:
 
 
 class Packer:
-    """Packs the tensors of one save after another, of which most are the same: those of torch that are where they were
-    are not looked at anew. Any thread may use it; two at once cost only speed.
+    """Packs the tensors of one save after another, of which most are where they were: those of torch that look as the
+    one of that name did before are not examined anew. Any thread may use it; two at once cost only speed.
     """
 
     def __init__(self) -> None:
@@ -271,6 +270,12 @@ class Packer:
         return table.packed(owners)
 
 
+def _plain_types() -> tuple[Any, ...]:
+    """Types of torch's tensors that are nothing but memory."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.Tensor, torch.nn.Parameter)
+
+
 class _Table:
     """The ``pcc_tensor[]`` of some names, to be filled."""
 
@@ -281,8 +286,8 @@ class _Table:
         self._base = self._texts.address()
         self._bytes = bytearray(max(1, len(names)) * _TENSOR.size)
         self._gpus: list[int | None] = [None] * len(names)
-        #: per tensor of torch: itself, not kept alive, address, shape, and bytes that its storage must have
-        self._known: list[tuple[weakref.ref[Any], int, Any, int] | None] = [None] * len(names)
+        #: per tensor of torch: address, shape, dtype, and bytes that its storage must have
+        self._known: list[tuple[int, Any, Any, int] | None] = [None] * len(names)
 
     def fill(self, memories: list[Memory]) -> None:
         """Enters one memory for each name."""
@@ -305,31 +310,38 @@ class _Table:
         self._gpus[at] = memory.gpu if memory.nbytes else None
 
     def remember(self, arrays: list[Any]) -> None:
-        """Notes where tensors are; nothing is kept alive by it."""
+        """Notes how tensors look; nothing is kept alive by it."""
         for at, array in enumerate(arrays):
             self._note(at, array)
 
     def _note(self, at: int, array: Any) -> None:
-        torch = sys.modules.get("torch")
-        # A parameter is a tensor, too; other kinds of tensors are asked each time.
-        if torch is None or type(array) not in (torch.Tensor, torch.nn.Parameter):
-            self._known[at] = None
-            return
-        needed = array.storage_offset() * array.element_size() + array.nbytes
-        self._known[at] = (weakref.ref(array), array.data_ptr(), array.shape, needed)
+        self._known[at] = None
+        # Other kinds of tensors are examined each time.
+        if type(array) in _plain_types():
+            needed = array.storage_offset() * array.element_size() + array.nbytes
+            self._known[at] = (array.data_ptr(), array.shape, array.dtype, needed)
 
     def update(self, arrays: list[Any]) -> list[Any] | None:
-        """Enters what is not where it was; returns what keeps each memory alive. None where a shape is another one:
+        """Enters what does not look as before; returns what keeps each memory alive. None where a shape is another one:
         then the table is of no use any more.
         """
         owners = []
+        plain, strided = _plain_types(), getattr(sys.modules.get("torch"), "strided", None)
         for at, array in enumerate(arrays):
             known = self._known[at]
-            tensor: Any = array
-            if known is not None and known[0]() is array:
-                storage = tensor.untyped_storage()
-                same = tensor.data_ptr() == known[1] and tensor.shape == known[2] and tensor.is_contiguous()
-                if same and storage.nbytes() >= known[3]:
+            # Of that address, dtype and shape, contiguous and not lazy, it is described as before, whatever it is.
+            if (
+                known is not None
+                and type(array) in plain
+                and array.layout is strided
+                and array.data_ptr() == known[0]
+                and array.shape == known[1]
+                and array.dtype is known[2]
+                and array.is_contiguous()
+                and not (array.is_conj() or array.is_neg())
+            ):
+                storage = array.untyped_storage()
+                if storage.nbytes() >= known[3]:
                     owners.append(storage)
                     continue
             memory = memory_of(array, self.names[at], gpu=True)

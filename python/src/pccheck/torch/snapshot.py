@@ -83,6 +83,7 @@ def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool) -> Snapshot
     total = sum(getattr(tensor, "nbytes", 0) for tensor in flat.tensors.values())
     budget = max(_CAPTURE_BYTES, total // _CAPTURE_SHARE)
     captured: dict[Any, torch.Tensor] = {}
+    keys: dict[str, Any] = {}
     for name, value in flat.tensors.items():
         if not isinstance(value, torch.Tensor):
             snapshot.tensors[name] = _numpy_copy(value)
@@ -102,13 +103,45 @@ def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool) -> Snapshot
             snapshot.urgent = True
         else:
             # Tied tensors share one copy, so that they stay tied.
-            key = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-            if not tensor.nbytes or key not in captured:
-                captured[key] = _capture(tensor)
+            key: Any = (
+                tensor.data_ptr(),
+                tensor.shape,
+                tensor.dtype,
+                tensor.stride(),
+                tensor.is_conj(),
+                tensor.is_neg(),
+            )
+            if not tensor.nbytes:
+                key = name
+            if key not in captured:
+                captured[key] = tensor
                 # What cannot be read in place costs its memory anyhow.
                 budget -= tensor.nbytes if readable else 0
-            snapshot.tensors[name] = captured[key]
+            snapshot.tensors[name] = tensor
+            keys[name] = key
+    copies = _captured(captured)
+    for name, key in keys.items():
+        snapshot.tensors[name] = copies[key]
     return snapshot
+
+
+def _captured(tensors: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+    """Copies that the trainer does not know. Those of one kind are made at once: step counters come by the hundreds."""
+    kinds: dict[Any, list[Any]] = {}
+    for key, tensor in tensors.items():
+        plain = _is_read(tensor.device) and tensor.is_contiguous() and 0 < tensor.nbytes <= _SCALAR_BYTES
+        plain = plain and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+        kinds.setdefault((tensor.dtype, tensor.device) if plain else None, []).append(key)
+    copies = {key: _capture(tensors[key]) for key in kinds.pop(None, [])}
+    for (dtype, device), keys in kinds.items():
+        sources = [tensors[key] for key in keys]
+        sizes = [source.numel() for source in sources]
+        with torch.no_grad():
+            parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+            targets = [part.view(source.shape) for part, source in zip(parts, sources, strict=True)]
+            torch._foreach_copy_(targets, sources)
+        copies |= zip(keys, targets, strict=True)
+    return copies
 
 
 def _check(tensor: torch.Tensor, name: str) -> None:
