@@ -14,6 +14,9 @@ use crate::sync::thread;
 const POLL_MIN: Duration = Duration::from_millis(1);
 /// Longest pause between two attempts.
 const POLL_MAX: Duration = Duration::from_millis(50);
+/// How often the holder is looked for, and how long apart.
+const LOOKS: u32 = 3;
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// Pauses between attempts at something that another process still holds.
 pub(super) struct Backoff {
@@ -78,7 +81,14 @@ pub(super) fn is_held(file: &RegionFile) -> bool {
 
 /// The error that names who holds the region.
 pub(super) fn in_use(file: &RegionFile) -> Error {
-    let holder = match holder(file.raw_fd()) {
+    // The kernel's list is read in pieces, between which it may change: who was refused looks more than once.
+    let found = (0..LOOKS).find_map(|look| {
+        if look > 0 {
+            thread::sleep(LOOK_AGAIN);
+        }
+        holder(file.raw_fd())
+    });
+    let holder = match found {
         Some(pid) => match fs::read_to_string(format!("/proc/{pid}/comm")) {
             Ok(command) => format!("process {pid} ({})", command.trim_end()),
             Err(_) => format!("process {pid}, which has ended: the kernel is finishing its writes"),
