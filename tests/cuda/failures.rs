@@ -163,6 +163,43 @@ fn a_stream_that_never_ends_fails_the_save_at_its_deadline() {
 }
 
 #[test]
+fn others_save_and_read_while_a_stream_is_far_from_its_copies() {
+    let standin = Standin::take();
+    let stream = standin.stream(0);
+    let store = store(4, Faults::default());
+    let mut state = State::new(&standin, MIXED);
+    state.fill(|_| stream, 1, 0);
+    standin.synchronize(0, stream);
+    standin.hold_stream(stream, true);
+    state.fill(|_| stream, 2, 0);
+    let held = state.begin(&store, 2, on(stream, Snapshot::Staging)).expect("begin");
+    let mut host = State::new(&standin, &[(50_000, None)]);
+    host.fill(|_| LEGACY, 3, 0);
+    let save = host.begin(&store, 3, SaveOptions { wait: WAIT, ..SaveOptions::DEFAULT }).expect("begin");
+    save.wait_durable(WAIT).expect("durable beside it");
+    assert!(host.is_saved(&store, 3));
+    held.wait_copied(Some(Duration::ZERO)).expect_err("it is held");
+    standin.hold_stream(stream, false);
+    held.wait_durable(WAIT).expect("durable");
+}
+
+#[test]
+fn nobody_waits_for_the_stream_of_a_save_that_never_began_to_copy() {
+    let standin = Standin::take();
+    let stream = standin.stream(0);
+    for _ in 0..50 {
+        let store = store(4, Faults::default());
+        let state = State::new(&standin, MIXED);
+        let save = state.begin(&store, 1, on(stream, Snapshot::Staging)).expect("begin");
+        drop(store);
+        match stream_wait(&save, stream) {
+            Ok(()) => {}
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}"),
+        }
+    }
+}
+
+#[test]
 fn a_store_is_closed_although_a_gpu_hangs() {
     let standin = Standin::take();
     let stream = standin.stream(0);

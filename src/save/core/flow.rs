@@ -209,6 +209,11 @@ impl SaveCore {
         if let (Some(raw), Err(_)) = (&self.raw, &outcome) {
             raw.clear();
         }
+        #[cfg(feature = "cuda")]
+        if let (Some(copies), Err(_)) = (&self.device, &outcome) {
+            // Also where the pump never came to it.
+            copies.failed();
+        }
         let unread = {
             let mut state = self.state.lock();
             if state.outcome.is_some() {

@@ -148,7 +148,7 @@ impl Copies {
         self.set(Enqueued::All(Arc::new(events)));
     }
 
-    pub(super) fn failed(&self) {
+    pub fn failed(&self) {
         self.set(Enqueued::Failed);
     }
 

@@ -16,6 +16,10 @@ use crate::staging::StagingBuffer;
 const GROUP_BYTES: u64 = 16 << 20;
 /// No group takes more than this share of the pool, so that one can be on its way while another is written.
 const GROUP_SHARE: usize = 4;
+/// So many buffers, or that share of the pool, are left to others, who would else wait for as long as a stream takes to
+/// reach the copies.
+const LEFT_BUFFERS: usize = 4;
+const LEFT_SHARE: usize = 4;
 
 /// How long the thread sleeps while copies are on their way: a share of the time since something moved, within limits.
 const PAUSE_SHARE: u32 = 16;
@@ -200,8 +204,10 @@ impl Pump<'_> {
 
     fn free_buffers(&self) -> Vec<StagingBuffer> {
         let pool = self.shared.region.pool();
-        let most = (GROUP_BYTES as usize / pool.buffer_bytes()).min(pool.buffer_count() / GROUP_SHARE);
-        std::iter::from_fn(|| pool.try_acquire()).take(most.max(1)).collect()
+        let most = (GROUP_BYTES as usize / pool.buffer_bytes()).min(pool.buffer_count() / GROUP_SHARE).max(1);
+        let left = (pool.buffer_count() / LEFT_SHARE).clamp(1, LEFT_BUFFERS);
+        let free = pool.free_count().saturating_sub(left);
+        std::iter::from_fn(|| pool.try_acquire()).take(most.min(free)).collect()
     }
 
     fn enqueue_group(&mut self, at: usize, buffers: Vec<StagingBuffer>) -> Result<()> {
