@@ -137,7 +137,7 @@ def _captured(tensors: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
         sources = [tensors[key] for key in keys]
         sizes = [source.numel() for source in sources]
         with torch.no_grad():
-            parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+            parts = torch.split(torch.empty(sum(sizes), dtype=dtype, device=device), sizes)
             targets = [part.view(source.shape) for part, source in zip(parts, sources, strict=True)]
             torch._foreach_copy_(targets, sources)
         copies |= zip(keys, targets, strict=True)
