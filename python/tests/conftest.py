@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ from typing import Any, Protocol
 import pytest
 
 import pccheck
+
+# A shell starts what it runs in the background with SIGINT ignored, and so would be every program that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KIB = 1024
 MIB = 1024 * 1024
