@@ -116,7 +116,7 @@ fn find_library() -> Result<()> {
 
 fn lacking(symbol: &CStr) -> Error {
     let message = format!("the NVIDIA driver lacks {}", symbol.to_string_lossy());
-    Error::new(ErrorKind::Unsupported, OP, message).advise("install a driver of CUDA 11.7 or later")
+    Error::new(ErrorKind::Unsupported, OP, message).advise("install a driver of CUDA 10.1 or later")
 }
 
 impl Api {

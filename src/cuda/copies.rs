@@ -32,20 +32,40 @@ pub struct Copy {
     pub bytes: usize,
 }
 
-impl Copy {
-    /// Adds a copy to a list, as part of the last one where it goes on there. The driver refuses copies of nothing.
-    pub fn push(list: &mut Vec<Copy>, next: Copy) {
+/// Copies to be enqueued together; what goes on where the last one ended is part of it.
+#[derive(Debug, Clone, Default)]
+pub struct CopyList {
+    copies: Vec<Copy>,
+    /// What the last one was of.
+    last: Option<u64>,
+}
+
+impl CopyList {
+    /// Adds a copy. `of` says what memory of the device it concerns: only copies of the same are joined, as the driver
+    /// refuses one that passes the end of an allocation, though the next one begin there. It refuses copies of nothing, too.
+    pub fn push(&mut self, of: u64, next: Copy) {
         if next.bytes == 0 {
             return;
         }
-        if let Some(last) = list.last_mut() {
+        if let Some(last) = self.copies.last_mut().filter(|_| self.last == Some(of)) {
             let end = last.bytes as u64;
             if last.to + end == next.to && last.from + end == next.from {
                 last.bytes += next.bytes;
                 return;
             }
         }
-        list.push(next);
+        self.last = Some(of);
+        self.copies.push(next);
+    }
+
+    /// Nothing was added.
+    pub fn is_empty(&self) -> bool {
+        self.copies.is_empty()
+    }
+
+    /// The copies, in the order of adding.
+    pub fn copies(&self) -> &[Copy] {
+        &self.copies
     }
 }
 
@@ -125,13 +145,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn copies_that_go_on_where_the_last_one_ended_are_one() {
-        let mut list = Vec::new();
+    fn copies_that_go_on_where_the_last_one_ended_are_one_within_one_memory() {
+        let mut list = CopyList::default();
         let copy = |to, from, bytes| Copy { to, from, bytes };
-        for next in [copy(0, 100, 10), copy(10, 110, 5), copy(15, 200, 5), copy(30, 205, 5), copy(35, 210, 1)]
-        {
-            Copy::push(&mut list, next);
+        for (of, next) in [
+            (1, copy(0, 100, 10)),
+            (1, copy(10, 110, 5)),
+            (1, copy(15, 200, 5)),
+            (1, copy(9, 9, 0)),
+            (1, copy(30, 205, 5)),
+            (1, copy(35, 210, 1)),
+            (2, copy(36, 211, 4)),
+            (2, copy(40, 215, 4)),
+        ] {
+            list.push(of, next);
         }
-        assert_eq!(list, [copy(0, 100, 15), copy(15, 200, 5), copy(30, 205, 6)]);
+        assert_eq!(list.copies(), [copy(0, 100, 15), copy(15, 200, 5), copy(30, 205, 6), copy(36, 211, 8)]);
     }
 }

@@ -3,7 +3,7 @@
 
 use core::ffi::c_void;
 
-use super::api::{Api, CUdeviceptr, SUCCESS};
+use super::api::{CUdeviceptr, SUCCESS};
 use super::device::Device;
 use super::stream::enter_to_drop;
 use crate::error::{Error, ErrorKind, Result};
@@ -112,9 +112,11 @@ pub fn free_memory(device: &Device) -> Result<(u64, u64)> {
     Ok((free as u64, total as u64))
 }
 
-/// Which device the memory at an address belongs to; none where it is no device's.
-pub fn owner_of(address: u64) -> Result<Option<u32>> {
-    let api = Api::get()?;
+/// Which device the memory at an address belongs to; none where it is no device's. Asked in the context of `device`, as the
+/// calling thread may have none.
+pub fn owner_of(device: &Device, address: u64) -> Result<Option<u32>> {
+    let _in_context = device.enter()?;
+    let api = device.api;
     let ask = |attribute: u32| {
         let mut value = 0_u32;
         // SAFETY: both attributes are numbers of 32 bits; any address may be asked for.

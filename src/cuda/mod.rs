@@ -24,7 +24,7 @@ mod device;
 mod memory;
 mod stream;
 
-pub use copies::{Copy, Direction};
+pub use copies::{Copy, CopyList, Direction};
 pub use device::{Device, Entered};
 pub use memory::{free_memory, owner_of, DeviceBuffer, Registered};
 pub use stream::{Event, Stream, UserStream};

@@ -213,14 +213,16 @@ unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin>
     ordinals.sort_unstable();
     ordinals.dedup();
     let devices: Vec<_> = ordinals.iter().map(|&ordinal| Device::open(ordinal)).collect::<Result<_>>()?;
+    let index_of = |owner: &Option<u32>| owner.and_then(|owner| ordinals.binary_search(&owner).ok());
+    let owners: Vec<Option<usize>> = owners.iter().map(index_of).collect();
     for (segment, owner) in segments.iter().zip(&owners).filter(|(segment, _)| segment.len > 0) {
-        check_owner(segment.ptr as u64, *owner)?;
+        if let Some(owner) = *owner {
+            check_owner(segment.ptr as u64, &devices[owner])?;
+        }
     }
     // SAFETY: the caller's promise.
     let stream = unsafe { UserStream::new(options.device.stream as *mut _) };
     let after = stream.marks(&devices)?;
-    let owners =
-        owners.iter().map(|owner| owner.and_then(|owner| ordinals.binary_search(&owner).ok())).collect();
     // SAFETY: the caller's promise; the metadata's buffer moves into the source, its bytes stay.
     let source = unsafe { DeviceSource::new(header, segments, owned, owners, devices, after) };
     Ok(Origin::Device(DevicePart {
@@ -243,13 +245,13 @@ unsafe fn device_origin(_placed: Placed, _options: &SaveOptions) -> Result<Origi
 
 /// Refuses memory of another device than was said, which copies would read without a word.
 #[cfg(feature = "cuda")]
-fn check_owner(address: u64, said: Option<u32>) -> Result<()> {
-    let Some(said) = said else { return Ok(()) };
-    let found = match crate::cuda::owner_of(address)? {
-        Some(found) if found == said => return Ok(()),
+fn check_owner(address: u64, said: &Device) -> Result<()> {
+    let found = match crate::cuda::owner_of(said, address)? {
+        Some(found) if found == said.ordinal() => return Ok(()),
         Some(found) => format!("memory of GPU {found}"),
         None => "no memory of a GPU".to_string(),
     };
+    let said = said.ordinal();
     let message = format!("the tensor at {address:#x} is said to be on GPU {said}; that is {found}");
     Err(Error::new(ErrorKind::InvalidArgument, "begin save", message))
 }

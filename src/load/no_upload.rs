@@ -30,7 +30,7 @@ impl<'a> Uploads<'a> {
         Uploads(std::marker::PhantomData)
     }
 
-    pub fn add(&mut self, _device: usize, _to: *mut u8, _src: &[u8]) {}
+    pub fn add(&mut self, _device: usize, _part: usize, _to: *mut u8, _src: &[u8]) {}
 
     pub fn enqueue(&mut self) -> Result<()> {
         Ok(())

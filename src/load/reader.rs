@@ -316,7 +316,7 @@ impl<'a> Reading<'a> {
             let destination = &work.destinations[piece.part];
             if let Some(device) = destination.device {
                 let to = destination.ptr.wrapping_add(piece.at);
-                uploads.add(device, to, &bytes[piece.within..piece.within + piece.len]);
+                uploads.add(device, piece.part, to, &bytes[piece.within..piece.within + piece.len]);
             }
         }
         uploads.enqueue()

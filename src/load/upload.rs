@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::cuda::{owner_of, Copy, Device, Direction, Event, Relaxed, Stream};
+use crate::cuda::{owner_of, Copy, CopyList, Device, Direction, Event, Relaxed, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Region;
 use crate::sync::{thread, Arc};
@@ -41,7 +41,11 @@ impl Targets {
     /// The index of a destination's device. Refuses memory that is not that device's.
     pub fn index_of(&self, ordinal: u32, address: u64) -> Result<usize> {
         let at = self.devices.iter().position(|device| device.ordinal() == ordinal);
-        match (at, owner_of(address)?) {
+        let found = match at {
+            Some(at) => owner_of(&self.devices[at], address)?,
+            None => None,
+        };
+        match (at, found) {
             (Some(at), Some(owner)) if owner == ordinal => Ok(at),
             (_, found) => {
                 let found =
@@ -60,7 +64,7 @@ pub(super) struct Uploads<'a> {
     /// Per device, once it was needed.
     streams: Vec<Option<(Stream, Event)>>,
     /// Per device, copies of the present buffer that are not enqueued yet.
-    lists: Vec<Vec<Copy>>,
+    lists: Vec<CopyList>,
     /// Per device, whether copies may be on their way.
     running: Vec<bool>,
     /// Per device, whether its event was recorded behind them.
@@ -74,7 +78,7 @@ impl<'a> Uploads<'a> {
         Uploads {
             targets,
             streams: (0..count).map(|_| None).collect(),
-            lists: vec![Vec::new(); count],
+            lists: vec![CopyList::default(); count],
             running: vec![false; count],
             recorded: vec![false; count],
             // Where it is refused the copies will say why.
@@ -82,12 +86,10 @@ impl<'a> Uploads<'a> {
         }
     }
 
-    /// Adds a copy of bytes of the present buffer.
-    pub fn add(&mut self, device: usize, to: *mut u8, src: &[u8]) {
-        Copy::push(
-            &mut self.lists[device],
-            Copy { to: to as u64, from: src.as_ptr() as u64, bytes: src.len() },
-        );
+    /// Adds a copy of bytes of the present buffer to a part's destination.
+    pub fn add(&mut self, device: usize, part: usize, to: *mut u8, src: &[u8]) {
+        let copy = Copy { to: to as u64, from: src.as_ptr() as u64, bytes: src.len() };
+        self.lists[device].push(part as u64, copy);
     }
 
     /// Enqueues what was added. The buffer must stay as it is until [`Uploads::finish`] has succeeded.
@@ -105,7 +107,7 @@ impl<'a> Uploads<'a> {
             self.running[device] = true;
             // SAFETY: the sources are in a staging buffer that the thread keeps until `finish` has succeeded, or for ever;
             // the destinations are disjoint memory of that device, lent by the reader's caller until the read returns.
-            let copied = unsafe { stream.copy(Direction::ToDevice, &copies) };
+            let copied = unsafe { stream.copy(Direction::ToDevice, copies.copies()) };
             copied.and_then(|()| event.record(stream))?;
             self.recorded[device] = true;
         }

@@ -36,16 +36,16 @@ pub(super) fn run_copier(shared: &Shared) {
             continue;
         }
         if !shared.has_copy_work() {
-            if shared.closing() {
+            // Not before all saves have ended: what a device brings until then is to be seen to.
+            if shared.closing() && shared.all_ended() {
                 return;
             }
             let _ = shared.copy_work.wait(ticket, None);
             continue;
         }
         let Some(mut buffer) = shared.acquire_buffer() else {
-            if shared.closing() && !shared.has_arrived() {
-                return;
-            }
+            // The saves in the queue are failing, or something has arrived.
+            thread::yield_now();
             continue;
         };
         while let Some((save, work)) = shared.next_chunk() {

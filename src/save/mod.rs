@@ -120,7 +120,8 @@ impl Save {
     ///
     /// # Errors
     ///
-    /// `TimedOut`; otherwise why the save has failed: the memory is the caller's again. `Device` where the driver refuses.
+    /// `TimedOut`; otherwise why the save has failed: the memory is the caller's again. Where the stream cannot be made to wait
+    /// (it captures a graph, the driver refuses), the calling thread waits until all is copied instead.
     ///
     /// # Safety
     ///

@@ -300,7 +300,6 @@ impl Shared {
     }
 
     /// No save is in flight.
-    #[cfg(feature = "cuda")]
     pub fn all_ended(&self) -> bool {
         self.active.lock().is_empty()
     }

@@ -122,6 +122,17 @@ impl<'a> State<'a> {
         self.parts.iter().map(Part::tensor).collect()
     }
 
+    /// Whether some tensor begins on its GPU where the one before ends.
+    pub fn touches(&self) -> bool {
+        let ends = |part: &Part| match part.place {
+            Memory::Gpu { address, .. } => Some((address, address + part.bytes as u64)),
+            Memory::Host(_) => None,
+        };
+        self.parts.windows(2).any(|two| {
+            matches!((ends(&two[0]), ends(&two[1])), (Some((_, end)), Some((start, _))) if start == end)
+        })
+    }
+
     pub fn begin(&self, store: &Store, step: u64, options: SaveOptions) -> Result<Save> {
         // SAFETY: the memory lives as long as the state; the tests change it only as the contract allows, or want to see
         // that it matters.

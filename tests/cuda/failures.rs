@@ -183,6 +183,32 @@ fn others_save_and_read_while_a_stream_is_far_from_its_copies() {
     held.wait_durable(WAIT).expect("durable");
 }
 
+/// Copies into memory that is not page-locked are done when the call returns: in it nobody could keep to a deadline.
+#[test]
+fn without_page_locked_memory_deadlines_hold_all_the_same() {
+    let standin = Standin::take();
+    for snapshot in [Snapshot::Staging, Snapshot::Spare] {
+        let stream = standin.stream(0);
+        let store = store(8, Faults::default());
+        let mut state = State::new(&standin, MIXED);
+        standin.fail("cuMemHostRegister_v2", 1, 1, true);
+        state.fill(|_| stream, 1, 0);
+        let save = state.begin(&store, 1, on(stream, snapshot)).expect("begin");
+        save.wait_durable(WAIT).expect("durable");
+        assert!(state.is_saved(&store, 1));
+        standin.hold_stream(stream, true);
+        state.fill(|_| stream, 2, 0);
+        let save = state.begin(&store, 2, hasty(stream.0, snapshot)).expect("begin");
+        assert_eq!(save.wait_durable(WAIT).expect_err("it hangs").kind(), ErrorKind::TimedOut);
+        let began = Instant::now();
+        drop((save, store));
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        standin.hold_stream(stream, false);
+        standin.synchronize(0, stream);
+        standin.reset();
+    }
+}
+
 #[test]
 fn nobody_waits_for_the_stream_of_a_save_that_never_began_to_copy() {
     let standin = Standin::take();

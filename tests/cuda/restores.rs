@@ -18,7 +18,7 @@ fn parts(checkpoint: &Checkpoint, state: &State<'_>) -> Vec<PartAt> {
     state.tensors().into_iter().map(part).collect()
 }
 
-fn read(store: &Store, state: &State<'_>) -> Result<()> {
+pub fn read(store: &Store, state: &State<'_>) -> Result<()> {
     let opened = store.open_checkpoint(Select::Newest, false).expect("open");
     let parts = parts(&opened.checkpoint, state);
     // SAFETY: the state's own memory, on which nothing is at work.

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use pccheck::save::{Faults, SaveOptions, Snapshot};
 use pccheck::ErrorKind;
 
-use super::bed::{assert_idle, on, store, stream_wait, Shape, State, MIXED, TWO_GPUS, WAIT};
+use super::bed::{assert_idle, on, store, stream_wait, until, Shape, State, MIXED, TWO_GPUS, WAIT};
+use super::restores::read;
 use super::standin::{Standin, LEGACY};
 
 const MODES: [Snapshot; 3] = [Snapshot::Staging, Snapshot::Auto, Snapshot::Spare];
@@ -113,6 +114,68 @@ fn unchanged_chunks_of_a_gpu_are_not_written_again() {
         stats.unchanged_bytes,
         stats.durable_bytes
     );
+}
+
+/// The driver refuses a copy that passes the end of an allocation, though the next one begins there.
+#[test]
+fn tensors_whose_memory_touches_are_not_copied_as_one() {
+    let standin = Standin::take();
+    let stream = standin.stream(0);
+    let store = store(32, Faults::default());
+    let mut state = State::new(&standin, &[(4096, Some(0)); 20]);
+    assert!(state.touches(), "the stand-in leaves room between allocations: this shows nothing");
+    for snapshot in MODES {
+        state.fill(|_| stream, 1, 0);
+        let save = state.begin(&store, 1, on(stream, snapshot)).expect("begin");
+        save.wait_durable(WAIT).expect("durable");
+        assert!(state.is_saved(&store, 1));
+        state.fill(|_| stream, 2, 0);
+        standin.synchronize(0, stream);
+        read(&store, &state).expect("read");
+        assert!(state.now() == state.expected(1));
+    }
+}
+
+#[test]
+fn the_caller_waits_where_its_stream_cannot() {
+    let standin = Standin::take();
+    let stream = standin.stream(0);
+    let store = store(64, Faults::default());
+    let mut state = State::new(&standin, MIXED);
+    for captures in [true, false] {
+        state.fill(|_| stream, 1, 0);
+        standin.synchronize(0, stream);
+        standin.delay_us(20_000);
+        let save = state.begin(&store, 1, on(stream, Snapshot::Staging)).expect("begin");
+        // The engine's own two streams wait for this one first.
+        until("the copies are ordered", || standin.calls("cuStreamWaitEvent") >= 2);
+        match captures {
+            true => standin.capture(stream, true),
+            false => standin.fail("cuStreamWaitEvent", 1, 1, true),
+        }
+        let waited = stream_wait(&save, stream);
+        let copied = save.progress().copied;
+        standin.reset();
+        waited.expect("the save is well");
+        assert!(copied, "nobody waits for the copies");
+        state.fill(|_| stream, 2, 0);
+        save.wait_durable(WAIT).expect("durable");
+        assert!(state.is_saved(&store, 1));
+    }
+}
+
+#[test]
+fn a_timeout_beyond_all_clocks_is_none() {
+    let standin = Standin::take();
+    let stream = standin.stream(0);
+    let store = store(8, Faults::default());
+    let mut state = State::new(&standin, MIXED);
+    state.fill(|_| stream, 1, 0);
+    let mut options = on(stream, Snapshot::Staging);
+    options.device.timeout = Duration::MAX;
+    let save = state.begin(&store, 1, options).expect("begin");
+    save.wait_durable(WAIT).expect("durable");
+    assert!(state.is_saved(&store, 1));
 }
 
 #[test]

@@ -98,6 +98,9 @@ struct context {
     CUdevice device;
     uint32_t retains;
     uint64_t used;
+    /* Its address space, and how much of it was ever given out. */
+    uint8_t *arena;
+    uint64_t given;
     /* Once work has failed: what all that may report it says. */
     CUresult failed;
     /* Lanes that are moving bytes. */
@@ -854,24 +857,32 @@ static bool take_range(CUdeviceptr address, bool registered, struct range *taken
     }
 }
 
-/* Bytes of the addresses of an allocation: whole pages, and one more, so that no two allocations touch. */
-static size_t reserved(size_t bytes) {
-    return ((bytes + 4095) / 4096 + 1) * 4096;
+/* Address space of one device, and the alignment of what is allocated in it. As on a real one, allocations may touch. */
+enum { ALIGNMENT = 512 };
+static const size_t arena_bytes = (size_t)1 << 34;
+
+/* The device's bytes lie below their addresses, through which nobody can read or write. Addresses are given out once. */
+static uint8_t *arena(struct context *context) {
+    if (context->arena == NULL) {
+        uint8_t *start = mmap(NULL, 2 * arena_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (start == MAP_FAILED || mprotect(start, arena_bytes, PROT_READ | PROT_WRITE) != 0)
+            die("no memory for a device", "mmap");
+        context->arena = start;
+    }
+    return context->arena;
 }
 
-/* The bytes lie below the addresses, through which nobody can read or write. */
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     ENTER(cuMemAlloc_v2);
     NEED_VALID(address != NULL && bytes > 0);
     CURRENT(context);
     TRY(check_no_capture());
     NEED(bytes <= device_bytes - context->used, CUDA_ERROR_OUT_OF_MEMORY);
-    size_t half = reserved(bytes);
-    uint8_t *shadow = mmap(NULL, 2 * half, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    NEED(shadow != MAP_FAILED, CUDA_ERROR_OUT_OF_MEMORY);
-    if (mprotect(shadow, half, PROT_READ | PROT_WRITE) != 0)
-        die("no memory for a device", "mprotect");
-    *address = (uintptr_t)shadow + half;
+    size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    NEED(whole <= arena_bytes - context->given, CUDA_ERROR_OUT_OF_MEMORY);
+    uint8_t *shadow = arena(context) + context->given;
+    context->given += whole;
+    *address = (uintptr_t)shadow + arena_bytes;
     context->used += bytes;
     add_range((struct range){.start = *address, .bytes = bytes, .context = context, .shadow = shadow});
     return CUDA_SUCCESS;
@@ -883,7 +894,6 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
     TRY(check_no_capture());
     struct range range;
     NEED_VALID(take_range(address, false, &range));
-    munmap(range.shadow, 2 * reserved(range.bytes));
     range.context->used -= range.bytes;
     return CUDA_SUCCESS;
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::flight::Leaving;
 use super::{Copies, DevicePart, NewJob, Snapshot};
-use crate::cuda::{Copy, DeviceBuffer};
+use crate::cuda::{Copy, CopyList, DeviceBuffer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::{DeviceSource, Source};
@@ -38,7 +38,8 @@ pub(super) struct Job {
     pub source: Option<Arc<DeviceSource>>,
     pub copies: Arc<Copies>,
     pub snapshot: Snapshot,
-    pub deadline: Instant,
+    /// None: never.
+    pub deadline: Option<Instant>,
     /// Per device of the source, its lane. Empty: not begun.
     pub lanes: Vec<usize>,
     /// Per segment of a device, where it is read: the caller's memory or the spare.
@@ -50,13 +51,15 @@ pub(super) struct Job {
     next_chunk: u64,
     pub flights: u32,
     pub failed: bool,
+    /// The staging pool is page-locked: copies into it do not hold up the thread that enqueues them.
+    pub locked: bool,
 }
 
 impl Job {
     /// None where the save has ended already.
     pub fn new(new: NewJob) -> Option<Job> {
         let DevicePart { source, snapshot, timeout, copies } = new.part;
-        let deadline = new.save.begun + timeout;
+        let deadline = new.save.begun.checked_add(timeout);
         let Ok(held) = Held::new(new.save) else {
             copies.failed();
             return None;
@@ -75,7 +78,12 @@ impl Job {
             next_chunk: 0,
             flights: 0,
             failed: false,
+            locked: true,
         })
+    }
+
+    pub fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
     pub fn number(&self) -> u64 {
@@ -113,7 +121,7 @@ impl Job {
 
     /// Puts what is in host memory of the next chunk into `buffer`, and adds what is to be copied to the lists, one for
     /// each device. Returns chunk and bytes.
-    pub fn take_chunk(&mut self, buffer: &mut [u8], lists: &mut [Vec<Copy>]) -> Result<Option<(u64, u64)>> {
+    pub fn take_chunk(&mut self, buffer: &mut [u8], lists: &mut [CopyList]) -> Result<Option<(u64, u64)>> {
         let Some(chunk) = self.peek() else { return Ok(None) };
         let source = self.source()?;
         let (offset, len) = self.span(chunk);
@@ -127,10 +135,25 @@ impl Job {
         for fetch in source.fetches(offset, len) {
             let from = self.addresses[&fetch.segment] + fetch.skip;
             let copy = Copy { to: to + fetch.at as u64, from, bytes: fetch.bytes };
-            Copy::push(&mut lists[fetch.device], copy);
+            // A spare is one memory, whatever lies in it.
+            let of = if self.spares.is_empty() { fetch.segment as u64 } else { 0 };
+            lists[fetch.device].push(of, copy);
         }
         self.next_chunk += 1;
         Ok(Some((chunk, len as u64)))
+    }
+
+    /// Whether copies can be enqueued without waiting for the caller's streams inside the driver.
+    pub fn is_ready(&self) -> Result<bool> {
+        if self.locked {
+            return Ok(true);
+        }
+        // With a snapshot in spare memory: once that is there.
+        if self.flights > 0 {
+            return Ok(false);
+        }
+        let source = self.source()?;
+        source.after().iter().try_fold(true, |ready, event| Ok(ready && event.reached()?))
     }
 
     /// Bytes that the source has on each of its devices.
@@ -145,15 +168,12 @@ impl Job {
 
     /// From now on the segments are read in spare memory, one for each device, which the returned copies fill; what stands
     /// in host memory between them is copied at once. Also returns what leaves the caller's memory so.
-    pub fn move_to_spares(
-        &mut self,
-        spares: Vec<(usize, DeviceBuffer)>,
-    ) -> Result<(Vec<Vec<Copy>>, Leaving)> {
+    pub fn move_to_spares(&mut self, spares: Vec<(usize, DeviceBuffer)>) -> Result<(Vec<CopyList>, Leaving)> {
         let source = self.source()?;
-        let mut lists = vec![Vec::new(); spares.len()];
+        let mut lists = vec![CopyList::default(); spares.len()];
         let mut ends: Vec<u64> = spares.iter().map(|(_, spare)| spare.address()).collect();
         for (segment, device, from, bytes) in source.on_devices() {
-            Copy::push(&mut lists[device], Copy { to: ends[device], from, bytes });
+            lists[device].push(segment as u64, Copy { to: ends[device], from, bytes });
             self.addresses.insert(segment, ends[device]);
             ends[device] += bytes as u64;
         }

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "buffers are lent to a device's copy engines")]
 
 use super::flight::{Flight, Mark};
-use crate::cuda::{free_memory, Copy, Device, DeviceBuffer, Direction, Event, Stream};
+use crate::cuda::{free_memory, CopyList, Device, DeviceBuffer, Direction, Event, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 
@@ -39,7 +39,7 @@ impl Lane {
 
     /// Enqueues copies out of the device into the buffers that are lent to a flight; the event is reached when they are
     /// done. After an error some of them may run.
-    pub fn fetch(&mut self, copies: &[Copy], _lent: &Flight) -> Result<Event> {
+    pub fn fetch(&mut self, copies: &CopyList, _lent: &Flight) -> Result<Event> {
         // SAFETY: destinations are disjoint parts of the flight's buffers, which it keeps until all its events are reached
         // (or for ever); sources are the caller's memory, lent until the save is copied, which is told later, or a
         // spare, which the job keeps as long as it has flights.
@@ -48,7 +48,7 @@ impl Lane {
 
     /// Enqueues copies into spare memory of the device; all that is enqueued later comes after them. The events are reached
     /// when they are done: the first is for the pump, the second for streams of the program.
-    pub fn snapshot(&mut self, copies: &[Copy]) -> Result<(Event, Event)> {
+    pub fn snapshot(&mut self, copies: &CopyList) -> Result<(Event, Event)> {
         let kept = Event::new(&self.device)?;
         // SAFETY: destinations are disjoint parts of a spare, which the job keeps as long as it has flights; sources are
         // the caller's memory, lent until the save is copied, which is told later.
@@ -63,12 +63,12 @@ impl Lane {
     /// # Safety
     ///
     /// As [`Stream::copy`].
-    unsafe fn copy(&mut self, direction: Direction, copies: &[Copy]) -> Result<Event> {
+    unsafe fn copy(&mut self, direction: Direction, copies: &CopyList) -> Result<Event> {
         let event = self.event()?;
         self.turn = (self.turn + 1) % STREAMS;
         let stream = &self.streams[self.turn];
         // SAFETY: the caller's promise.
-        unsafe { stream.copy(direction, copies) }?;
+        unsafe { stream.copy(direction, copies.copies()) }?;
         event.record(stream)?;
         Ok(event)
     }

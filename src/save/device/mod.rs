@@ -177,14 +177,18 @@ impl Copies {
 
 impl SaveCore {
     /// Makes a stream of the program wait until the state is copied: the calling thread waits only until all copies are
-    /// enqueued, and what is in host memory is copied.
+    /// enqueued, and what is in host memory is copied. Where the stream cannot be made to wait (it captures a graph, the
+    /// driver refuses), the calling thread waits instead: whatever is returned but `TimedOut`, the memory is the caller's.
     pub fn stream_wait_copied(&self, stream: UserStream, deadline: Option<Instant>) -> Result<()> {
         let Some(copies) = &self.device else { return self.wait_copied(deadline) };
         self.wait_host_copied(deadline)?;
         match copies.wait(deadline)? {
             Some(events) => {
-                let _relaxed = Relaxed::enter()?;
-                events.iter().try_for_each(|event| stream.wait(event))
+                let wait = || -> Result<()> {
+                    let _relaxed = Relaxed::enter()?;
+                    events.iter().try_for_each(|event| stream.wait(event))
+                };
+                wait().or_else(|_| self.wait_copied(deadline))
             }
             // It has failed: says why, once the memory is the caller's again.
             None => self.wait_copied(deadline),

@@ -7,7 +7,7 @@ use super::flight::{Arrival, Flight, Leaving, Mark};
 use super::job::Job;
 use super::lane::Lane;
 use super::{Arrived, Snapshot};
-use crate::cuda::{DeviceBuffer, Relaxed};
+use crate::cuda::{CopyList, DeviceBuffer, Relaxed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
@@ -104,7 +104,7 @@ impl Pump<'_> {
     fn check(&self, at: usize) -> Result<()> {
         let job = &self.jobs[at];
         job.held.save().check()?;
-        if Instant::now() < job.deadline {
+        if !job.is_late() {
             return Ok(());
         }
         Err(Error::new(
@@ -137,8 +137,7 @@ impl Pump<'_> {
                     self.lanes.len() - 1
                 }
             };
-            // Where it is refused copies are slower, and each is done when the call returns.
-            let _ = self.shared.region.pool().register(device);
+            self.jobs[at].locked &= self.shared.region.pool().register(device);
             if !self.shared.faults.copy_before_the_event() {
                 self.lanes[lane].wait(source.after())?;
             }
@@ -191,7 +190,7 @@ impl Pump<'_> {
 
     fn enqueue_groups(&mut self, at: usize) -> Result<bool> {
         let mut moved = false;
-        while self.jobs[at].peek().is_some() {
+        while self.jobs[at].peek().is_some() && self.jobs[at].is_ready()? {
             let buffers = self.free_buffers();
             if buffers.is_empty() {
                 return Ok(moved);
@@ -212,7 +211,7 @@ impl Pump<'_> {
 
     fn enqueue_group(&mut self, at: usize, buffers: Vec<StagingBuffer>) -> Result<()> {
         let job = &mut self.jobs[at];
-        let mut lists = vec![Vec::new(); job.lanes.len()];
+        let mut lists = vec![CopyList::default(); job.lanes.len()];
         let (mut chunks, mut bytes) = (Vec::with_capacity(buffers.len()), 0);
         for mut buffer in buffers {
             let Some((chunk, len)) = job.take_chunk(&mut buffer, &mut lists)? else { break };
@@ -328,7 +327,7 @@ impl Pump<'_> {
         let before = self.jobs.len();
         let mut at = 0;
         while let Some(job) = self.jobs.get_mut(at) {
-            let late = job.failed && Instant::now() >= job.deadline;
+            let late = job.failed && job.is_late();
             let done = job.flights == 0 && (job.failed || job.source.is_none() || job.is_enqueued());
             if !done && !late {
                 at += 1;
