@@ -1126,14 +1126,15 @@ pcc_status pcc_save_wait_copied(const struct pcc_save *save,
 // now on may update the state. The calling thread waits, for at most `timeout_ms` (negative: for ever), only until all
 // copies are enqueued: not at all worth speaking of where the state goes into spare memory of its GPU or finds room in the
 // staging pool, else until all but the last pool's worth has passed through it; and for tensors in host memory until they
-// are copied. `stream` NULL is the legacy default stream. For tensors on several GPUs each stream that may update one of
+// are copied. Where the stream cannot be made to wait (it captures a graph, the driver refuses), the calling thread waits
+// until all is copied. `stream` NULL is the legacy default stream. For tensors on several GPUs each stream that may update one of
 // them is to wait.
 //
 // Durability: none yet.
 // Threads: any number at once.
 // Ownership: after PCC_OK the tensors' memory is the caller's again for work on that stream.
-// Errors: PCC_TIMED_OUT; PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; otherwise why the save failed,
-// as `pcc_save_wait_durable`: the memory is the caller's again.
+// Errors: PCC_TIMED_OUT: the memory must still not change; otherwise why the save failed, as `pcc_save_wait_durable`: the
+// memory is the caller's again.
 pcc_status pcc_save_stream_wait_copied(const struct pcc_save *save,
                                        void *stream,
                                        int64_t timeout_ms);
