@@ -53,8 +53,15 @@ impl Direct {
         let file = Arc::new(file);
         let by_ring = match backend {
             IoBackend::Threads => None,
+            IoBackend::Auto if file.is_served_by_a_process() => {
+                notes.push(
+                    "FUSE: the kernel's io_uring is not safe there, blocking calls on threads instead"
+                        .to_string(),
+                );
+                None
+            }
             IoBackend::Auto | IoBackend::Uring => {
-                Some(UringEngine::new(Arc::clone(&file), pool, queue_depth, SAFE_DIO_ALIGN, &mut notes))
+                Some(UringEngine::new(Arc::clone(&file), pool, queue_depth, &mut notes))
             }
         };
         let engine = match by_ring {
@@ -200,6 +207,10 @@ impl Medium for Direct {
     /// One fdatasync covers all ranges.
     fn persist_ranges(&self, ranges: &[(u64, u64)], barrier: Barrier) -> Result<()> {
         ranges.first().map_or(Ok(()), |&(offset, len)| self.persist(offset, len, barrier))
+    }
+
+    fn check_present(&self) -> Result<()> {
+        self.file.check_present()
     }
 
     /// RWF_DSYNC: the device writes the block through its cache, and nothing else is flushed.

@@ -32,6 +32,8 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 const BTRFS_MAGIC: i64 = 0x9123_683e;
 const ZFS_MAGIC: i64 = 0x2fc1_2fc1;
 const BCACHEFS_MAGIC: i64 = 0xca45_1a4e;
+/// File systems that a process serves.
+const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
 /// Layers that hide the file system beneath.
 const OVERLAYFS_MAGIC: i64 = 0x794c_7630;
 
@@ -213,6 +215,12 @@ impl RegionFile {
         !self.block_device && fs_in_memory(self.fs_type)
     }
 
+    /// Whether a process serves the file system. Linux (6.18) repeats what io_uring got short from such files, where they are
+    /// open for direct I/O by the server's choice, at the wrong place.
+    pub(super) fn is_served_by_a_process(&self) -> bool {
+        !self.block_device && self.fs_type == FUSE_SUPER_MAGIC
+    }
+
     pub(super) fn raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
@@ -246,6 +254,26 @@ impl RegionFile {
             return Err(self.about(Error::new(ErrorKind::InvalidArgument, op, message).at_offset(offset)));
         }
         Ok(())
+    }
+
+    /// Refuses a file that was deleted, replaced or cut short since it was opened. One system call.
+    pub(super) fn check_present(&self) -> Result<()> {
+        if self.block_device {
+            return Ok(());
+        }
+        let stat = fstat(self.raw_fd()).map_err(|error| self.about(error))?;
+        let (what, advice) = match (stat.st_nlink, stat.st_size as u64) {
+            (0, _) => (
+                "the file was deleted or replaced: what is saved into it ends with this process".to_string(),
+                "close the store, and open or format the region that is to be used",
+            ),
+            (_, found) if found < self.len_bytes => (
+                format!("the file was cut short: expected {} bytes, found {found}", self.len_bytes),
+                "close the store; what is left can be read, and saved elsewhere; then format the region anew",
+            ),
+            _ => return Ok(()),
+        };
+        Err(self.about(Error::new(ErrorKind::Io, "check the region's file", what)).advise(advice))
     }
 
     /// Fills `dst` from `offset` by pread.

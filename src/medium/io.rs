@@ -3,9 +3,12 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
+use super::file::SAFE_DIO_ALIGN;
 use super::{Io, IoOp};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::thread;
 
 /// The most that Linux moves in one call is a little less than 2 GiB; this stays aligned and below it.
 pub(super) const TRANSFER_MAX_BYTES: usize = 1 << 30;
@@ -34,6 +37,45 @@ fn signed_offset(op: IoOp, offset: u64) -> Result<i64> {
     })
 }
 
+/// How far an operation of `len` bytes has come when a call has moved `moved` of them from `done` on; none where that was no
+/// progress. What follows must stay aligned for O_DIRECT: an odd tail is transferred again.
+pub(super) fn progress(done: usize, moved: usize, len: usize) -> Option<usize> {
+    let total = done + moved;
+    let useful = if total >= len { len } else { total / SAFE_DIO_ALIGN * SAFE_DIO_ALIGN };
+    (useful > done).then_some(useful)
+}
+
+/// How often one operation may come back without any progress before that is an error.
+pub(super) const FRUITLESS_MAX: u32 = 64;
+
+/// Pause before asking a kernel again that was out of resources.
+pub(super) const BUSY_PAUSE: Duration = Duration::from_micros(100);
+
+/// Counts calls that brought nothing, one after the other.
+#[derive(Default)]
+struct Fruitless(u32);
+
+impl Fruitless {
+    /// Whether a call that moved too little may be made again.
+    fn again(&mut self) -> bool {
+        self.0 += 1;
+        self.0 <= FRUITLESS_MAX
+    }
+
+    /// Whether a call that failed may be made again: always after a signal, and some times where the kernel had no room for
+    /// it just then.
+    fn again_after(&mut self, error: &io::Error) -> bool {
+        match error.raw_os_error() {
+            Some(libc::EINTR) => true,
+            Some(libc::EAGAIN) if self.again() => {
+                thread::sleep(BUSY_PAUSE);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Moves `len` bytes between `buffer` and `fd` at `offset`, blocking, going on after signals and short transfers.
 ///
 /// # Safety
@@ -46,7 +88,7 @@ pub(super) unsafe fn transfer_all(
     buffer: *mut u8,
     len: usize,
 ) -> Result<()> {
-    let mut done = 0;
+    let (mut done, mut fruitless) = (0, Fruitless::default());
     while done < len {
         let left = (len - done).min(TRANSFER_MAX_BYTES);
         let at = signed_offset(op, offset.saturating_add(done as u64))?;
@@ -60,10 +102,14 @@ pub(super) unsafe fn transfer_all(
         };
         match usize::try_from(moved) {
             Ok(0) => return Err(short(op, done, len).at_offset(offset)),
-            Ok(moved) => done += moved,
+            Ok(moved) => match progress(done, moved, len) {
+                Some(useful) => (done, fruitless) = (useful, Fruitless::default()),
+                None if fruitless.again() => {}
+                None => return Err(short(op, done + moved, len).at_offset(offset)),
+            },
             Err(_) => {
                 let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
+                if !fruitless.again_after(&error) {
                     return Err(Error::io(op_name(op), &error).at_offset(at as u64));
                 }
             }
@@ -94,7 +140,7 @@ pub(super) fn write_all(fd: RawFd, offset: u64, src: &[u8]) -> Result<()> {
 /// Writes `src` at `offset` so that it is durable on return: RWF_DSYNC, or a write and fdatasync where the
 /// kernel or file system does not know that flag.
 pub(super) fn write_dsync(fd: RawFd, offset: u64, src: &[u8]) -> Result<()> {
-    let mut done = 0;
+    let (mut done, mut fruitless) = (0, Fruitless::default());
     while done < src.len() {
         let rest = &src[done..];
         let piece = libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
@@ -103,11 +149,15 @@ pub(super) fn write_dsync(fd: RawFd, offset: u64, src: &[u8]) -> Result<()> {
         let moved = unsafe { libc::pwritev2(fd, &piece, 1, at, libc::RWF_DSYNC) };
         match usize::try_from(moved) {
             Ok(0) => return Err(short(IoOp::Copy, done, src.len()).at_offset(offset)),
-            Ok(moved) => done += moved,
+            Ok(moved) => match progress(done, moved, src.len()) {
+                Some(useful) => (done, fruitless) = (useful, Fruitless::default()),
+                None if fruitless.again() => {}
+                None => return Err(short(IoOp::Copy, done + moved, src.len()).at_offset(offset)),
+            },
             Err(_) => {
                 let error = io::Error::last_os_error();
                 match error.raw_os_error() {
-                    Some(libc::EINTR) => {}
+                    _ if fruitless.again_after(&error) => {}
                     Some(libc::EOPNOTSUPP | libc::ENOSYS) => {
                         write_all(fd, at as u64, rest).map_err(durability_unknown)?;
                         return sync_data(fd);

@@ -198,6 +198,12 @@ impl Mapped {
         Mapped { mapping: ManuallyDrop::new(mapping), file, kind, persister, notes }
     }
 
+    /// Adds a note for people.
+    pub(super) fn noting(mut self, note: String) -> Self {
+        self.notes.push(note);
+        self
+    }
+
     /// The mapped address of a range that was checked.
     fn place(&self, op: &'static str, offset: u64, len: u64) -> Result<*mut u8> {
         self.file.check(op, offset, len, true)?;
@@ -207,6 +213,14 @@ impl Mapped {
                 Err(self.file.about(Error::new(ErrorKind::ReadOnly, op, "the region was opened read-only")))
             }
         }
+    }
+
+    /// As [`Mapped::place`], of a file that is still whole: a store beyond its end would raise SIGBUS. One that is cut short
+    /// between this and the store still does.
+    fn place_to_store(&self, offset: u64, len: u64) -> Result<*mut u8> {
+        let place = self.place("copy", offset, len)?;
+        self.file.check_present()?;
+        Ok(place)
     }
 
     /// msync of the pages of the range. On Linux MS_SYNC is fdatasync of that range of the file (the kernel calls the
@@ -268,7 +282,7 @@ impl Medium for Mapped {
     }
 
     fn copy(&self, offset: u64, src: &[u8]) -> Result<()> {
-        let dst = self.place("copy", offset, src.len() as u64)?;
+        let dst = self.place_to_store(offset, src.len() as u64)?;
         match self.kind {
             // SAFETY: `dst` is mapped for the checked length; `src` is the caller's memory, not the mapping, of which
             // no reference is given out but to who fills it.
@@ -301,6 +315,10 @@ impl Medium for Mapped {
         }
     }
 
+    fn check_present(&self) -> Result<()> {
+        self.file.check_present()
+    }
+
     /// A write call on files that have a device: a store and msync would write back a whole folio, up to 2 MiB.
     fn write_durable(&self, offset: u64, block: &[u8], barrier: Barrier) -> Result<()> {
         if self.kind == MediumKind::Dax || self.file.is_in_memory() {
@@ -321,7 +339,7 @@ impl MediumMemory for Mapped {
         fill: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
     ) -> Result<()> {
         let padded = len.next_multiple_of(BLOCK_BYTES as usize);
-        let dst = self.place("copy", offset, padded as u64)?;
+        let dst = self.place_to_store(offset, padded as u64)?;
         // SAFETY: mapped for the checked length, and always initialised. Nobody else refers to these bytes: those of a slot
         // are one save's, which fills each chunk once, and all reading goes through the file.
         let bytes = unsafe { std::slice::from_raw_parts_mut(dst, padded) };

@@ -181,6 +181,12 @@ pub trait Medium: Send + Sync {
         None
     }
 
+    /// Refuses where the region's file was deleted, replaced or cut short since it was opened: what is saved into it would
+    /// be gone, or end a process that stores into its mapping.
+    fn check_present(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Makes one block (4 KiB at a block boundary) durable; orders nothing else.
     fn write_durable(&self, offset: u64, block: &[u8], barrier: Barrier) -> Result<()> {
         self.copy(offset, block)?;

@@ -158,8 +158,14 @@ fn auto(
         Err(refused) => refused.file,
     };
     let prefers_mmap = options.preferred == Some(PreferredHint::Mmap);
-    if file.is_in_memory() || prefers_mmap || file.use_direct().is_err() {
+    if file.is_in_memory() || prefers_mmap {
         return Ok(Arc::new(Mapped::mmap(file)?));
     }
-    Ok(Arc::new(direct_on(file, options, pool)?))
+    match file.use_direct() {
+        Ok(_) => Ok(Arc::new(direct_on(file, options, pool)?)),
+        Err(error) => {
+            let note = format!("no direct I/O here, a shared mapping instead: {error}");
+            Ok(Arc::new(Mapped::mmap(file)?.noting(note)))
+        }
+    }
 }

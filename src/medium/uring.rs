@@ -16,12 +16,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
-use std::time::Duration;
 
 use io_uring::{opcode, squeue, types, IoUring};
 
 use super::file::RegionFile;
-use super::io::{op_name, short, TRANSFER_MAX_BYTES};
+use super::io::{op_name, progress, short, BUSY_PAUSE, FRUITLESS_MAX, TRANSFER_MAX_BYTES};
 use super::{Io, IoOp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::{without_forks, ChildClosedGuard};
@@ -38,13 +37,6 @@ const REGISTERED_BUFFERS_MAX: usize = 1 << 14;
 
 /// The kernel registers buffers of at most this size.
 const REGISTERED_BUFFER_MAX_BYTES: usize = 1 << 30;
-
-/// How often one operation may come back unfinished without any progress (interrupted, or cancelled because the
-/// thread that submitted it ended) before that is an error.
-const FRUITLESS_MAX: u32 = 64;
-
-/// Pause before asking a kernel again that was out of resources.
-const BUSY_PAUSE: Duration = Duration::from_micros(100);
 
 /// How often a kernel that is out of resources is asked again: about a minute in all.
 const BUSY_MAX: u32 = 600_000;
@@ -86,8 +78,6 @@ struct Shared {
     file: Arc<RegionFile>,
     /// The registered pool; keeps its memory mapped as long as the kernel may use it.
     pool: Option<Arc<StagingPool>>,
-    /// Bytes to which a resumed transfer is rounded down.
-    align: usize,
     table: Mutex<Table>,
     /// Told when something is in the kernel, and at closing.
     busy: Condvar,
@@ -107,7 +97,6 @@ impl UringEngine {
         file: Arc<RegionFile>,
         pool: Option<&Arc<StagingPool>>,
         depth: usize,
-        align: usize,
         notes: &mut Vec<String>,
     ) -> Result<Self> {
         let depth = depth.clamp(DEPTH_MIN, DEPTH_MAX);
@@ -132,7 +121,6 @@ impl UringEngine {
             registration: Some(registration),
             file,
             pool: pool.cloned(),
-            align,
             table: Mutex::new(Table {
                 places: (0..depth).map(|_| None).collect(),
                 vacant: (0..depth).rev().collect(),
@@ -318,20 +306,20 @@ impl Shared {
         let (op, len) = (flight.io.op, flight.io.len);
         let outcome = match result {
             0 => Err(short(op, flight.done, len)),
-            moved if moved > 0 => {
-                // What follows must stay aligned: an odd tail is transferred again.
-                let total = flight.done + moved as usize;
-                let useful = if total >= len { len } else { total / self.align * self.align };
-                flight.fruitless = if useful > flight.done { 0 } else { flight.fruitless + 1 };
-                flight.done = useful;
-                if flight.fruitless > 0 {
-                    Err(short(op, total, len))
-                } else {
+            moved if moved > 0 => match progress(flight.done, moved as usize, len) {
+                Some(useful) => {
+                    (flight.done, flight.fruitless) = (useful, 0);
                     Ok(())
                 }
-            }
+                None if flight.fruitless < FRUITLESS_MAX => {
+                    flight.fruitless += 1;
+                    Ok(())
+                }
+                None => Err(short(op, flight.done + moved as usize, len)),
+            },
             _ => {
                 let error = io::Error::from_raw_os_error(-result);
+                // Interrupted, out of room just then, or cancelled because the thread that submitted it ended.
                 let again = matches!(-result, libc::EINTR | libc::EAGAIN | libc::ECANCELED);
                 flight.fruitless += 1;
                 if again && flight.fruitless <= FRUITLESS_MAX {

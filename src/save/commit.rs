@@ -40,6 +40,7 @@ fn commit_one(shared: &Shared, save: &SaveCore) -> Result<()> {
         return Ok(());
     }
     check_flushes(shared, save)?;
+    shared.region.medium().check_present()?;
     if save.spec.pin && !shared.faults.pin_after_commit() {
         // Durable before the record: a crash finds the checkpoint pinned, or a pin that no checkpoint answers to.
         shared.region.pin_before_commit(save.claim)?;

@@ -120,6 +120,7 @@ impl Saver {
     /// Waits until `deadline` for a slot.
     pub fn begin(&self, spec: SaveSpec, origin: Origin, deadline: Option<Instant>) -> Result<Arc<SaveCore>> {
         let shared = &self.shared;
+        shared.region.medium().check_present()?;
         #[cfg(feature = "cuda")]
         if matches!(origin, Origin::Device(_)) {
             self.start_pump()?;

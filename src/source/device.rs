@@ -78,17 +78,15 @@ impl DeviceSource {
     }
 
     /// Copies what is in host memory of the payload bytes from `offset` on to its place in `dst`. True where there is any.
-    pub fn copy_host(&self, offset: u64, dst: &mut [u8]) -> bool {
+    pub fn copy_host(&self, offset: u64, dst: &mut [u8]) -> Result<bool> {
         let mut any = false;
         for (at, run, owner) in self.pieces(offset, dst.len()) {
             if owner.is_none() {
-                // SAFETY: host memory of the header or a segment: readable while `self` lives, by `new`'s contract.
-                let src = unsafe { std::slice::from_raw_parts(run.ptr, run.len) };
-                dst[at..at + run.len].copy_from_slice(src);
+                dst[at..at + run.len].copy_from_slice(self.host.bytes_of(&run)?);
                 any = true;
             }
         }
-        any
+        Ok(any)
     }
 
     /// What devices are to bring of the payload bytes `offset..offset + len`, in order.

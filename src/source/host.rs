@@ -1,7 +1,10 @@
 //! Host memory as the source of a save: the payload header, then tensors back to back.
 #![expect(unsafe_code, reason = "reads memory that C callers lend until the save is copied")]
 
-use crate::error::Result;
+use std::io;
+use std::sync::OnceLock;
+
+use crate::error::{Error, ErrorKind, Result};
 use crate::persist::{ChunkHasher, Persister};
 use crate::source::Source;
 
@@ -89,11 +92,18 @@ impl HostSource {
         &self.segments
     }
 
-    /// The memory behind payload bytes from `offset` on, as far as it is contiguous, at most `most` bytes.
-    fn run_at(&self, offset: u64, most: usize) -> &[u8] {
-        let run = self.locate(offset, most);
+    /// The memory of a run of this source.
+    pub(super) fn bytes_of(&self, run: &Run) -> Result<&[u8]> {
+        if run.segment.is_some() {
+            check_mapped(run.ptr, run.len)?;
+        }
         // SAFETY: within the header or one segment, which by `new`'s contract is readable and unchanged while `self` lives.
-        unsafe { std::slice::from_raw_parts(run.ptr, run.len) }
+        Ok(unsafe { std::slice::from_raw_parts(run.ptr, run.len) })
+    }
+
+    /// The memory behind payload bytes from `offset` on, as far as it is contiguous, at most `most` bytes.
+    fn run_at(&self, offset: u64, most: usize) -> Result<&[u8]> {
+        self.bytes_of(&self.locate(offset, most))
     }
 
     /// Takes into account what was copied by cached stores.
@@ -104,6 +114,31 @@ impl HostSource {
             unsafe { self.persister.flush_lines(bytes.as_ptr(), bytes.len()) };
         }
     }
+}
+
+/// Refuses memory that was unmapped: reading it would end the process. A caller who does so breaks the contract of saves;
+/// here the kernel can still say so. What is unmapped between this and the reading is not noticed, nor memory that was
+/// freed and stayed mapped.
+fn check_mapped(ptr: *const u8, len: usize) -> Result<()> {
+    static PAGE_BYTES: OnceLock<usize> = OnceLock::new();
+    // SAFETY: touches no memory.
+    let ask = || usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    let start = ptr.wrapping_sub(ptr.addr() % PAGE_BYTES.get_or_init(ask));
+    let bytes = ptr.addr() - start.addr() + len;
+    // MS_ASYNC writes nothing since Linux 2.6.19: what is left of it is whether every page of the range is mapped.
+    // SAFETY: neither reads nor changes a byte.
+    if unsafe { libc::msync(start.cast_mut().cast(), bytes, libc::MS_ASYNC) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() != Some(libc::ENOMEM) {
+        // Not known, as where a sandbox refuses the call.
+        return Ok(());
+    }
+    let message =
+        format!("expected the {len} bytes at {ptr:p} to be readable, found memory that is not mapped");
+    Err(Error::new(ErrorKind::InvalidArgument, "copy the state", message)
+        .advise("keep the state's memory until the save has been copied (wait_copied)"))
 }
 
 /// Copies `src` to `dst`, of the same length, around the caches, and feeds it to `hasher`; as [`Source::fill`].
@@ -121,7 +156,7 @@ impl Source for HostSource {
         // Bytes of `dst` before `done` that were gathered but not hashed yet.
         let mut gathered_from = 0;
         while done < dst.len() {
-            let src = self.run_at(offset + done as u64, dst.len() - done);
+            let src = self.run_at(offset + done as u64, dst.len() - done)?;
             if src.len() < GATHER_BYTES {
                 dst[done..done + src.len()].copy_from_slice(src);
                 done += src.len();
@@ -148,7 +183,7 @@ impl Source for HostSource {
     fn hash(&self, offset: u64, len: usize, hasher: &mut ChunkHasher) -> Result<()> {
         let mut done = 0;
         while done < len {
-            let src = self.run_at(offset + done as u64, len - done);
+            let src = self.run_at(offset + done as u64, len - done)?;
             hasher.update(src);
             done += src.len();
         }

@@ -142,7 +142,13 @@ impl<'a> State<'a> {
     /// Whether the newest checkpoint is that of the step, byte for byte. One that is damaged is not: bytes that arrive
     /// between hashing and writing differ from their hash.
     pub fn is_saved(&self, store: &Store, step: u64) -> bool {
-        let opened = store.open_checkpoint(Select::Newest, true).expect("open");
+        let opened = match store.open_checkpoint(Select::Newest, true) {
+            Ok(opened) => opened,
+            Err(error) => {
+                println!("{error}");
+                return false;
+            }
+        };
         assert_eq!(opened.checkpoint.record().step, step);
         self.parts.iter().enumerate().all(|(at, part)| {
             let right = self.standin.pattern(seed(step, at), part.bytes);

@@ -13,6 +13,8 @@ mod common;
 #[path = "../sigkill/content.rs"]
 mod content;
 mod crashes;
+#[path = "../disk/mod.rs"]
+#[allow(dead_code, reason = "this disk never fails")]
 mod disk;
 mod volume;
 mod workload;

@@ -139,6 +139,10 @@ impl Medium for Striped {
         self.layout.region_bytes()
     }
 
+    fn check_present(&self) -> Result<()> {
+        self.members.iter().try_for_each(|member| member.check_present())
+    }
+
     fn read(&self, offset: u64, dst: &mut [u8]) -> Result<()> {
         self.check("read", offset, dst.len() as u64)?;
         self.layout.pieces(offset, dst.len()).try_for_each(|piece| {

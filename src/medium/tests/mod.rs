@@ -310,7 +310,7 @@ fn device_errors_reach_the_sink_of_the_operation() {
     let file = Arc::new(RegionFile::open(&path, false, Duration::ZERO).unwrap());
     let pool = pool();
     let mut notes = Vec::new();
-    let ring = UringEngine::new(file.clone(), Some(&pool), 2, BLOCK, &mut notes).unwrap();
+    let ring = UringEngine::new(file.clone(), Some(&pool), 2, &mut notes).unwrap();
     let threads = ThreadEngine::new(file.clone(), 2).unwrap();
     let engines: [(&str, &dyn Fn(Io)); 2] =
         [("ring", &|io| ring.start(io)), ("threads", &|io| threads.start(io))];

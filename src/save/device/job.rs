@@ -127,7 +127,7 @@ impl Job {
         let (offset, len) = self.span(chunk);
         let chunk_buffer = &mut buffer[..len];
         if self.spares.is_empty() {
-            source.copy_host(offset, chunk_buffer);
+            source.copy_host(offset, chunk_buffer)?;
         } else if let Some(kept) = self.kept.remove(&chunk) {
             chunk_buffer.copy_from_slice(&kept);
         }
@@ -188,7 +188,7 @@ impl Job {
             let fetched: usize = source.fetches(offset, len).map(|fetch| fetch.bytes).sum();
             if fetched < len {
                 let mut between = vec![0; len];
-                source.copy_host(offset, &mut between);
+                source.copy_host(offset, &mut between)?;
                 self.kept.insert(chunk, between);
             }
         }

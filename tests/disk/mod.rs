@@ -1,4 +1,5 @@
-//! A disk in memory, served as a file by FUSE, that remembers every write and flush in the order in which they came.
+//! A disk in memory, served as a file by FUSE, that remembers every write and flush in the order in which they came, and
+//! fails when it is told to.
 
 use std::ffi::OsStr;
 use std::io;
@@ -81,10 +82,37 @@ pub enum Event {
     Flush,
 }
 
+/// What is asked of the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    Read,
+    Write,
+    Flush,
+}
+
+/// How it answers instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// By an error number; nothing was done.
+    Errno(i32),
+    /// It moves so many bytes and no more.
+    Short(usize),
+}
+
+/// Decides about each call, of so many bytes.
+type Troubles = Box<dyn FnMut(Call, usize) -> Option<Trouble> + Send>;
+
 struct State {
     image: Image,
+    troubles: Option<Troubles>,
     /// While it records.
     events: Option<Vec<Event>>,
+}
+
+impl State {
+    fn trouble(&mut self, call: Call, bytes: usize) -> Option<Trouble> {
+        self.troubles.as_mut().and_then(|troubles| troubles(call, bytes))
+    }
 }
 
 /// A disk that is mounted as long as this lives.
@@ -101,16 +129,36 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 impl Disk {
     pub fn new(bytes: usize) -> Disk {
+        // Every write comes here, and every image is seen. And not one write after the other.
+        Disk::with(bytes, FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, true)
+    }
+
+    /// One whose short answers reach the caller as such: the kernel makes errors of those to asynchronous calls.
+    pub fn synchronous(bytes: usize) -> Disk {
+        Disk::with(bytes, FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, false)
+    }
+
+    /// One that can be mapped: behind the page cache.
+    pub fn behind_cache(bytes: usize) -> Disk {
+        Disk::with(bytes, FopenFlags::empty(), false)
+    }
+
+    fn with(bytes: usize, flags: FopenFlags, asynchronous: bool) -> Disk {
         let folder = tempfile::tempdir().expect("a folder to mount on");
-        let state = Arc::new(Mutex::new(State { image: Image::new(bytes), events: None }));
+        let state = Arc::new(Mutex::new(State { image: Image::new(bytes), troubles: None, events: None }));
         let (completions, pending) = channel();
         let pending = Arc::new(Mutex::new(pending));
         for lane in 0..LANES {
             let (state, pending) = (state.clone(), pending.clone());
             thread::spawn(move || complete(&state, &pending, Random(lane)));
         }
-        let served =
-            Served { state: state.clone(), bytes: bytes as u64, completions: Mutex::new(completions) };
+        let served = Served {
+            state: state.clone(),
+            bytes: bytes as u64,
+            flags,
+            asynchronous,
+            completions: Mutex::new(completions),
+        };
         let session = fuser::spawn_mount(served, folder.path(), &Config::default())
             .expect("mount by FUSE: needs /dev/fuse and root");
         Disk { state, path: folder.path().join(NAME), session: Some(session), _folder: folder }
@@ -124,6 +172,15 @@ impl Disk {
     /// Other bytes; nobody may have the file open.
     pub fn put(&self, image: Image) {
         lock(&self.state).image = image;
+    }
+
+    /// From here on `troubles` decides about each call.
+    pub fn fail(&self, troubles: impl FnMut(Call, usize) -> Option<Trouble> + Send + 'static) {
+        lock(&self.state).troubles = Some(Box::new(troubles));
+    }
+
+    pub fn stop_failing(&self) {
+        lock(&self.state).troubles = None;
     }
 
     /// From here on everything is remembered; what is there now counts as durable.
@@ -172,6 +229,8 @@ fn complete(state: &Mutex<State>, pending: &Mutex<Receiver<Completion>>, mut ran
 struct Served {
     state: Arc<Mutex<State>>,
     bytes: u64,
+    flags: FopenFlags,
+    asynchronous: bool,
     completions: Mutex<Sender<Completion>>,
 }
 
@@ -203,8 +262,10 @@ impl Served {
 
 impl Filesystem for Served {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Kernels that cannot give one write after the other.
-        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        if self.asynchronous {
+            // Kernels that cannot give one write after the other.
+            let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        }
         Ok(())
     }
 
@@ -220,9 +281,7 @@ impl Filesystem for Served {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // No page cache: every write comes here, and every image is seen. And not one write after the other.
-        let flags = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
-        reply.opened(FileHandle(0), flags);
+        reply.opened(FileHandle(0), self.flags);
     }
 
     fn read(
@@ -236,8 +295,13 @@ impl Filesystem for Served {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let bytes = lock(&self.state).image.read(offset, size as usize);
-        reply.data(&bytes);
+        let mut state = lock(&self.state);
+        let bytes = match state.trouble(Call::Read, size as usize) {
+            Some(Trouble::Errno(errno)) => return reply.error(Errno::from_i32(errno)),
+            Some(Trouble::Short(bytes)) => bytes.min(size as usize),
+            None => size as usize,
+        };
+        reply.data(&state.image.read(offset, bytes));
     }
 
     fn write(
@@ -253,6 +317,11 @@ impl Filesystem for Served {
         reply: ReplyWrite,
     ) {
         let mut state = lock(&self.state);
+        let data = match state.trouble(Call::Write, data.len()) {
+            Some(Trouble::Errno(errno)) => return reply.error(Errno::from_i32(errno)),
+            Some(Trouble::Short(bytes)) => &data[..bytes.min(data.len())],
+            None => data,
+        };
         state.image.write(offset, data);
         let event = state.events.as_mut().map(|events| {
             events.push(Event::Write { offset, data: data.to_vec() });
@@ -265,7 +334,11 @@ impl Filesystem for Served {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        if let Some(events) = lock(&self.state).events.as_mut() {
+        let mut state = lock(&self.state);
+        if let Some(Trouble::Errno(errno)) = state.trouble(Call::Flush, 0) {
+            return reply.error(Errno::from_i32(errno));
+        }
+        if let Some(events) = state.events.as_mut() {
             events.push(Event::Flush);
         }
         reply.ok();

@@ -1,0 +1,328 @@
+//! The disk fails: each call of a save, a restore or an opening in turn.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use pccheck::engine::{Select, Store};
+use pccheck::{Error, ErrorKind, Result};
+
+use super::bed::{
+    assert_says, assert_settled, begin, restored_step, save, seen_by_a_reader, Bed, Way, SLOTS, WAIT,
+};
+use super::disk::{Call, Disk, Trouble};
+
+/// More calls of one kind than any history here makes.
+const MANY: u64 = 200;
+
+/// The `nth` of these calls meets trouble, and `more` after it. Returns the count of troubles.
+fn trouble(disk: &Disk, call: Call, nth: u64, more: u64, trouble: Trouble) -> Arc<AtomicU64> {
+    let met = Arc::new(AtomicU64::new(0));
+    let (counter, mut seen) = (met.clone(), 0);
+    disk.fail(move |called, _| {
+        let picked = called == call && (nth..=nth.saturating_add(more)).contains(&seen);
+        seen += u64::from(called == call);
+        counter.fetch_add(u64::from(picked), Ordering::SeqCst);
+        picked.then_some(trouble)
+    });
+    met
+}
+
+/// Saves step 2 while the `nth` call meets trouble; none where there are not so many calls.
+fn save_in_trouble(bed: &Bed, call: Call, nth: u64, more: u64, kind: Trouble) -> Option<Result<()>> {
+    let met = trouble(&bed.disk, call, nth, more, kind);
+    let saved = save(bed.store(), 2).map(drop);
+    bed.disk.stop_failing();
+    (met.load(Ordering::SeqCst) > 0).then_some(saved)
+}
+
+/// A save that failed with nothing but itself lost.
+fn assert_failed(bed: Bed, error: &Error, kinds: &[ErrorKind], errno: i32, context: &str) {
+    assert!(kinds.contains(&error.kind()), "{context}: {error:?}, expected one of {kinds:?}");
+    assert_says(error, error.kind(), Some(errno), &bed.path());
+    let quarantined = u32::from(error.kind() == ErrorKind::DurabilityUnknown);
+    assert_settled(bed.store(), quarantined);
+    assert_eq!(restored_step(bed.store()).expect("restore"), 1, "{context}");
+    assert_eq!(seen_by_a_reader(&bed.path(), bed.way), 1, "{context}");
+    assert_eq!(bed.store().repair(WAIT).expect("repair"), quarantined, "{context}");
+    bed.assert_as_good_as_new(10);
+}
+
+/// Every call of a kind fails in turn, once.
+fn each_fails(call: Call, errno: i32, kinds: &[ErrorKind]) {
+    for way in Way::ALL {
+        let mut hit = 0;
+        for nth in 0..MANY {
+            let bed = Bed::new(way);
+            let context = format!("{way:?}, {call:?} {nth}, errno {errno}");
+            match save_in_trouble(&bed, call, nth, 0, Trouble::Errno(errno)) {
+                Some(Err(error)) => assert_failed(bed, &error, kinds, errno, &context),
+                Some(Ok(())) => panic!("{context}: reported durable"),
+                None => break,
+            }
+            hit += 1;
+        }
+        assert!((1..MANY).contains(&hit), "{way:?}: {hit} calls of {call:?} in a save");
+        println!("{way:?}: each of {hit} calls of {call:?} failed with {errno}");
+    }
+}
+
+#[test]
+fn each_write_fails_in_turn_with_eio() {
+    each_fails(Call::Write, libc::EIO, &[ErrorKind::Io, ErrorKind::DurabilityUnknown]);
+}
+
+#[test]
+fn each_write_finds_the_device_full_in_turn() {
+    each_fails(Call::Write, libc::ENOSPC, &[ErrorKind::NoSpace, ErrorKind::DurabilityUnknown]);
+}
+
+#[test]
+fn each_flush_fails_in_turn() {
+    each_fails(Call::Flush, libc::EIO, &[ErrorKind::DurabilityUnknown]);
+}
+
+/// Trouble that passes: the save becomes durable all the same.
+fn each_passes(call: Call, more: u64, kind: Trouble) {
+    // What the page cache writes back is the kernel's to do again.
+    for way in [Way::Uring, Way::Threads] {
+        let mut hit = 0;
+        for nth in 0..MANY {
+            let bed = Bed::new(way);
+            let context = format!("{way:?}, {call:?} {nth} and {more} more, {kind:?}");
+            match save_in_trouble(&bed, call, nth, more, kind) {
+                Some(saved) => saved.unwrap_or_else(|error| panic!("{context}: {error}")),
+                None => break,
+            }
+            assert_eq!(restored_step(bed.store()).expect("restore"), 2, "{context}");
+            assert_eq!(seen_by_a_reader(&bed.path(), bed.way), 2, "{context}");
+            bed.assert_as_good_as_new(10);
+            hit += 1;
+        }
+        assert!((1..MANY).contains(&hit), "{way:?}: {hit} calls of {call:?} in a save");
+    }
+}
+
+#[test]
+fn writes_that_are_interrupted_are_made_again() {
+    each_passes(Call::Write, 3, Trouble::Errno(libc::EINTR));
+}
+
+#[test]
+fn writes_that_find_no_room_at_once_are_made_again() {
+    each_passes(Call::Write, 3, Trouble::Errno(libc::EAGAIN));
+}
+
+#[test]
+fn flushes_that_are_interrupted_are_made_again() {
+    each_passes(Call::Flush, 3, Trouble::Errno(libc::EINTR));
+}
+
+#[test]
+fn writes_that_end_early_are_gone_on_with() {
+    for bytes in [4096, 5000, 12_288 + 1, 100] {
+        each_passes(Call::Write, 0, Trouble::Short(bytes));
+    }
+}
+
+#[test]
+fn writes_that_always_end_early_are_gone_on_with() {
+    for way in [Way::Uring, Way::Threads] {
+        let bed = Bed::new(way);
+        let met = trouble(&bed.disk, Call::Write, 0, u64::MAX, Trouble::Short(4096));
+        save(bed.store(), 2).expect("block by block");
+        assert!(met.load(Ordering::SeqCst) > 75, "one call for each block");
+        assert_eq!(restored_step(bed.store()).expect("restore"), 2);
+        bed.assert_as_good_as_new(10);
+    }
+}
+
+#[test]
+fn writes_that_never_get_on_fail_in_the_end() {
+    for way in [Way::Uring, Way::Threads] {
+        for kind in [Trouble::Errno(libc::EAGAIN), Trouble::Short(100), Trouble::Short(0)] {
+            let bed = Bed::new(way);
+            trouble(&bed.disk, Call::Write, 0, u64::MAX, kind);
+            let error = save(bed.store(), 2).expect_err("no write gets anywhere");
+            bed.disk.stop_failing();
+            assert!(
+                matches!(error.kind(), ErrorKind::Io | ErrorKind::DurabilityUnknown),
+                "{way:?}, {kind:?}: {error:?}"
+            );
+            assert_says(&error, error.kind(), error.errno(), &bed.path());
+            assert_settled(bed.store(), u32::from(error.kind() == ErrorKind::DurabilityUnknown));
+            assert_eq!(restored_step(bed.store()).expect("restore"), 1);
+            bed.store().repair(WAIT).expect("repair");
+            bed.assert_as_good_as_new(10);
+        }
+    }
+}
+
+/// Each read of a restore fails in turn: the one before is taken, and it is said why.
+#[test]
+fn each_read_of_a_restore_fails_in_turn() {
+    for way in Way::ALL {
+        let mut hit = 0;
+        for nth in 0..MANY {
+            let bed = Bed::new(way);
+            save(bed.store(), 2).expect("save");
+            // A mapped region is read through the page cache, which would not ask the disk.
+            forget_cached(&bed);
+            let met = trouble(&bed.disk, Call::Read, nth, 0, Trouble::Errno(libc::EIO));
+            let opened = bed.store().open_checkpoint(Select::Newest, true);
+            bed.disk.stop_failing();
+            if met.load(Ordering::SeqCst) == 0 {
+                break;
+            }
+            let opened = opened.unwrap_or_else(|error| panic!("{way:?}, read {nth}: {error}"));
+            // The page cache reads ahead, and asks again for what it did not get.
+            if way != Way::Mmap || !opened.rejected.is_empty() {
+                assert_eq!(opened.checkpoint.record().step, 1, "{way:?}, read {nth}");
+                let (record, error) = &opened.rejected[0];
+                assert_eq!(record.step, 2);
+                assert_says(error, ErrorKind::Io, Some(libc::EIO), &bed.path());
+            }
+            drop(opened);
+            forget_cached(&bed);
+            assert_eq!(restored_step(bed.store()).expect("restore"), 2, "{way:?}: nothing was lost");
+            assert_settled(bed.store(), 0);
+            hit += 1;
+        }
+        assert!(
+            (3..MANY).contains(&hit),
+            "{way:?}: a restore reads table, header and chunks, found {hit} reads"
+        );
+    }
+}
+
+fn forget_cached(bed: &Bed) {
+    let file = std::fs::File::open(bed.path()).expect("open");
+    // SAFETY: touches no memory.
+    let refused = unsafe {
+        libc::posix_fadvise(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 0, libc::POSIX_FADV_DONTNEED)
+    };
+    assert_eq!(refused, 0);
+}
+
+#[test]
+fn reads_that_are_interrupted_or_end_early_are_gone_on_with() {
+    let again = [Trouble::Errno(libc::EINTR), Trouble::Errno(libc::EAGAIN)];
+    let short = [Trouble::Short(4096), Trouble::Short(5000)];
+    // Behind the page cache a short answer is the file's end to the kernel; without it io_uring is not to be trusted.
+    let cases = [
+        (Way::Uring, Disk::behind_cache as fn(usize) -> Disk, &again[..]),
+        (Way::Threads, Disk::synchronous, &again),
+        (Way::Threads, Disk::synchronous, &short),
+    ];
+    for (way, disk, kinds) in cases {
+        for kind in kinds.iter().copied() {
+            let bed = Bed::on(disk, way);
+            // Every other read, so that each gets on in between.
+            let mut turn = false;
+            bed.disk.fail(move |call, _| {
+                turn = !turn && call == Call::Read;
+                turn.then_some(kind)
+            });
+            let step =
+                restored_step(bed.store()).unwrap_or_else(|error| panic!("{way:?}, {kind:?}: {error}"));
+            assert_eq!(step, 1);
+            bed.assert_as_good_as_new(10);
+        }
+    }
+}
+
+/// Opening fails with an ordinary error, or works around what cannot be read, and destroys nothing.
+#[test]
+fn each_call_of_opening_fails_in_turn() {
+    for way in Way::ALL {
+        let mut failed = 0;
+        for call in [Call::Read, Call::Write, Call::Flush] {
+            for nth in 0..MANY {
+                let mut bed = Bed::new(way);
+                bed.store = None;
+                forget_cached(&bed);
+                let met = trouble(&bed.disk, call, nth, 0, Trouble::Errno(libc::EIO));
+                let opened = Store::open(&bed.path(), &way.options());
+                bed.disk.stop_failing();
+                if met.load(Ordering::SeqCst) == 0 {
+                    break;
+                }
+                match opened {
+                    Ok(store) => drop(store),
+                    Err(error) => {
+                        failed += 1;
+                        assert!(
+                            matches!(error.kind(), ErrorKind::Io | ErrorKind::DurabilityUnknown),
+                            "{error:?}"
+                        );
+                        assert_says(&error, error.kind(), Some(libc::EIO), &bed.path());
+                    }
+                }
+                forget_cached(&bed);
+                bed.store = Some(Store::open(&bed.path(), &way.options()).expect("open"));
+                assert_eq!(restored_step(bed.store()).expect("restore"), 1, "{way:?}, {call:?} {nth}");
+                bed.assert_as_good_as_new(10);
+            }
+        }
+        assert!(failed > 0, "{way:?}: opening never minds");
+    }
+}
+
+/// All fails: every save says so until none can be begun, what was saved before stays, and a repair by a disk that is well
+/// again brings everything back.
+#[test]
+fn a_dead_disk_is_reported_until_it_is_repaired() {
+    for way in Way::ALL {
+        let bed = Bed::new(way);
+        trouble(&bed.disk, Call::Flush, 0, u64::MAX, Trouble::Errno(libc::EIO));
+        for step in 2..u64::from(SLOTS) + 1 {
+            let error = save(bed.store(), step).expect_err("nothing can be flushed");
+            assert_says(&error, ErrorKind::DurabilityUnknown, Some(libc::EIO), &bed.path());
+        }
+        assert_settled(bed.store(), SLOTS - 1);
+        let brief = Some(Duration::from_millis(20));
+        let error = bed.store().begin_raw(99, 1, &[], brief).err().expect("no slot is left");
+        assert_eq!(error.kind(), ErrorKind::NoSlot, "{error}");
+        let error = bed.store().repair(WAIT).expect_err("it is still dead");
+        assert_says(&error, error.kind(), Some(libc::EIO), &bed.path());
+        assert_eq!(restored_step(bed.store()).expect("restore"), 1);
+        bed.disk.stop_failing();
+        assert_eq!(bed.store().repair(WAIT).expect("repair"), SLOTS - 1);
+        bed.assert_as_good_as_new(10);
+    }
+}
+
+/// Of two saves in flight one meets a failing write: the other is not harmed.
+#[test]
+fn a_write_that_fails_harms_no_other_save() {
+    for way in [Way::Uring, Way::Threads] {
+        let bed = Bed::new(way);
+        let mut chunks = 0;
+        bed.disk.fail(move |call, bytes| {
+            // Records are single blocks; a durable write of one that fails is a failed flush, which concerns both.
+            chunks += u32::from(call == Call::Write && bytes > 4096);
+            (chunks == 3).then(|| chunks += 1).map(|()| Trouble::Errno(libc::EIO))
+        });
+        let saves = [begin(bed.store(), 2), begin(bed.store(), 3)];
+        let ended = saves.map(|save| save.and_then(|save| save.wait_durable(WAIT)));
+        assert_eq!(ended.iter().filter(|ended| ended.is_err()).count(), 1, "{way:?}: {ended:?}");
+        let good = 2 + ended.iter().position(|ended| ended.is_ok()).expect("one") as u64;
+        assert_eq!(restored_step(bed.store()).expect("restore"), good);
+        bed.store().repair(WAIT).expect("repair");
+        bed.assert_as_good_as_new(10);
+    }
+}
+
+/// Where a process serves the file system and asks for direct I/O, Linux repeats what io_uring got short at the wrong place:
+/// left to choose, the engine does not go by it there.
+#[test]
+fn on_file_systems_that_a_process_serves_the_engine_goes_by_threads() {
+    let bed = Bed::on(Disk::synchronous, Way::Auto);
+    let info = bed.store().medium_info();
+    assert_eq!(info.path, "pwrite", "{info:?}");
+    assert!(info.notes.iter().any(|note| note.contains("FUSE")), "{info:?}");
+    trouble(&bed.disk, Call::Write, 0, u64::MAX, Trouble::Short(4096));
+    save(bed.store(), 2).expect("block by block");
+    assert_eq!(restored_step(bed.store()).expect("restore"), 2);
+    bed.assert_as_good_as_new(10);
+}

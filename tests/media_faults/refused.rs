@@ -1,0 +1,144 @@
+//! What the kernel refuses, and clocks that go back.
+
+use std::path::{Path, PathBuf};
+
+use pccheck::engine::{format_region, Select, Store};
+use pccheck::medium::{MediumKind, Requested};
+use pccheck::store::{FormatOptions, OpenOptions};
+use pccheck::ErrorKind;
+
+use super::bed::{format, restored_step, save, seen_by_a_reader, Way};
+use super::common::scratch;
+use super::interposed::{refusing, set_clock_off_by_s, Refused};
+
+/// More threads or mappings than anything here asks for.
+const MANY: u32 = 100;
+
+fn region() -> (tempfile::TempDir, PathBuf) {
+    let folder = scratch();
+    let path = folder.path().join("region");
+    format_region(&path, &format()).expect("format");
+    let store = Store::open(&path, &Way::Threads.options()).expect("open");
+    save(&store, 1).expect("the first save");
+    (folder, path)
+}
+
+/// Each opening in which something is refused works, or says what is missing and leaves the region free. Returns how many
+/// did not work.
+fn each_refused_in_opening(way: Way, path: &Path, what: fn(u32) -> Refused) -> u32 {
+    let mut failed = 0;
+    for nth in 0..MANY {
+        let context = format!("{way:?}, {:?}", what(nth));
+        let (opened, asked) = refusing(what(nth), || Store::open(path, &way.options()));
+        match opened {
+            Ok(store) if asked => drop(save(&store, 2).unwrap_or_else(|error| panic!("{context}: {error}"))),
+            Ok(_) => return failed,
+            Err(error) => {
+                failed += 1;
+                let kinds = [ErrorKind::OutOfMemory, ErrorKind::Io, ErrorKind::Unsupported];
+                assert!(kinds.contains(&error.kind()), "{context}: {error:?}");
+                assert!(error.errno().is_some() || error.advice().is_some(), "{context}: {error}");
+            }
+        }
+        // Nothing is held, and nothing was done.
+        let options = OpenOptions { lock_wait: Some(std::time::Duration::ZERO), ..way.options() };
+        let store = Store::open(path, &options).unwrap_or_else(|error| panic!("{context}: {error}"));
+        restored_step(&store).expect("restore");
+        save(&store, 3).expect("save");
+    }
+    panic!("{way:?}: more than {MANY}");
+}
+
+#[test]
+fn each_thread_that_is_refused_in_opening_is_told_or_done_without() {
+    for way in Way::ALL {
+        let (_folder, path) = region();
+        let failed = each_refused_in_opening(way, &path, Refused::Thread);
+        assert!(failed > 0, "{way:?}: no thread is needed");
+        assert_eq!(seen_by_a_reader(&path, way), 3);
+    }
+}
+
+#[test]
+fn each_mapping_that_is_refused_in_opening_is_told_or_done_without() {
+    for way in Way::ALL {
+        let (_folder, path) = region();
+        let failed = each_refused_in_opening(way, &path, Refused::Mapping);
+        assert!(failed > 0, "{way:?}: the staging pool is mapped");
+    }
+}
+
+#[test]
+fn a_staging_pool_that_cannot_be_had_is_told_with_its_size() {
+    let (_folder, path) = region();
+    let (opened, asked) = refusing(Refused::Mapping(0), || Store::open(&path, &Way::Threads.options()));
+    let error = opened.err().expect("no pool");
+    assert!(asked);
+    assert_eq!(error.kind(), ErrorKind::OutOfMemory, "{error}");
+    assert!(error.to_string().contains("393216") && error.advice().is_some(), "{error}");
+}
+
+/// A restore that gets fewer threads, or none, is slower or says so.
+#[test]
+fn threads_that_are_refused_to_a_restore_lose_nothing() {
+    let (_folder, path) = region();
+    let store = Store::open(&path, &OpenOptions { readers: 4, ..Way::Threads.options() }).expect("open");
+    for nth in 0..8 {
+        let (opened, _) = refusing(Refused::Thread(nth), || {
+            let opened = store.open_checkpoint(Select::Newest, true)?;
+            opened.checkpoint.read_tensor("w")
+        });
+        match opened {
+            Ok(bytes) => assert!(bytes == super::bed::state(1), "thread {nth}"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::OutOfMemory, "thread {nth}: {error}"),
+        }
+        assert_eq!(restored_step(&store).expect("restore"), 1, "thread {nth}");
+    }
+}
+
+#[test]
+fn where_o_direct_is_refused_the_engine_maps_and_says_so() {
+    let (_folder, path) = region();
+    // Not what was faster when it was measured.
+    format_region(&path, &FormatOptions { force: true, medium: Requested::Direct, ..format() })
+        .expect("format");
+    let auto = OpenOptions { medium: Requested::Auto, ..Way::Uring.options() };
+    let (opened, asked) = refusing(Refused::DirectIo, || Store::open(&path, &auto));
+    let store = opened.expect("another medium");
+    assert!(asked);
+    let info = store.medium_info();
+    assert_eq!(info.kind, MediumKind::Mmap, "{info:?}");
+    assert!(info.notes.iter().any(|note| note.contains("O_DIRECT")), "{info:?}");
+    save(&store, 2).expect("save");
+    drop(store);
+    let (refused, _) = refusing(Refused::DirectIo, || Store::open(&path, &Way::Uring.options()));
+    let error = refused.err().expect("it was asked for by name");
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert!(error.advice().is_some_and(|advice| advice.contains("mmap")), "{error}");
+    assert_eq!(seen_by_a_reader(&path, Way::Uring), 2);
+}
+
+/// What is newest is decided by generations, which no clock makes.
+#[test]
+fn clocks_that_go_back_change_nothing() {
+    const TEN_YEARS_S: i64 = 10 * 365 * 24 * 3600;
+    let (_folder, path) = region();
+    let time_of_newest = |store: &Store| store.checkpoints().expect("list")[0].record.unix_ns;
+    let store = Store::open(&path, &Way::Threads.options()).expect("open");
+    save(&store, 2).expect("save");
+    let before = time_of_newest(&store);
+    set_clock_off_by_s(-TEN_YEARS_S);
+    save(&store, 3).expect("save");
+    let after = time_of_newest(&store);
+    assert!(after < before, "the clock went back: {before}, {after}");
+    assert_eq!(restored_step(&store).expect("restore"), 3);
+    drop(store);
+    let store = Store::open(&path, &Way::Threads.options()).expect("open");
+    assert_eq!(restored_step(&store).expect("restore"), 3, "recovery chooses by generation");
+    // Before 1970 there is no time.
+    set_clock_off_by_s(-10 * TEN_YEARS_S);
+    save(&store, 4).expect("save");
+    set_clock_off_by_s(0);
+    save(&store, 5).expect("save");
+    assert_eq!(restored_step(&store).expect("restore"), 5);
+}
