@@ -1,4 +1,4 @@
-//! Damage on the medium: one flipped bit in every byte that means anything.
+//! Damage on the medium: one flipped bit in every byte that means anything; `PCC_FLIP_BITS=8` flips each bit of each.
 
 use std::ops::Range;
 use std::path::Path;
@@ -28,14 +28,20 @@ enum Cost {
     Payload,
 }
 
-/// Flips one bit in each byte of `range`, another bit in each, and judges what is read then.
+/// How many bits of each byte are flipped, one at a time.
+fn bits_of_each() -> u64 {
+    let given = std::env::var("PCC_FLIP_BITS").ok();
+    given.map_or(1, |bits| bits.parse().expect("PCC_FLIP_BITS is a number"))
+}
+
+/// Flips bits in each byte of `range`, one at a time and another one first in each, and judges what is read then.
 fn flip_each(bed: &Bed, range: Range<u64>, cost: Cost) {
     let file = bed.file();
     let pristine = bed.bytes();
-    for offset in range {
+    for (offset, nth) in range.flat_map(|offset| (0..bits_of_each()).map(move |nth| (offset, nth))) {
         use std::os::unix::fs::FileExt;
         let byte = pristine[offset as usize];
-        let flipped = byte ^ (1 << (offset.wrapping_mul(7) % 8));
+        let flipped = byte ^ (1 << (offset.wrapping_mul(7) + nth) % 8);
         file.write_all_at(&[flipped], offset).expect("flip");
         let store =
             Store::open(&bed.path, &reading()).unwrap_or_else(|error| panic!("byte {offset}: {error}"));

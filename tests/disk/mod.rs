@@ -143,6 +143,16 @@ impl Disk {
         Disk::with(bytes, FopenFlags::empty(), false)
     }
 
+    /// A disk of the kind that `make` makes, which holds what the file does.
+    pub fn of_file(make: fn(usize) -> Disk, file: &Path) -> Disk {
+        let bytes = std::fs::read(file).expect("read");
+        let mut image = Image::new(bytes.len());
+        image.write(0, &bytes);
+        let disk = make(bytes.len());
+        disk.put(image);
+        disk
+    }
+
     fn with(bytes: usize, flags: FopenFlags, asynchronous: bool) -> Disk {
         let folder = tempfile::tempdir().expect("a folder to mount on");
         let state = Arc::new(Mutex::new(State { image: Image::new(bytes), troubles: None, events: None }));

@@ -19,12 +19,12 @@ use std::env;
 use std::path::Path;
 use std::time::Duration;
 
-use child::{Orders, Reports, Way};
+use child::{Orders, Way};
 use content::Random;
 use machine::Machine;
 use pccheck::engine::{format_region, Store};
 use pccheck::store::{FormatOptions, OpenOptions};
-use reports::Known;
+use reports::{Known, Reports};
 
 const REGION: &str = "/mnt/region";
 const SLOTS: u32 = 6;

@@ -1,6 +1,5 @@
 //! A store on a disk that can fail, and what every fault must leave behind.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::{Error, ErrorKind, Result};
 
 use super::common::{save_one, scratch_in};
-use super::disk::{Disk, Image};
+use super::disk::Disk;
 
 pub const WAIT: Option<Duration> = Some(Duration::from_secs(30));
 pub const SLOTS: u32 = 4;
@@ -155,10 +154,5 @@ fn formatted(disk: fn(usize) -> Disk) -> Disk {
     let folder = scratch_in(Path::new("/dev/shm"));
     let file = folder.path().join("region");
     format_region(&file, &format()).expect("format");
-    let bytes = fs::read(&file).expect("read");
-    let disk = disk(bytes.len());
-    let mut image = Image::new(bytes.len());
-    image.write(0, &bytes);
-    disk.put(image);
-    disk
+    Disk::of_file(disk, &file)
 }

@@ -16,6 +16,9 @@ mod crashes;
 #[path = "../disk/mod.rs"]
 #[allow(dead_code, reason = "this disk never fails")]
 mod disk;
+#[path = "../sigkill/reports.rs"]
+#[allow(dead_code, reason = "nobody reports here")]
+mod reports;
 mod volume;
 mod workload;
 

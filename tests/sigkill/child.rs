@@ -4,9 +4,6 @@
 //! `@durable GENERATION STEP`, `@error TEXT`.
 
 use std::env;
-use std::fs::File;
-use std::io::Write;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +18,7 @@ use pccheck::store::OpenOptions;
 
 use super::common::{save_bytes, WAIT};
 use super::content;
+use super::reports::Reports;
 
 /// Set in the child: the region's path.
 const ENV_REGION: &str = "PCC_SIGKILL_REGION";
@@ -113,21 +111,6 @@ impl Orders {
 
 fn number<T: FromStr>(name: &str) -> Option<T> {
     env::var(name).ok()?.parse().ok()
-}
-
-/// Standard output without a buffer in this process: what was reported is in the pipe when the process dies.
-pub struct Reports(File);
-
-impl Reports {
-    pub fn open() -> Reports {
-        let fd = std::io::stdout().as_fd().try_clone_to_owned().expect("duplicate standard output");
-        Reports(File::from(fd))
-    }
-
-    pub fn say(&self, line: &str) {
-        // One write of less than PIPE_BUF bytes: all of it or nothing. The parent may be gone.
-        let _ = (&self.0).write_all(format!("\n@{line}\n").as_bytes());
-    }
 }
 
 /// Saves until it is killed, if this process is a child; returns at once if it is not.

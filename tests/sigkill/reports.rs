@@ -1,10 +1,28 @@
-//! What processes reported before they were killed, and what of it must still be true afterwards.
+//! What processes report, and what of it must still be true after they were killed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{channel, Sender};
 use std::thread;
 use std::time::Duration;
+
+/// Standard output without a buffer in this process: what was reported is in the pipe when the process dies.
+pub struct Reports(File);
+
+impl Reports {
+    pub fn open() -> Reports {
+        let fd = std::io::stdout().as_fd().try_clone_to_owned().expect("duplicate standard output");
+        Reports(File::from(fd))
+    }
+
+    pub fn say(&self, line: &str) {
+        // One write of less than PIPE_BUF bytes: all of it or nothing. The parent may be gone.
+        let _ = (&self.0).write_all(format!("\n@{line}\n").as_bytes());
+    }
+}
 
 /// What a process said before it died.
 #[derive(Default)]
@@ -16,6 +34,13 @@ pub struct Said {
     pub durable: BTreeMap<u64, u64>,
     /// What it found when it started, newest first: generation and step.
     pub found: Vec<(u64, u64)>,
+    pub pinned: BTreeSet<u64>,
+    /// A pin may have been lifted since.
+    pub unpinned: BTreeSet<u64>,
+    pub cancelled: u64,
+    /// Saves that a failing disk cost, and slots that were repaired.
+    pub failed: u64,
+    pub repaired: u64,
 }
 
 impl Said {
@@ -33,6 +58,11 @@ impl Said {
                 }
             }
             ["durable", generation, step] => drop(self.durable.insert(number(generation)?, number(step)?)),
+            ["pinned", generation] => drop(self.pinned.insert(number(generation)?)),
+            ["unpin", generation] => drop(self.unpinned.insert(number(generation)?)),
+            ["cancelled"] => self.cancelled += 1,
+            ["failed", _] => self.failed += 1,
+            ["repaired", slots] => self.repaired += number(slots)?,
             _ => return Err(format!("a child said {line:?}")),
         }
         Ok(())
@@ -45,6 +75,7 @@ pub struct Known {
     began: BTreeSet<u64>,
     step_of: BTreeMap<u64, u64>,
     newest_durable: u64,
+    pinned: BTreeSet<u64>,
     /// No save may use this generation or a lower one.
     pub used_up_to: u64,
 }
@@ -69,6 +100,8 @@ impl Known {
             self.step_of.insert(*generation, *step);
             self.newest_durable = self.newest_durable.max(*generation);
         }
+        self.pinned.extend(&said.pinned);
+        self.pinned.retain(|generation| !said.unpinned.contains(generation));
         self.used_up_to = self.step_of.keys().last().copied().unwrap_or(0).max(self.used_up_to);
         Ok(())
     }
@@ -108,21 +141,58 @@ impl Known {
                 ));
             }
         }
-        Ok(())
+        match self.pinned.iter().find(|pinned| !listed.iter().any(|(listed, _)| listed == *pinned)) {
+            Some(pinned) => Err(format!("generation {pinned} was pinned and is gone; found {listed:?}")),
+            None => Ok(()),
+        }
     }
 }
 
 /// Starts a process and kills it `life` after it has said `after`. Returns all that it said.
 pub fn run_and_kill(command: &mut Command, after: &str, life: Duration) -> Result<Said, String> {
+    let (said, status) = run_and_end(command, after, |process| {
+        thread::sleep(life);
+        process.kill()
+    })?;
+    match status {
+        Some(status) if !status.success() => Ok(said),
+        status => Err(format!("a child ended by itself, {status:?}")),
+    }
+}
+
+/// Starts a process, and lets `end` end it when it has said `after`. Returns all that it said, and its status; none where it
+/// ended without having said that.
+pub fn run_and_end(
+    command: &mut Command,
+    after: &str,
+    end: impl FnOnce(&mut Child) -> io::Result<()>,
+) -> Result<(Said, Option<ExitStatus>), String> {
     let mut process = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .map_err(|error| format!("start a child: {error}"))?;
-    let mut output = BufReader::new(process.stdout.take().expect("a pipe"));
+    let output = process.stdout.take().expect("a pipe");
+    let (tells, told) = channel();
+    thread::scope(|scope| {
+        // All the while, so that the pipe never stops the process.
+        let listening = scope.spawn(|| listen(output, after, tells));
+        let was_told = told.recv().is_ok();
+        if was_told {
+            end(&mut process).map_err(|error| format!("end a child: {error}"))?;
+        }
+        let said = listening.join().map_err(|_| "the listener panicked".to_string())?;
+        let status = process.wait().map_err(|error| format!("wait: {error}"))?;
+        Ok((said?, was_told.then_some(status)))
+    })
+}
+
+/// Hears all that a process says; tells when it has said `after`.
+fn listen(output: ChildStdout, after: &str, tells: Sender<()>) -> Result<Said, String> {
+    let mut output = BufReader::new(output);
     let mut said = Said::default();
-    let mut waiting = true;
     let mut outcome = Ok(());
+    let mut tells = Some(tells);
     let mut line = String::new();
     while output.read_line(&mut line).is_ok_and(|bytes| bytes > 0) {
         let whole = std::mem::take(&mut line);
@@ -130,16 +200,11 @@ pub fn run_and_kill(command: &mut Command, after: &str, life: Duration) -> Resul
         let Some(line) = whole.strip_prefix('@').filter(|line| line.ends_with('\n')) else { continue };
         let line = line.trim_end();
         outcome = outcome.and_then(|()| said.hear(line));
-        if waiting && line.starts_with(after) {
-            waiting = false;
-            thread::sleep(life);
-            process.kill().map_err(|error| format!("kill: {error}"))?;
+        if line.starts_with(after) {
+            if let Some(tells) = tells.take() {
+                let _ = tells.send(());
+            }
         }
     }
-    let status = process.wait().map_err(|error| format!("wait: {error}"))?;
-    outcome?;
-    match waiting || status.success() {
-        true => Err(format!("a child ended by itself, {status}")),
-        false => Ok(said),
-    }
+    outcome.map(|()| said)
 }

@@ -1,0 +1,102 @@
+//! Prevents: what only shows after hours, or when everything happens at once. Regions of random shape, over one file or several or
+//! on a disk that fails now and then, live through savers that are killed, stopped or left to end, beside readers and exports; they
+//! pin, cancel and repair. After each life all that was reported durable must be there, and whole.
+//!
+//! `scripts/soak --minutes 60` runs it for so long; without, it runs for some seconds. Needs root and /dev/fuse for the disk.
+
+mod beside;
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../sigkill/content.rs"]
+mod content;
+#[path = "../disk/mod.rs"]
+#[allow(dead_code, reason = "nothing is recorded here")]
+mod disk;
+mod life;
+#[path = "../sigkill/reports.rs"]
+#[allow(dead_code, reason = "savers are ended in more ways than one")]
+mod reports;
+mod saver;
+mod shape;
+mod totals;
+
+use std::env;
+use std::str::FromStr;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use content::Random;
+use life::Life;
+use shape::Shape;
+use totals::Totals;
+
+/// Unless `PCC_SOAK_SECONDS` says otherwise.
+const SECONDS: u64 = 8;
+/// Lives of one region.
+const LIVES: u64 = 6;
+/// Set to a file: the totals are written there as JSON.
+const ENV_JSON: &str = "PCC_SOAK_JSON";
+
+/// The body of a saver: a test that does nothing unless this process was started as one.
+#[test]
+fn saver_process() {
+    saver::run_if_saver();
+}
+
+fn given<T: FromStr>(name: &str) -> Option<T> {
+    env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
+}
+
+fn now_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64)
+}
+
+/// One region after the other until the time is up.
+fn soak(
+    lasts: Duration,
+    seed: u64,
+    shape_of: fn(&mut Random) -> Shape,
+    totals: &mut Totals,
+) -> Result<(), String> {
+    let (began, mut random) = (Instant::now(), Random(seed));
+    let progress = totals::Progress::new(lasts);
+    while began.elapsed() < lasts || totals.regions == 0 {
+        let shape = shape_of(&mut random);
+        let mut life = Life::new(shape);
+        totals.regions += 1;
+        for nth in 0..LIVES {
+            life.live(nth, &mut random, totals)
+                .map_err(|what| format!("life {nth} of {:?}, PCC_SOAK_SEED={seed}: {what}", life.shape()))?;
+            progress.show(totals);
+            if began.elapsed() >= lasts {
+                break;
+            }
+        }
+    }
+    progress.end();
+    totals.seconds = began.elapsed().as_secs();
+    Ok(())
+}
+
+#[test]
+fn whatever_happens_nothing_is_lost() {
+    let seed = given("PCC_SOAK_SEED").unwrap_or_else(now_ns);
+    let lasts = Duration::from_secs(given("PCC_SOAK_SECONDS").unwrap_or(SECONDS));
+    let mut totals = Totals::new(seed);
+    let outcome = soak(lasts, seed, Shape::random, &mut totals);
+    totals.losses = u64::from(outcome.is_err());
+    println!("{}", totals.table());
+    if let Some(path) = env::var_os(ENV_JSON) {
+        std::fs::write(&path, totals.json()).expect("write the totals");
+    }
+    outcome.unwrap_or_else(|what| panic!("{what}"));
+    assert!(totals.durable > 0 && totals.verified_bytes > 0, "nothing was tested");
+}
+
+/// The soak can fail: savers that report what they never wrote are found out.
+#[test]
+fn savers_that_lie_are_caught() {
+    let lying = |random: &mut Random| Shape { lies: true, fails: false, ..Shape::random(random) };
+    let mut totals = Totals::new(1);
+    let what = soak(Duration::from_secs(20), 1, lying, &mut totals).expect_err("not caught");
+    assert!(what.contains("was reported durable"), "caught for another reason: {what}");
+}
