@@ -41,7 +41,7 @@ fn flip_each(bed: &Bed, range: Range<u64>, cost: Cost) {
     for (offset, nth) in range.flat_map(|offset| (0..bits_of_each()).map(move |nth| (offset, nth))) {
         use std::os::unix::fs::FileExt;
         let byte = pristine[offset as usize];
-        let flipped = byte ^ (1 << (offset.wrapping_mul(7) + nth) % 8);
+        let flipped = byte ^ (1 << ((offset.wrapping_mul(7) + nth) % 8));
         file.write_all_at(&[flipped], offset).expect("flip");
         let store =
             Store::open(&bed.path, &reading()).unwrap_or_else(|error| panic!("byte {offset}: {error}"));
