@@ -90,7 +90,7 @@ pub(super) fn fill(fd: RawFd, bytes: u64, prewrite: Option<Progress<'_>>) -> Res
         None if !reserved => write_zeros(fd, bytes, &mut silent)?,
         None => {}
     }
-    transfer::sync_data(fd)
+    transfer::sync_data(fd, transfer::Behind::PageCache)
 }
 
 /// Reserves the space; false where the file system has no such operation.

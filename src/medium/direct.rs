@@ -216,8 +216,9 @@ impl Medium for Direct {
     /// RWF_DSYNC: the device writes the block through its cache, and nothing else is flushed.
     fn write_durable(&self, offset: u64, block: &[u8], _barrier: Barrier) -> Result<()> {
         self.check_blocks("write durably", offset, block.len())?;
-        let written = self
-            .with_aligned(offset, block, |at, piece| transfer::write_dsync(self.file.raw_fd(), at, piece));
+        let written = self.with_aligned(offset, block, |at, piece| {
+            transfer::write_dsync(self.file.raw_fd(), at, piece, transfer::Behind::Nothing)
+        });
         written.map_err(|error| self.file.about(error))
     }
 }

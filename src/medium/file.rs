@@ -282,9 +282,9 @@ impl RegionFile {
         transfer::read_all(self.raw_fd(), offset, dst).map_err(|error| self.about(error))
     }
 
-    /// fdatasync.
+    /// fdatasync of a file that is written by O_DIRECT.
     pub(super) fn sync_data(&self) -> Result<()> {
-        transfer::sync_data(self.raw_fd()).map_err(|error| self.about(error))
+        transfer::sync_data(self.raw_fd(), transfer::Behind::Nothing).map_err(|error| self.about(error))
     }
 
     /// Whether the path still leads to the file that is open.

@@ -137,9 +137,19 @@ pub(super) fn write_all(fd: RawFd, offset: u64, src: &[u8]) -> Result<()> {
     unsafe { transfer_all(IoOp::Copy, fd, offset, src.as_ptr().cast_mut(), src.len()) }
 }
 
+/// What may lie between the file and the device: decides what an interrupted flush means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Behind {
+    /// Nothing: all writes went by O_DIRECT, and their errors were theirs. A flush may be asked for again.
+    Nothing,
+    /// The page cache: the interruption may be that of a write-back, which lost its pages and is told once. Asking
+    /// again would turn that into success.
+    PageCache,
+}
+
 /// Writes `src` at `offset` so that it is durable on return: RWF_DSYNC, or a write and fdatasync where the
 /// kernel or file system does not know that flag.
-pub(super) fn write_dsync(fd: RawFd, offset: u64, src: &[u8]) -> Result<()> {
+pub(super) fn write_dsync(fd: RawFd, offset: u64, src: &[u8], behind: Behind) -> Result<()> {
     let (mut done, mut fruitless) = (0, Fruitless::default());
     while done < src.len() {
         let rest = &src[done..];
@@ -157,10 +167,10 @@ pub(super) fn write_dsync(fd: RawFd, offset: u64, src: &[u8]) -> Result<()> {
             Err(_) => {
                 let error = io::Error::last_os_error();
                 match error.raw_os_error() {
-                    _ if fruitless.again_after(&error) => {}
+                    _ if behind == Behind::Nothing && fruitless.again_after(&error) => {}
                     Some(libc::EOPNOTSUPP | libc::ENOSYS) => {
                         write_all(fd, at as u64, rest).map_err(durability_unknown)?;
-                        return sync_data(fd);
+                        return sync_data(fd, behind);
                     }
                     _ => {
                         return Err(durability_unknown(
@@ -177,15 +187,14 @@ pub(super) fn write_dsync(fd: RawFd, offset: u64, src: &[u8]) -> Result<()> {
 /// fdatasync: what was written through this file, and what is needed to find it again, is durable.
 ///
 /// Never called again after it failed: the kernel reports a lost write once, and then forgets it.
-pub(super) fn sync_data(fd: RawFd) -> Result<()> {
+pub(super) fn sync_data(fd: RawFd, behind: Behind) -> Result<()> {
     loop {
         // SAFETY: touches no memory.
         if unsafe { libc::fdatasync(fd) } == 0 {
             return Ok(());
         }
         let error = io::Error::last_os_error();
-        // A signal interrupts the wait, not the writing: asking again is not a retry of a failure.
-        if error.kind() != io::ErrorKind::Interrupted {
+        if behind == Behind::PageCache || error.kind() != io::ErrorKind::Interrupted {
             return Err(durability_unknown(Error::io("fdatasync", &error)));
         }
     }

@@ -2,12 +2,12 @@
 //! SIGBUS, where pread returns an error.
 #![expect(unsafe_code, reason = "mapping, storing into the mapping, msync")]
 
-use std::io;
 use std::mem::ManuallyDrop;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::file::RegionFile;
+use super::io::Behind;
 use super::{
     check_io, io as transfer, refuse, Barrier, Io, IoOp, Medium, MediumInfo, MediumKind, MediumMemory,
 };
@@ -232,17 +232,13 @@ impl Mapped {
         let place = self.place("msync", offset, len)?;
         let skew = place.addr() % page;
         let (start, len) = (place.wrapping_sub(skew), len as usize + skew);
-        loop {
-            // SAFETY: whole pages of the mapping, which starts at a page boundary; msync changes no byte.
-            if unsafe { libc::msync(start.cast(), len, libc::MS_SYNC) } == 0 {
-                return Ok(());
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                let error = transfer::durability_unknown(Error::io("msync", &error));
-                return Err(self.file.about(error.at_offset(offset)));
-            }
+        // SAFETY: whole pages of the mapping, which starts at a page boundary; msync changes no byte.
+        if unsafe { libc::msync(start.cast(), len, libc::MS_SYNC) } == 0 {
+            return Ok(());
         }
+        // Not made again when it was interrupted: see `Behind::PageCache`.
+        let error = transfer::durability_unknown(Error::last_os("msync"));
+        Err(self.file.about(error.at_offset(offset)))
     }
 }
 
@@ -327,7 +323,8 @@ impl Medium for Mapped {
             return self.persist(offset, block.len() as u64, barrier);
         }
         self.file.check("write durably", offset, block.len() as u64, true)?;
-        transfer::write_dsync(self.file.raw_fd(), offset, block).map_err(|error| self.file.about(error))
+        transfer::write_dsync(self.file.raw_fd(), offset, block, Behind::PageCache)
+            .map_err(|error| self.file.about(error))
     }
 }
 

@@ -2,7 +2,6 @@
 #![expect(unsafe_code, reason = "reads memory that C callers lend until the save is copied")]
 
 use std::io;
-use std::sync::OnceLock;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::persist::{ChunkHasher, Persister};
@@ -120,10 +119,9 @@ impl HostSource {
 /// here the kernel can still say so. What is unmapped between this and the reading is not noticed, nor memory that was
 /// freed and stayed mapped.
 fn check_mapped(ptr: *const u8, len: usize) -> Result<()> {
-    static PAGE_BYTES: OnceLock<usize> = OnceLock::new();
-    // SAFETY: touches no memory.
-    let ask = || usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
-    let start = ptr.wrapping_sub(ptr.addr() % PAGE_BYTES.get_or_init(ask));
+    // SAFETY: touches no memory; the C library knows it without asking the kernel.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    let start = ptr.wrapping_sub(ptr.addr() % page);
     let bytes = ptr.addr() - start.addr() + len;
     // MS_ASYNC writes nothing since Linux 2.6.19: what is left of it is whether every page of the range is mapped.
     // SAFETY: neither reads nor changes a byte.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use pccheck::engine::{format_region, Store};
 use pccheck::store::OpenOptions;
+use pccheck::ErrorKind;
 
 use super::beside::{export_until, read_until, Seen};
 use super::common::{disk as real_disk, save_bytes, scratch_in, WAIT};
@@ -77,7 +78,9 @@ impl Life {
         };
         let troubles = Arc::new(AtomicU64::new(0));
         if let Place::Disk(disk) = &self.place {
-            fail_now_and_then(disk, Random(random.next()), troubles.clone());
+            // What the page cache writes back short is lost in silence: a lying disk, which nothing protects from.
+            let may_be_short = self.shape.way != Way::Mmap;
+            fail_now_and_then(disk, may_be_short, Random(random.next()), troubles.clone());
         }
         let end = match random.below(10) {
             0..7 => End::Killed,
@@ -142,7 +145,14 @@ impl Life {
     /// The next writer finds the same, repairs what there is to repair, and saves.
     fn take_over(&mut self, step: u64, totals: &mut Totals) -> Result<(), String> {
         let options = OpenOptions { lock_wait: Some(LOCK_WAIT), ..self.shape.options() };
-        let store = Store::open(&self.region, &options).map_err(|error| format!("take over: {error}"))?;
+        let store = match Store::open(&self.region, &options) {
+            // What was written back for a dead process and lost is told to whoever asks next, once.
+            Err(error) if self.shape.fails && error.kind() == ErrorKind::DurabilityUnknown => {
+                Store::open(&self.region, &options)
+            }
+            opened => opened,
+        };
+        let store = store.map_err(|error| format!("take over: {error}"))?;
         totals.repaired += u64::from(store.repair(WAIT).map_err(|error| format!("repair: {error}"))?);
         let tensors = content::tensors_of(step);
         let durable = save_bytes(&store, step, &tensors, &[("step", &step.to_string())])
@@ -182,12 +192,12 @@ fn end_saver(process: &mut Child, end: End, lasts: Duration) -> std::io::Result<
 }
 
 /// Most calls go well.
-fn fail_now_and_then(disk: &Disk, mut random: Random, met: Arc<AtomicU64>) {
+fn fail_now_and_then(disk: &Disk, may_be_short: bool, mut random: Random, met: Arc<AtomicU64>) {
     disk.fail(move |call, bytes| {
         let trouble = match (call, random.below(1000)) {
             (_, 0..3) => Some(Trouble::Errno(libc::EIO)),
             (Call::Write, 3 | 4) => Some(Trouble::Errno(libc::ENOSPC)),
-            (Call::Write, 5..10) => Some(Trouble::Short(random.below(bytes as u64) as usize)),
+            (Call::Write, 5..10) if may_be_short => Some(Trouble::Short(random.below(bytes as u64) as usize)),
             (_, 10..20) => Some(Trouble::Errno(libc::EINTR)),
             (Call::Write, 20..25) => Some(Trouble::Errno(libc::EAGAIN)),
             _ => None,

@@ -59,22 +59,23 @@ fn soak(
 ) -> Result<(), String> {
     let (began, mut random) = (Instant::now(), Random(seed));
     let progress = totals::Progress::new(lasts);
-    while began.elapsed() < lasts || totals.regions == 0 {
-        let shape = shape_of(&mut random);
-        let mut life = Life::new(shape);
+    let mut outcome = Ok(());
+    while outcome.is_ok() && (began.elapsed() < lasts || totals.regions == 0) {
+        let mut life = Life::new(shape_of(&mut random));
         totals.regions += 1;
         for nth in 0..LIVES {
-            life.live(nth, &mut random, totals)
-                .map_err(|what| format!("life {nth} of {:?}, PCC_SOAK_SEED={seed}: {what}", life.shape()))?;
+            outcome = life
+                .live(nth, &mut random, totals)
+                .map_err(|what| format!("life {nth} of {:?}, PCC_SOAK_SEED={seed}: {what}", life.shape()));
             progress.show(totals);
-            if began.elapsed() >= lasts {
+            if outcome.is_err() || began.elapsed() >= lasts {
                 break;
             }
         }
     }
     progress.end();
     totals.seconds = began.elapsed().as_secs();
-    Ok(())
+    outcome
 }
 
 #[test]

@@ -49,14 +49,15 @@ impl Shape {
             2 if !fails => Way::Memory,
             _ => Way::Mmap,
         };
+        let in_flight = 1 + random.below(4) as u32;
         Shape {
             way,
-            in_flight: 1 + random.below(4) as u32,
+            in_flight,
             keep: 1 + random.below(3) as u32,
             spare_slots: random.below(3) as u32,
             members: if fails { 1 } else { 1 + random.below(3) as u32 },
             chunk_bytes: 4096 << random.below(5),
-            pool_chunks: 2 + random.below(16),
+            pool_chunks: u64::from(in_flight) + 1 + random.below(16),
             rewrite_every: 1 + random.below(8) as u32,
             fails,
             lies: false,
