@@ -13,6 +13,9 @@ const GATHERED_MAX_BYTES: usize = 128 << 10;
 /// Tensors smaller than this within a chunk are gathered by ordinary copies and hashed together.
 const GATHER_BYTES: usize = 16 << 10;
 
+/// So many pages the kernel is asked about at a time.
+const PAGES_ASKED_FOR: usize = 512;
+
 /// One tensor's memory. Not read before [`HostSource::new`] made it part of a save.
 #[derive(Debug, Clone, Copy)]
 pub struct HostSegment {
@@ -123,14 +126,17 @@ fn check_mapped(ptr: *const u8, len: usize) -> Result<()> {
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
     let start = ptr.wrapping_sub(ptr.addr() % page);
     let bytes = ptr.addr() - start.addr() + len;
-    // MS_ASYNC writes nothing since Linux 2.6.19: what is left of it is whether every page of the range is mapped.
-    // SAFETY: neither reads nor changes a byte.
-    if unsafe { libc::msync(start.cast_mut().cast(), bytes, libc::MS_ASYNC) } == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    if error.raw_os_error() != Some(libc::ENOMEM) {
-        // Not known, as where a sandbox refuses the call.
+    // Which pages are in memory does not matter here; that the kernel knows nothing of one does.
+    let mut resident = [0u8; PAGES_ASKED_FOR];
+    let unmapped = (0..bytes).step_by(PAGES_ASKED_FOR * page).any(|at| {
+        let asked = (bytes - at).min(PAGES_ASKED_FOR * page);
+        // SAFETY: reads nothing at the address, and writes one byte of `resident` for each page, for which there is room.
+        let code =
+            unsafe { libc::mincore(start.wrapping_add(at).cast_mut().cast(), asked, resident.as_mut_ptr()) };
+        // Any other refusal says nothing of the memory, as where a sandbox forbids the call.
+        code != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOMEM)
+    });
+    if !unmapped {
         return Ok(());
     }
     let message =

@@ -11,7 +11,8 @@ use pccheck::save::Save;
 use pccheck::{ErrorKind, Result};
 
 use super::bed::{
-    assert_says, assert_settled, format, restored_step, save, seen_by_a_reader, Bed, Way, STATE_BYTES, WAIT,
+    assert_says, assert_settled, begin, format, restored_step, save, seen_by_a_reader, Bed, Way, STATE_BYTES,
+    WAIT,
 };
 use super::common::scratch;
 use super::disk::Call;
@@ -37,9 +38,9 @@ fn a_file_that_is_cut_short_is_said_to_be_before_anything_is_saved_into_it() {
         let whole = fs::metadata(&path).expect("stat").len();
         let mut raw = store.begin_raw(2, STATE_BYTES as u64, &[], WAIT).expect("begin");
         raw.write_at(0, &[7; 100_000]).expect("write");
-        // The last slot is not that of step 1.
-        set_len(&path, whole - 4096);
-        let error = save(&store, 3).expect_err("the file is short");
+        // Step 1 is in the first slot, what is in flight in a later one.
+        set_len(&path, store.region().layout().slot_offset(1));
+        let error = begin(&store, 3).err().expect("the file is short");
         assert_says(&error, ErrorKind::Io, None, &path);
         assert!(error.to_string().contains("cut short") && error.advice().is_some(), "{error}");
         // In flight: refused where it would store beyond the end, at the latest before its record is written.
@@ -71,7 +72,7 @@ fn a_file_that_is_deleted_or_replaced_takes_no_more_saves() {
                 }
                 false => fs::remove_file(&path).expect("remove"),
             }
-            let error = save(&store, 3).expect_err("nobody would find it");
+            let error = begin(&store, 3).err().expect("nobody would find it");
             assert_says(&error, ErrorKind::Io, None, &path);
             assert!(error.to_string().contains("deleted or replaced") && error.advice().is_some(), "{error}");
             let rest = raw.write_at(0, &[7; 10_000]).and_then(|()| raw.commit());
