@@ -87,6 +87,28 @@ pub mod model {
         builder.preemption_bound = Some(preemptions.max(builder.preemption_bound.unwrap_or(0)));
         builder.check(law);
     }
+
+    /// Set in the child process of [`deadlocks`].
+    const IN_CHILD: &str = "PCCHECK_MODEL_CHILD";
+
+    /// Runs a broken model in which some thread waits for ever; `test` is the path of the calling test in the crate. loom
+    /// cannot unwind out of a deadlock (it aborts), so a child process runs that test again.
+    pub fn deadlocks(test: &str, model: impl FnOnce()) {
+        if std::env::var_os(IN_CHILD).is_some() {
+            return model();
+        }
+        let child = std::process::Command::new(std::env::current_exe().expect("this test's program"))
+            .args(["--exact", test, "--nocapture"])
+            .env(IN_CHILD, "1")
+            .env("RUST_BACKTRACE", "0")
+            .output()
+            .expect("child process");
+        let said = String::from_utf8_lossy(&child.stderr);
+        assert!(
+            !child.status.success() && said.contains("deadlock"),
+            "{test}: no deadlock was found: {said}"
+        );
+    }
 }
 
 use atomic::{AtomicU64, Ordering};
