@@ -44,3 +44,19 @@ fn saves_in_flight_stay_whole_beside_a_reader() {
     let setup = Setup::tight(3, 1);
     explore("saves_in_flight_stay_whole_beside_a_reader", saves_beside_a_reader(setup));
 }
+
+/// Two streams at once in a pool with room for one half-filled chunk of each: they spill and read back.
+#[test]
+fn raw_streams_move_on_in_the_smallest_pool() {
+    let setup = Setup::tight(2, 1);
+    prepare(setup);
+    explore("raw_streams_move_on_in_the_smallest_pool", move || {
+        let world = World::open(setup);
+        let streamer =
+            |step: u64| -> Work { Box::new(move |world| assert!(world.stream(step).durable().slot < 3)) };
+        together(&world, vec![streamer(1001), streamer(1003), saver(10..12)]);
+        assert_eq!(world.store.stats().saves_durable, 4);
+        assert!(world.read_newest().is_some());
+        world.finish();
+    });
+}

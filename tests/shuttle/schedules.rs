@@ -105,7 +105,7 @@ fn schedules(name: &str, each: u64, scenario: impl Fn() + Send + Sync + 'static)
 /// The scenario must hold in every schedule.
 pub fn explore(name: &str, scenario: impl Fn() + Send + Sync + 'static) {
     let began = Instant::now();
-    let tally = schedules(name, number("PCC_SHUTTLE_ITERATIONS", 100), scenario);
+    let tally = schedules(name, number("PCC_SHUTTLE_ITERATIONS", 500), scenario);
     println!(
         "shuttle: {name}: {} schedules, {} switches each, {:.1} s",
         tally.schedules,

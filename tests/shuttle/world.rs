@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use pccheck::engine::{Select, Store, TensorAt};
 use pccheck::error::ErrorKind;
-use pccheck::format::{encode_table, plan, Dtype, Layout, TensorSpec};
+use pccheck::format::{encode_table, plan, plan_raw, Dtype, Layout, TensorSpec};
 use pccheck::medium::sim::{
     for_each_crash_image, EnumerateOptions, Image, Note, SimMedium, SimModel, SimSchedule,
 };
@@ -89,6 +89,11 @@ impl Setup {
     }
 }
 
+/// Whether a step is saved as a raw stream.
+pub fn is_raw(step: u64) -> bool {
+    step >= 1000
+}
+
 /// What a step saves: a pure function of the step, so that whoever finds it can tell.
 pub struct Content {
     pub data: Vec<u8>,
@@ -110,7 +115,8 @@ impl Content {
         let shape = [len as u64];
         let spec =
             TensorSpec { name: "w", dtype: Dtype::U8, shape: &shape, bytes: len as u64, alias_of: None };
-        let mut payload = plan(&[spec], &[]).expect("plan").header;
+        let planned = if is_raw(step) { plan_raw(len as u64, &[]) } else { plan(&[spec], &[]) };
+        let mut payload = planned.expect("plan").header;
         payload.extend_from_slice(&data);
         let hashes: Vec<u128> =
             payload.chunks(CHUNK_BYTES as usize).map(pccheck::format::chunk_hash).collect();
@@ -207,7 +213,11 @@ impl World {
         };
         // SAFETY: `Flying` keeps the data, unchanged, until it is copied.
         let save = Arc::new(unsafe { self.store.begin_save(step, &[tensor], &[], options) }?);
-        let (ended, sim) = (save.clone(), self.sim.clone());
+        Ok(self.watch(save, data))
+    }
+
+    fn watch(&self, save: Arc<Save>, data: Vec<u8>) -> Flying {
+        let (ended, sim, step) = (save.clone(), self.sim.clone(), save.step());
         save.on_end(Box::new(move || {
             let (label, value) = match ended.wait_durable(Some(std::time::Duration::ZERO)) {
                 Ok(durable) => (label::ACKNOWLEDGED, both(durable.generation, step)),
@@ -216,7 +226,28 @@ impl World {
             };
             sim.note(Note::Other { label, value });
         }));
-        Ok(Flying { save, data })
+        Flying { save, data }
+    }
+
+    /// Saves as a raw stream that two threads write, from the back, in pieces that straddle chunks.
+    pub fn stream(&self, step: u64) -> Flying {
+        const PIECE_BYTES: usize = 1500;
+        self.say(label::ISSUED, step);
+        let data = Arc::new(Content::of(step).data);
+        let raw = Arc::new(self.store.begin_raw(step, data.len() as u64, &[], None).expect("begin"));
+        let writers = [0, 1].map(|part| {
+            let (raw, data) = (raw.clone(), data.clone());
+            thread::spawn(move || {
+                let pieces = data.chunks(PIECE_BYTES).enumerate().filter(|(at, _)| at % 2 == part);
+                for (at, piece) in pieces.collect::<Vec<_>>().into_iter().rev() {
+                    raw.write_at((at * PIECE_BYTES) as u64, piece)
+                        .expect("law: a piece finds room in the end");
+                }
+            })
+        });
+        writers.into_iter().for_each(|writer| writer.join().expect("writer"));
+        let mut raw = Arc::into_inner(raw).expect("the writers are done");
+        self.watch(Arc::new(raw.commit().expect("all is written")), Vec::new())
     }
 
     /// Restores the newest checkpoint, if there is one, and compares it. Returns its generation and step.
@@ -259,7 +290,7 @@ impl World {
 /// Reads a checkpoint and compares it with what its step saved.
 pub fn check(checkpoint: &pccheck::load::Checkpoint) -> (u64, u64) {
     let (generation, step) = (checkpoint.record().generation, checkpoint.record().step);
-    let read = checkpoint.read_tensor("w");
+    let read = checkpoint.read_tensor(if is_raw(step) { "raw" } else { "w" });
     let bytes = read.unwrap_or_else(|error| panic!("law: what is open can be read: {error}"));
     assert!(bytes == Content::of(step).data, "law: a reader never sees bytes of another step than {step}");
     (generation, step)
