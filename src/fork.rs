@@ -13,8 +13,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
-use crate::sync::{thread, Mutex};
+use crate::sync::process::{yield_now, AtomicBool, AtomicI32, AtomicU32, Ordering};
+use crate::sync::OnceLock;
 
 /// How many descriptors (regions, rings) one process may have open at once.
 const REGISTRY_LEN: usize = 2048;
@@ -31,13 +31,13 @@ static GENERATION: AtomicU32 = AtomicU32::new(0);
 /// the handlers that hold it across a fork are three separate C functions.
 static UNREGISTERED: AtomicBool = AtomicBool::new(false);
 
-/// Whether the handlers are installed; an error number, or 0, once they were tried.
-static INSTALLED: Mutex<Option<i32>> = Mutex::new(None);
+/// Set once the handlers were tried: an error number, or 0 where they are installed.
+static INSTALLED: OnceLock<i32> = OnceLock::new();
 
 fn acquire() {
     // Acquire pairs with the release in `release`: registrations made under the lock are seen.
     while UNREGISTERED.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
-        thread::yield_now();
+        yield_now();
     }
 }
 
@@ -70,8 +70,7 @@ extern "C" fn in_child() {
 }
 
 fn install() -> Result<()> {
-    let mut installed = INSTALLED.lock();
-    let code = *installed.get_or_insert_with(|| {
+    let code = *INSTALLED.get_or_init(|| {
         // SAFETY: three functions that live as long as the library, which is linked so as never to be unloaded.
         unsafe { libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child)) }
     });

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::Mutex;
+use crate::sync::{now, Mutex};
 
 /// A snapshot of the counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -63,7 +63,7 @@ struct Busy {
 
 impl Busy {
     fn now(&self) -> Duration {
-        self.total + self.since.map_or(Duration::ZERO, |since| since.elapsed())
+        self.total + self.since.map_or(Duration::ZERO, |since| now() - since)
     }
 }
 
@@ -72,7 +72,7 @@ impl Metrics {
         self.begun.fetch_add(1, Ordering::Relaxed);
         let mut busy = self.busy.lock();
         busy.saves += 1;
-        busy.since.get_or_insert_with(Instant::now);
+        busy.since.get_or_insert_with(now);
     }
 
     /// A save is no longer in flight, however it ended.

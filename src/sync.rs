@@ -1,16 +1,28 @@
-//! The one file that names `core::sync::atomic`, `std::sync` or `loom`: everything else imports from here.
+//! The one door to threads, atomics, locks and the clock: no other file names `core::sync::atomic`, `std::sync`, `loom` or
+//! `shuttle`.
 //!
-//! Built with `--cfg loom`, the same names are loom's, so that the models check the code that ships. Locks do
+//! Built with `--cfg loom`, the same names are loom's, so that the models check the code that ships; with `--cfg shuttle`
+//! they are shuttle's, so that it is scheduled as a whole (tests/shuttle). Locks do
 //! not expose poisoning: what a lock of this crate guards is valid between any two statements, and a thread
 //! that died is reported by the save it worked for, not by every later user of the lock.
 
+#[cfg(shuttle)]
+mod scheduled;
+
 use std::time::Instant;
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 mod imp {
     pub use core::sync::atomic;
     pub use std::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use std::thread;
+}
+
+#[cfg(shuttle)]
+mod imp {
+    pub use super::scheduled::{Condvar, Mutex, MutexGuard};
+    pub use shuttle::sync::{atomic, Arc};
+    pub use shuttle::thread;
 }
 
 #[cfg(loom)]
@@ -24,9 +36,43 @@ pub use imp::{thread, Arc, MutexGuard};
 #[cfg(not(loom))]
 pub use std::sync::{OnceLock, Weak};
 
-/// Atomics: core's, or loom's in a model.
+/// Atomics: core's, or loom's in a model, or shuttle's in a schedule.
 pub mod atomic {
     pub use super::imp::atomic::{fence, AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+}
+
+/// What belongs to the process, whatever runs in it: statics, which outlive every schedule. Always core's and std's.
+pub mod process {
+    pub use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
+    pub use std::thread::yield_now;
+}
+
+/// The time, for deadlines and ages of what the engine does. In a schedule it is a matter of the schedule.
+#[cfg(not(shuttle))]
+pub fn now() -> Instant {
+    Instant::now()
+}
+
+#[cfg(shuttle)]
+pub use scheduled::now;
+
+/// Runs `work` on the calling thread and `more` others, and returns when all are done. Where the system refuses a thread,
+/// those that run do the work.
+#[cfg(not(any(loom, shuttle)))]
+pub fn share(name: &str, more: usize, work: impl Fn() + Sync) {
+    thread::scope(|scope| {
+        for _ in 0..more {
+            let _ = thread::Builder::new().name(name.into()).spawn_scoped(scope, &work);
+        }
+        work();
+    });
+}
+
+/// The same in a schedule, on other threads only: the end of shuttle's last scoped thread wakes the one that made the
+/// scope, whatever that waits for by then.
+#[cfg(shuttle)]
+pub fn share(_name: &str, more: usize, work: impl Fn() + Sync) {
+    thread::scope(|scope| (0..=more).for_each(|_| drop(scope.spawn(&work))));
 }
 
 /// What the models need of loom.
@@ -40,6 +86,28 @@ pub mod model {
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = Some(preemptions.max(builder.preemption_bound.unwrap_or(0)));
         builder.check(law);
+    }
+
+    /// Set in the child process of [`deadlocks`].
+    const IN_CHILD: &str = "PCCHECK_MODEL_CHILD";
+
+    /// Runs a broken model in which some thread waits for ever; `test` is the path of the calling test in the crate. loom
+    /// cannot unwind out of a deadlock (it aborts), so a child process runs that test again.
+    pub fn deadlocks(test: &str, model: impl FnOnce()) {
+        if std::env::var_os(IN_CHILD).is_some() {
+            return model();
+        }
+        let child = std::process::Command::new(std::env::current_exe().expect("this test's program"))
+            .args(["--exact", test, "--nocapture"])
+            .env(IN_CHILD, "1")
+            .env("RUST_BACKTRACE", "0")
+            .output()
+            .expect("child process");
+        let said = String::from_utf8_lossy(&child.stderr);
+        assert!(
+            !child.status.success() && said.contains("deadlock"),
+            "{test}: no deadlock was found: {said}"
+        );
     }
 }
 
@@ -102,7 +170,7 @@ impl Condvar {
     ) -> (MutexGuard<'a, T>, bool) {
         #[cfg(not(loom))]
         if let Some(deadline) = deadline {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(now());
             if left.is_zero() {
                 return (guard, true);
             }
@@ -226,7 +294,7 @@ impl Event {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
     use std::time::Duration;

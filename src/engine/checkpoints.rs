@@ -95,6 +95,11 @@ impl Store {
                         return Ok(Opened { checkpoint, rejected });
                     }
                     Err(Refusal::Checkpoint(error)) => error,
+                    // The newest takes no room: newer ones have come since the listing.
+                    Err(Refusal::Other(error)) if refused_as_old(select, &error) => {
+                        overtaken = Some(error);
+                        break;
+                    }
                     Err(Refusal::Other(error)) => return Err(error),
                 };
                 if error.kind() == ErrorKind::Reclaimed {
@@ -150,6 +155,11 @@ impl Store {
         };
         Ok(records.into_iter().filter(matches).collect())
     }
+}
+
+/// Whoever asks for the newest is not to hear that an older one, which it was a moment ago, would cost saves a slot.
+fn refused_as_old(select: Select, error: &Error) -> bool {
+    select == Select::Newest && error.kind() == ErrorKind::NoSlot
 }
 
 /// Why a candidate was not taken.

@@ -13,7 +13,7 @@ use crate::persist::{ChunkHasher, Persister};
 use crate::staging::StagingBuffer;
 use crate::store::Region;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use crate::sync::{thread, Arc, Condvar, Mutex};
+use crate::sync::{share, Arc, Condvar, Mutex};
 
 /// Reads kept in flight by each thread.
 const WINDOW: usize = 4;
@@ -134,13 +134,7 @@ fn run<'a>(
         failed: AtomicBool::new(false),
         failure: Mutex::new(None),
     };
-    thread::scope(|scope| {
-        for _ in 1..threads {
-            // Where the system refuses a thread, those that run do the work.
-            let _ = thread::Builder::new().name("pcc-read".into()).spawn_scoped(scope, || read_jobs(&work));
-        }
-        read_jobs(&work);
-    });
+    share("pcc-read", threads - 1, || read_jobs(&work));
     let failure = work.failure.lock().take();
     failure.map_or(Ok(()), Err)
 }

@@ -16,7 +16,7 @@ use crate::fork::without_forks;
 use crate::format::BLOCK_BYTES;
 use crate::persist::Persister;
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::thread;
+use crate::sync::share;
 
 /// `MADV_POPULATE_WRITE`, Linux 5.14; older kernels answer EINVAL.
 const MADV_POPULATE_WRITE: libc::c_int = 23;
@@ -67,7 +67,7 @@ impl Drop for SyncMap {
 ///
 /// A request: without it, or where it is refused, the first saves are slower.
 fn populate(start: *mut u8, len: usize) {
-    let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let threads = cores.min(POPULATE_THREADS_MAX).min(len / POPULATE_PIECE_BYTES + 1);
     let next = AtomicUsize::new(0);
     let start = start.expose_provenance();
@@ -84,13 +84,7 @@ fn populate(start: *mut u8, len: usize) {
             return;
         }
     };
-    thread::scope(|scope| {
-        for _ in 1..threads {
-            // Where no thread can be had, this one does all of it.
-            let _ = thread::Builder::new().spawn_scoped(scope, work);
-        }
-        work();
-    });
+    share("pcc-map", threads - 1, work);
 }
 
 enum Mapping {

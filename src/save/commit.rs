@@ -13,7 +13,7 @@ pub(super) fn run_committer(shared: &Shared) {
 }
 
 /// One flush covers the payloads of all the saves: each had completed its writes before it was queued.
-fn commit_all(shared: &Shared, saves: Vec<Arc<SaveCore>>) {
+fn commit_all(shared: &Shared, mut saves: Vec<Arc<SaveCore>>) {
     let ranges: Vec<(u64, u64)> = saves
         .iter()
         .map(|save| (shared.region.layout().slot_offset(save.claim.slot), save.used_bytes()))
@@ -22,6 +22,9 @@ fn commit_all(shared: &Shared, saves: Vec<Arc<SaveCore>>) {
         true => Ok(()),
         false => shared.region.persist_payloads(&ranges),
     };
+    if shared.faults.join_after_flush() {
+        saves.extend(shared.take_commits());
+    }
     for save in &saves {
         let result = flushed.clone().and_then(|()| commit_one(shared, save));
         if let Err(error) = result {

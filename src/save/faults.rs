@@ -25,6 +25,15 @@ pub struct Faults {
     /// Believe that what a cancelled save was to write is in its place.
     #[cfg(feature = "sim")]
     pub know_uncommitted: bool,
+    /// Commit, with a batch, saves that became complete only while its payloads were being flushed.
+    #[cfg(feature = "sim")]
+    pub join_after_flush: bool,
+    /// Wake those who wait for a slot only before a save that has ended is no longer counted as in flight.
+    #[cfg(feature = "sim")]
+    pub wake_before_forgetting: bool,
+    /// Give the slot of a failed save back while writes into it are under way.
+    #[cfg(feature = "sim")]
+    pub end_with_writes_under_way: bool,
     /// Copy a GPU's memory without waiting for what the caller's stream had to do before.
     #[cfg(feature = "sim")]
     pub copy_before_the_event: bool,
@@ -50,6 +59,6 @@ macro_rules! fault {
 }
 
 fault! { skip_writing_mark commit_before_payload free_before_commit commit_on_last_chunk pin_after_commit }
-fault! { remember_overwritten know_uncommitted }
+fault! { remember_overwritten know_uncommitted join_after_flush wake_before_forgetting end_with_writes_under_way }
 #[cfg(feature = "cuda")]
 fault! { copy_before_the_event land_early stream_waits_for_nothing }

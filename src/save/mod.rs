@@ -24,7 +24,7 @@ pub(crate) use raw::RawChunks;
 pub(crate) use saver::Saver;
 
 use crate::error::Result;
-use crate::sync::Arc;
+use crate::sync::{now, Arc};
 
 /// How a save begins.
 ///
@@ -71,7 +71,7 @@ impl From<Option<Duration>> for SaveOptions {
 
 /// The moment `timeout` from now; `None` waits for ever.
 pub(crate) fn deadline_in(timeout: Option<Duration>) -> Option<Instant> {
-    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+    timeout.and_then(|timeout| now().checked_add(timeout))
 }
 
 /// One save in flight, or ended.

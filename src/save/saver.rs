@@ -23,7 +23,7 @@ use crate::slots::SlotState;
 use crate::staging::StagingBuffer;
 use crate::store::Region;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{thread, Arc, Event, Mutex};
+use crate::sync::{now, thread, Arc, Event, Mutex};
 
 /// How long a thread that waits for a buffer goes without looking whether the store is being closed.
 const CLOSE_POLL: Duration = Duration::from_millis(50);
@@ -194,7 +194,7 @@ impl Saver {
         }
         // Ends by itself: every operation in flight completes, nothing new is started, and a thread that dies ends
         // all saves. Where a panic poisoned the store, no such thing is sure.
-        let limit = shared.region.poisoned().then(|| Instant::now() + POISONED_CLOSE_WAIT);
+        let limit = shared.region.poisoned().then(|| now() + POISONED_CLOSE_WAIT);
         if self.drain(limit).is_err() {
             shared.end_all_by_force();
             shared.wake_all();
@@ -279,7 +279,7 @@ impl Shared {
             if self.closing() || self.has_arrived() {
                 return None;
             }
-            let _ = pool.freed().wait(ticket, Some(Instant::now() + CLOSE_POLL));
+            let _ = pool.freed().wait(ticket, Some(now() + CLOSE_POLL));
         }
     }
 
@@ -319,13 +319,13 @@ impl Shared {
             if self.closing() {
                 return Err(cancelled("the store was closed"));
             }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if deadline.is_some_and(|deadline| now() >= deadline) {
                 return Err(out_of_time("raw write", "a staging buffer"));
             }
             if copier::take_arrived(self) {
                 continue;
             }
-            let poll = Instant::now() + CLOSE_POLL;
+            let poll = now() + CLOSE_POLL;
             let _ = pool.freed().wait(ticket, Some(deadline.map_or(poll, |deadline| deadline.min(poll))));
         }
     }
@@ -341,15 +341,20 @@ impl Shared {
     pub fn next_commits(&self) -> Option<Vec<Arc<SaveCore>>> {
         loop {
             let ticket = self.commit_work.ticket();
-            let ready = std::mem::take(&mut *self.commit_queue.lock());
+            let ready = self.take_commits();
             if !ready.is_empty() {
-                return Some(ready.into_values().collect());
+                return Some(ready);
             }
             if self.closing() && self.active.lock().is_empty() {
                 return None;
             }
             let _ = self.commit_work.wait(ticket, None);
         }
+    }
+
+    /// All saves that are ready to commit by now, oldest first.
+    pub fn take_commits(&self) -> Vec<Arc<SaveCore>> {
+        std::mem::take(&mut *self.commit_queue.lock()).into_values().collect()
     }
 
     /// A save has come to wait for its confirmation alone: who drains must know.
@@ -383,7 +388,9 @@ impl Shared {
             }
         }
         self.active_changed.notify_all();
-        self.region.slot_freed().notify_all();
+        if !self.faults.wake_before_forgetting() {
+            self.region.slot_freed().notify_all();
+        }
         if self.closing() {
             self.wake_all();
         }

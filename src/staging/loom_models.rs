@@ -5,7 +5,7 @@
 
 use super::{BufferSet, FreeList};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::model::{explore, UnsafeCell};
+use crate::sync::model::{deadlocks, explore, UnsafeCell};
 use crate::sync::{thread, Arc, Condvar, Mutex};
 
 /// The preemptions that each model explores at least.
@@ -176,29 +176,105 @@ impl Pool for HastyNotify {
     }
 }
 
-/// Set in the child process of the test below.
-const IN_CHILD: &str = "PCCHECK_MODEL_CHILD";
-
-/// loom cannot unwind out of a deadlock (it aborts), so the broken variant runs in a child process.
 #[test]
 fn a_notification_behind_the_look_for_waiters_is_caught() {
-    if std::env::var_os(IN_CHILD).is_some() {
-        return take_write_put(1, 2, Bytes::Unwatched, || HastyNotify {
+    deadlocks("staging::loom_models::a_notification_behind_the_look_for_waiters_is_caught", || {
+        take_write_put(1, 2, Bytes::Unwatched, || HastyNotify {
             set: BufferSet::new(1),
             epoch: AtomicU64::new(0),
             waiters: AtomicU64::new(0),
             lock: Mutex::new(()),
             moved: Condvar::new(),
         });
+    });
+}
+
+/// A save that was cancelled gives the buffers of its parked writes back while other saves wait for them.
+///
+/// `returned` says how a buffer comes back.
+fn cancelled_save_returns_its_buffers(returned: fn(&FreeList, usize) -> bool) {
+    explore(PREEMPTIONS - 1, move || {
+        let pool = Arc::new(FreeList::new(2));
+        let cells: Arc<Vec<_>> = Arc::new((0..2).map(|_| UnsafeCell::new(())).collect());
+        let parked: Vec<usize> = (0..2).filter_map(|_| pool.take_until(None)).collect();
+        let waiters: Vec<_> = (0..2)
+            .map(|_| {
+                let (pool, cells) = (pool.clone(), cells.clone());
+                thread::spawn(move || {
+                    let index = pool.take_until(None).expect("law: who waits gets a buffer");
+                    cells[index].with_mut(|_| ());
+                    assert!(pool.put(index), "law: a buffer has one owner at a time");
+                })
+            })
+            .collect();
+        for index in parked {
+            cells[index].with_mut(|_| ());
+            assert!(returned(&pool, index), "law: a buffer has one owner at a time");
+        }
+        for waiter in waiters {
+            waiter.join().expect("waiter");
+        }
+        assert_eq!(pool.set().free_count(), 2, "law: no buffer is lost");
+    });
+}
+
+#[test]
+fn a_cancelled_saves_buffers_reach_who_waits_for_them() {
+    cancelled_save_returns_its_buffers(|pool, index| pool.put(index));
+}
+
+#[test]
+fn a_buffer_that_comes_back_unnoticed_is_caught() {
+    deadlocks("staging::loom_models::a_buffer_that_comes_back_unnoticed_is_caught", || {
+        cancelled_save_returns_its_buffers(|pool, index| pool.set().put(index));
+    });
+}
+
+/// Takes the ticket only after it has looked: what comes back in between is not noticed.
+struct LateTicket(FreeList);
+
+impl Pool for LateTicket {
+    fn take(&self) -> Option<usize> {
+        loop {
+            if let Some(index) = self.0.set().take() {
+                return Some(index);
+            }
+            let ticket = self.0.freed().ticket();
+            let _forever = self.0.freed().wait(ticket, None);
+        }
     }
-    let name = concat!(module_path!(), "::a_notification_behind_the_look_for_waiters_is_caught");
-    let name = name.split_once("::").map_or(name, |(_crate, path)| path);
-    let child = std::process::Command::new(std::env::current_exe().expect("this test's program"))
-        .args(["--exact", name, "--nocapture"])
-        .env(IN_CHILD, "1")
-        .env("RUST_BACKTRACE", "0")
-        .output()
-        .expect("child process");
-    let said = String::from_utf8_lossy(&child.stderr);
-    assert!(!child.status.success() && said.contains("deadlock"), "the lost wake-up was not found: {said}");
+    fn put(&self, index: usize) -> bool {
+        self.0.put(index)
+    }
+    fn free_count(&self) -> usize {
+        self.0.set().free_count()
+    }
+}
+
+#[test]
+fn a_ticket_taken_after_the_look_is_caught() {
+    deadlocks("staging::loom_models::a_ticket_taken_after_the_look_is_caught", || {
+        take_write_put(1, 2, Bytes::Unwatched, || LateTicket(FreeList::new(1)));
+    });
+}
+
+/// Takes without ordering: the new owner's accesses may come before the last one's.
+struct UnorderedTake(AtomicU64);
+
+impl Pool for UnorderedTake {
+    fn take(&self) -> Option<usize> {
+        (self.0.fetch_and(0, Ordering::Relaxed) == 1).then_some(0)
+    }
+    fn put(&self, index: usize) -> bool {
+        self.0.fetch_or(1 << index, Ordering::Release) == 0
+    }
+    fn free_count(&self) -> usize {
+        self.0.load(Ordering::Relaxed).count_ones() as usize
+    }
+}
+
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn a_take_without_acquire_is_caught() {
+    take_write_put(1, 2, Bytes::Watched, || UnorderedTake(AtomicU64::new(1)));
 }

@@ -42,9 +42,22 @@ pub const UNSAFE_ROOMS: &[(&str, &str)] = &[
 pub const SAFE_ROOMS: &[&str] = &["medium/sim/"];
 
 /// Where threads meet: nobody else names these, so that the models check the code that ships.
-pub const SYNC_ROOMS: &[(&str, &str)] =
-    &[("sync.rs", "the seam itself"), ("error.rs", "an error is shared outside of models, too")];
-const SYNC_NAMES: &[&str] = &["std::sync", "core::sync", "loom::", "parking_lot", "crossbeam_utils::atomic"];
+pub const SYNC_ROOMS: &[(&str, &str)] = &[
+    ("sync.rs", "the seam itself"),
+    ("sync/", "its parts"),
+    ("error.rs", "an error is shared outside of models, too"),
+];
+const SYNC_NAMES: &[&str] = &[
+    "std::sync",
+    "core::sync",
+    "std::thread::spawn",
+    "std::thread::scope",
+    "std::thread::Builder",
+    "loom::",
+    "shuttle::",
+    "parking_lot",
+    "crossbeam_utils::atomic",
+];
 
 /// The only intrinsics and assembly.
 const ASM_ROOM: &str = "persist/";

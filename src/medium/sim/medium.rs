@@ -9,7 +9,7 @@ use super::trace::{Event, Note, OpId, SimModel, Start, ThreadTag, Trace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BLOCK_BYTES;
 use crate::medium::{Barrier, Durability, Io, IoOp, Medium, MediumInfo, MediumKind, MediumMemory};
-use crate::sync::{thread, Arc, Condvar, Mutex, MutexGuard};
+use crate::sync::{now, thread, Arc, Condvar, Mutex, MutexGuard};
 
 /// When operations given to [`Medium::start`] complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +130,7 @@ impl SimMedium {
     /// Waits until gate `id` has caught `count` calls; false when `timeout` ran out first.
     #[must_use]
     pub fn wait_held(&self, id: HoldId, count: usize, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
+        let deadline = now() + timeout;
         let mut state = self.shared.state.lock();
         while state.gates.caught(id) < count {
             let timed_out;
@@ -156,7 +156,7 @@ impl SimMedium {
                 let_go.push(state.queue.remove(at));
             } else {
                 state.queue[at].held_by = None;
-                state.queue[at].due = Instant::now();
+                state.queue[at].due = now();
                 at += 1;
             }
         }
@@ -320,9 +320,8 @@ impl Shared {
         loop {
             let ready = state.queue.iter().enumerate().filter(|(_, queued)| queued.held_by.is_none());
             let next = ready.min_by_key(|(_, queued)| queued.due).map(|(at, queued)| (at, queued.due));
-            let now = Instant::now();
             match next {
-                Some((at, due)) if due <= now || state.closing => {
+                Some((at, due)) if due <= now() || state.closing => {
                     let queued = state.queue.swap_remove(at);
                     drop(state);
                     self.finish(queued);
@@ -442,7 +441,7 @@ impl Medium for SimMedium {
         // A device may carry out a write as soon as it is submitted; a store happens when its thread runs.
         let op = (io.op == IoOp::Copy && matches!(shared.model, SimModel::Ssd { .. }))
             .then(|| state.begin_copy(io.offset, Arc::from(&io.buffer[..io.len])));
-        let mut queued = Queued { io, op, errno, held_by, due: Instant::now() };
+        let mut queued = Queued { io, op, errno, held_by, due: now() };
         if let SimSchedule::Reordered { seed, max_delay } = state.schedule {
             state.delays_drawn += 1;
             let longest_ns = max_delay.as_nanos().min(u128::from(u64::MAX - 1)) as u64;

@@ -1,6 +1,6 @@
 //! What happens to the chunks of a save: taken, copied or found in their places, parked, written.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{ChunkWork, Mark, Parked, SaveCore, SaveState};
 use crate::error::Result;
@@ -9,6 +9,7 @@ use crate::medium::{Barrier, Io, IoOp, IoSink};
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
 use crate::store::Content;
+use crate::sync::now;
 
 /// Token of chunk-table writes; chunk writes carry their index, which is smaller.
 const TABLE_TOKEN: u64 = u64::MAX;
@@ -144,7 +145,7 @@ impl SaveCore {
             if state.mark != Mark::Pending || state.failure.is_some() {
                 return state.mark == Mark::Durable;
             }
-            let deadline = *deadline.get_or_insert_with(|| Instant::now() + MARK_PATIENCE);
+            let deadline = *deadline.get_or_insert_with(|| now() + MARK_PATIENCE);
             let timed_out;
             (state, timed_out) = self.changed.wait_until(state, Some(deadline));
             if timed_out {
@@ -228,7 +229,7 @@ impl SaveCore {
         // Dropped outside of the lock, and before `copied` is told: it is the caller's memory.
         let source = self.state.lock().source.take();
         drop(source);
-        self.state.lock().copied_at = Some(Instant::now());
+        self.state.lock().copied_at = Some(now());
         self.changed.notify_all();
     }
 

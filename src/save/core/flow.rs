@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::{internal, out_of_time, Durable, Mark, SaveCore};
 use crate::error::{Error, Result};
 use crate::format::encode_table;
+use crate::sync::now;
 
 impl SaveCore {
     /// False where the save failed before its mark was written: the marker must then leave the slot alone.
@@ -113,7 +114,9 @@ impl SaveCore {
             let early = state.last_chunk_written
                 && state.table_queued
                 && shared.as_ref().is_ok_and(|shared| shared.faults.commit_on_last_chunk());
-            let idle = state.idle() || early && state.unowned();
+            let hasty = state.failure.is_some()
+                && shared.as_ref().is_ok_and(|shared| shared.faults.end_with_writes_under_way());
+            let idle = state.idle() || (early || hasty) && state.unowned();
             match &state.failure {
                 Some(error) if idle && state.mark != Mark::Pending => {
                     let error = error.clone();
@@ -219,14 +222,14 @@ impl SaveCore {
             if state.outcome.is_some() {
                 return;
             }
-            let now = Instant::now();
-            let copied_at = state.copied_at.unwrap_or(now);
+            let at = now();
+            let copied_at = state.copied_at.unwrap_or(at);
             state.outcome = Some(outcome.map(|(slot, superseded_by)| Durable {
                 generation: self.claim.generation,
                 slot,
                 superseded_by,
                 copied_after: copied_at - self.begun,
-                durable_after: now - self.begun,
+                durable_after: at - self.begun,
             }));
             state.copying == 0
         };

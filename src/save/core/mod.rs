@@ -24,7 +24,7 @@ use crate::save::saver::Shared;
 use crate::source::Source;
 use crate::staging::StagingBuffer;
 use crate::store::{Claimed, Content};
-use crate::sync::{Arc, Condvar, Mutex, Weak};
+use crate::sync::{now, Arc, Condvar, Mutex, Weak};
 
 /// What a save is about, fixed at its begin.
 #[derive(Debug, Clone)]
@@ -216,7 +216,7 @@ impl SaveCore {
             chunk_bytes,
             chunk_count,
             table_offset,
-            begun: Instant::now(),
+            begun: now(),
             flush_failures: shared.region.flush_failures(),
             state: Mutex::new(SaveState {
                 source,
@@ -355,9 +355,9 @@ impl SaveCore {
 
     /// From begin to copied (as far as it has come), and from begin to now.
     pub fn ages(&self) -> (Duration, Duration) {
-        let now = Instant::now();
-        let copied_at = self.state.lock().copied_at.unwrap_or(now);
-        (copied_at - self.begun, now - self.begun)
+        let at = now();
+        let copied_at = self.state.lock().copied_at.unwrap_or(at);
+        (copied_at - self.begun, at - self.begun)
     }
 
     /// Everything is written, and only its caller's confirmation is missing.

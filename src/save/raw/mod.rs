@@ -19,7 +19,7 @@ use crate::save::core::{internal, out_of_time, Durable, Progress, SaveCore};
 use crate::save::saver::Shared;
 use crate::save::{deadline_in, Save};
 use crate::staging::StagingBuffer;
-use crate::sync::Arc;
+use crate::sync::{now, Arc};
 
 /// How often a writer looks whether a chunk that is being filled may be spilled.
 const SPILL_POLL: Duration = Duration::from_millis(1);
@@ -169,7 +169,7 @@ impl RawSave {
             if self.chunks.reserve(wanted_for) {
                 return self.shared.acquire_buffer_for(core, deadline);
             }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if deadline.is_some_and(|deadline| now() >= deadline) {
                 return Err(out_of_time("raw write", "another chunk's staging buffer"));
             }
             if !self.spill_one(core, wanted_for, deadline)? {

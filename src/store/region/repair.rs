@@ -8,6 +8,7 @@ use crate::format::{RecordState, SlotRecord, BLOCK_BYTES, MARK_PINNED, MARK_QUAR
 use crate::medium::Barrier;
 use crate::slots::SlotState;
 use crate::store::unix_ns;
+use crate::sync::now;
 
 /// Zeros written at a time.
 const ZEROS_BYTES: u64 = 1 << 20;
@@ -49,7 +50,7 @@ impl Region {
             (layout.slot_offset(claim.slot), layout.slot_offset(claim.slot) + layout.slot_bytes);
         let (mut at, mut flushed) = (start, start);
         while at < end {
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if deadline.is_some_and(|deadline| now() >= deadline) {
                 let message = "the slot was not rewritten in the time given and stays quarantined";
                 return Err(Error::new(ErrorKind::TimedOut, OP, message).at_path(&self.path).at_offset(at));
             }
