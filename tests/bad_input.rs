@@ -5,6 +5,8 @@
 #[path = "bad_input/bed.rs"]
 mod bed;
 mod common;
+#[path = "bad_input/crafted.rs"]
+mod crafted;
 #[path = "bad_input/flips.rs"]
 mod flips;
 #[path = "bad_input/paths.rs"]

@@ -6,7 +6,7 @@ use core::ffi::c_char;
 use core::fmt::Write;
 use std::collections::BTreeMap;
 
-use super::guard::{self, Caller, Opaque, Outcome};
+use super::guard::{self, Caller, Opaque, Out, Outcome};
 use super::infos::{pcc_checkpoint_info, pcc_tensor_info};
 use super::options::{pcc_select_options, pcc_tensor};
 use super::read::{placed, read_places};
@@ -106,15 +106,15 @@ pub unsafe extern "C" fn pcc_checkpoint_open(
     options: *const pcc_select_options,
     checkpoint: *mut *mut pcc_checkpoint,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let out = caller.out_handle("checkpoint", checkpoint)?;
+    let places = |caller: &Caller| caller.out_handle("checkpoint", checkpoint);
+    let body = |caller: &Caller, inner: &StoreInner, out: Out<*mut pcc_checkpoint>| {
         let (select, verify) = caller.select(options)?;
         let opened = inner.store.open_checkpoint(select, verify)?;
         out.set(guard::new_handle(CheckpointInner::new(opened, &inner.store)));
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_checkpoint_open", store, body) }
+    unsafe { guard::results_on("pcc_checkpoint_open", store, places, body) }
 }
 
 /// Restores in one verified pass: reads the `tensor_count` named tensors of the checkpoint that `options` select (NULL:
@@ -138,8 +138,8 @@ pub unsafe extern "C" fn pcc_restore(
     tensor_count: u64,
     checkpoint: *mut *mut pcc_checkpoint,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let out = caller.out_optional("checkpoint", checkpoint, core::ptr::null_mut())?;
+    let places = |caller: &Caller| caller.out_optional("checkpoint", checkpoint, core::ptr::null_mut());
+    let body = |caller: &Caller, inner: &StoreInner, out: Out<*mut pcc_checkpoint>| {
         let (select, _) = caller.select(options)?;
         let tensors = caller.tensors(tensors, tensor_count)?;
         let mut refused = None;
@@ -160,7 +160,7 @@ pub unsafe extern "C" fn pcc_restore(
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_restore", store, body) }
+    unsafe { guard::results_on("pcc_restore", store, places, body) }
 }
 
 /// Fills `info` for an open checkpoint. Set `info->struct_bytes` before.
@@ -245,11 +245,19 @@ pub unsafe extern "C" fn pcc_checkpoint_metadata_get(
     value: *mut *const c_char,
     value_bytes: *mut u64,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &CheckpointInner| {
-        let key = caller.out("key", key, core::ptr::null())?;
-        let value = caller.out("value", value, core::ptr::null())?;
-        let key_bytes = caller.out_optional("key_bytes", key_bytes, 0)?;
-        let value_bytes = caller.out_optional("value_bytes", value_bytes, 0)?;
+    let places = |caller: &Caller| {
+        let texts =
+            (caller.out("key", key, core::ptr::null())?, caller.out("value", value, core::ptr::null())?);
+        let lengths = (
+            caller.out_optional("key_bytes", key_bytes, 0)?,
+            caller.out_optional("value_bytes", value_bytes, 0)?,
+        );
+        Ok((texts, lengths))
+    };
+    type Places = ((Out<*const c_char>, Out<*const c_char>), (Out<u64>, Out<u64>));
+    let body = |caller: &Caller,
+                inner: &CheckpointInner,
+                ((key, value), (key_bytes, value_bytes)): Places| {
         let found = usize::try_from(index).ok().and_then(|index| inner.metadata.get(index));
         let (key_text, value_text) = found.ok_or_else(|| {
             let count = inner.metadata.len();
@@ -262,7 +270,7 @@ pub unsafe extern "C" fn pcc_checkpoint_metadata_get(
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_checkpoint_metadata_get", checkpoint, body) }
+    unsafe { guard::results_on("pcc_checkpoint_metadata_get", checkpoint, places, body) }
 }
 
 /// The value of a metadata key (NUL-terminated UTF-8). `value_bytes` may be NULL, and does not count the final NUL.
@@ -278,9 +286,14 @@ pub unsafe extern "C" fn pcc_checkpoint_metadata_find(
     value: *mut *const c_char,
     value_bytes: *mut u64,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &CheckpointInner| {
-        let value = caller.out("value", value, core::ptr::null())?;
-        let value_bytes = caller.out_optional("value_bytes", value_bytes, 0)?;
+    let places = |caller: &Caller| {
+        Ok((
+            caller.out("value", value, core::ptr::null())?,
+            caller.out_optional("value_bytes", value_bytes, 0)?,
+        ))
+    };
+    type Places = (Out<*const c_char>, Out<u64>);
+    let body = |caller: &Caller, inner: &CheckpointInner, (value, value_bytes): Places| {
         let key = caller.text("key", key)?;
         let found = inner.metadata.binary_search_by(|(candidate, _)| candidate.bytes().cmp(key.as_bytes()));
         let index =
@@ -291,7 +304,7 @@ pub unsafe extern "C" fn pcc_checkpoint_metadata_find(
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_checkpoint_metadata_find", checkpoint, body) }
+    unsafe { guard::results_on("pcc_checkpoint_metadata_find", checkpoint, places, body) }
 }
 
 /// Number of tensors, tied ones included; 0 on failure. Stored tensors come first, in payload order.
@@ -351,11 +364,11 @@ pub unsafe extern "C" fn pcc_checkpoint_tensor_find(
     name: *const c_char,
     index: *mut u64,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &CheckpointInner| {
-        let out = caller.out("index", index, u64::MAX)?;
+    let places = |caller: &Caller| caller.out("index", index, u64::MAX);
+    let body = |caller: &Caller, inner: &CheckpointInner, out: Out<u64>| {
         out.set(inner.tensor_named(caller.op(), caller.text("name", name)?)?);
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_checkpoint_tensor_find", checkpoint, body) }
+    unsafe { guard::results_on("pcc_checkpoint_tensor_find", checkpoint, places, body) }
 }

@@ -4,7 +4,7 @@
 
 use core::ffi::c_void;
 
-use super::guard::{self, Caller, Opaque};
+use super::guard::{self, Caller, Opaque, Out};
 use super::infos::pcc_progress;
 use super::options::{pcc_pair, pcc_save_options};
 use super::save::{pcc_save, progress_of, SaveInner};
@@ -61,8 +61,8 @@ pub unsafe extern "C" fn pcc_raw_begin(
     options: *const pcc_save_options,
     raw: *mut *mut pcc_raw,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let out = caller.out_handle("raw", raw)?;
+    let places = |caller: &Caller| caller.out_handle("raw", raw);
+    let body = |caller: &Caller, inner: &StoreInner, out: Out<*mut pcc_raw>| {
         let options = caller.save_options(options)?;
         let metadata = caller.metadata(metadata, metadata_count)?;
         let raw = inner.store.begin_raw(step, data_bytes, &metadata, options)?;
@@ -71,7 +71,7 @@ pub unsafe extern "C" fn pcc_raw_begin(
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_raw_begin", store, body) }
+    unsafe { guard::results_on("pcc_raw_begin", store, places, body) }
 }
 
 /// Stores in `payload_bytes` what a raw save of `data_bytes` bytes and this metadata takes: the `payload_bytes` to format

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use super::codes::wait_of;
-use super::guard::{self, Caller, Opaque, Outcome, Versioned};
+use super::guard::{self, Caller, Opaque, Out, Outcome, Versioned};
 use super::infos::{pcc_durable, pcc_progress};
 use super::options::{pcc_pair, pcc_save_options, pcc_tensor};
 use super::status::pcc_status;
@@ -189,8 +189,8 @@ pub unsafe extern "C" fn pcc_save_begin(
     options: *const pcc_save_options,
     save: *mut *mut pcc_save,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let out = caller.out_handle("save", save)?;
+    let places = |caller: &Caller| caller.out_handle("save", save);
+    let body = |caller: &Caller, inner: &StoreInner, out: Out<*mut pcc_save>| {
         let options = caller.save_options(options)?;
         let tensors = caller.tensors(tensors, tensor_count)?;
         let tensors: Vec<TensorAt<'_>> = tensors.iter().map(TensorArg::at).collect();
@@ -201,7 +201,7 @@ pub unsafe extern "C" fn pcc_save_begin(
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_save_begin", store, body) }
+    unsafe { guard::results_on("pcc_save_begin", store, places, body) }
 }
 
 /// Stores in `payload_bytes` what a save of these tensors and this metadata takes: the `payload_bytes` to format a
@@ -402,13 +402,13 @@ pub unsafe extern "C" fn pcc_save_error(save: *const pcc_save, buf: *mut c_char,
 /// Errors: PCC_IO where the system has no descriptors left; PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_save_event_fd(save: *const pcc_save, fd: *mut i32) -> pcc_status {
-    let body = |caller: &Caller, inner: &SaveInner| {
-        let out = caller.out("fd", fd, -1)?;
+    let places = |caller: &Caller| caller.out("fd", fd, -1);
+    let body = |caller: &Caller, inner: &SaveInner, out: Out<i32>| {
         out.set(inner.ending.event(caller.op(), inner.save.progress().ended)?);
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_save_event_fd", save, body) }
+    unsafe { guard::results_on("pcc_save_event_fd", save, places, body) }
 }
 
 /// Has `callback` called once with `user` when the save has ended: on a thread of the library, or at once on this thread

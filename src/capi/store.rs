@@ -5,7 +5,7 @@
 use core::ffi::c_char;
 
 use super::codes::{wait_of, PCC_CHECKPOINT_RAW};
-use super::guard::{self, Caller, Opaque};
+use super::guard::{self, Caller, Opaque, Out};
 use super::infos::pcc_checkpoint_info;
 use super::options::{pcc_format_options, pcc_open_options};
 use super::status::pcc_status;
@@ -173,15 +173,15 @@ pub unsafe extern "C" fn pcc_list(
     capacity: u64,
     count: *mut u64,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &StoreInner| {
-        let count = caller.out("count", count, 0)?;
+    let places = |caller: &Caller| caller.out("count", count, 0);
+    let body = |caller: &Caller, inner: &StoreInner, count: Out<u64>| {
         let found = inner.store.checkpoints()?;
         caller.fill_array(infos, info_bytes, capacity, found.iter().map(listed))?;
         count.set(found.len() as u64);
         Ok(())
     };
     // SAFETY: the header binds the caller.
-    unsafe { guard::on("pcc_list", store, body) }
+    unsafe { guard::results_on("pcc_list", store, places, body) }
 }
 
 /// Keeps the checkpoint of `generation` until it is unpinned, also across restarts. Pinning twice is pinning once.

@@ -121,6 +121,19 @@ impl Control {
         Control { sequence: 1, run_id: 0, generation_ceiling: 1, global: None, marks: Vec::new() }
     }
 
+    /// The sequence of the block that follows this one.
+    ///
+    /// # Errors
+    ///
+    /// `Corrupt` where there is none: no region is written to so often.
+    pub(crate) fn next_sequence(&self) -> Result<u64> {
+        self.sequence.checked_add(1).ok_or_else(|| {
+            let message = "the sequence number cannot be raised any more";
+            Error::new(ErrorKind::Corrupt, "write control block", message)
+                .advise("export the checkpoints, which can be read, and format a new region")
+        })
+    }
+
     /// The block to store.
     ///
     /// # Errors

@@ -213,6 +213,9 @@ fn restore(
             .copied()
             .filter(|&place| tensors[place].dtype == Dtype::U8)
             .ok_or_else(|| bad(KEY_METADATA_TENSOR, &format!("{name:?} is not a U8 tensor")))?;
+        if tensors.iter().any(|tensor| tensor.alias_of.as_ref() == Some(name)) {
+            return Err(bad(KEY_METADATA_TENSOR, &format!("a tensor is tied to {name:?}")));
+        }
         let tensor = tensors.remove(place);
         if tensor.bytes > MAX_METADATA_BYTES {
             let reason = format!("{name:?} has {} bytes, the limit is {MAX_METADATA_BYTES}", tensor.bytes);

@@ -111,6 +111,8 @@ pub fn plan(tensors: &[TensorSpec], metadata: &[(&str, &str)]) -> Result<Payload
 ///
 /// As [`plan`].
 pub fn plan_raw(bytes: u64, metadata: &[(&str, &str)]) -> Result<PayloadPlan> {
+    // Readers count in bits.
+    Dtype::U8.tensor_bytes(&[bytes]).map_err(|reason| too_large(format!("a raw save: {reason}")))?;
     let spec = TensorSpec { name: RAW_TENSOR_NAME, dtype: Dtype::U8, shape: &[bytes], bytes, alias_of: None };
     let metadata = check_metadata(metadata)?;
     let own = BTreeMap::from([(KEY_RAW.to_owned(), "1".to_owned())]);

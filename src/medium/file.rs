@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::create::truncate;
+use super::site::STAT_BLOCK_BYTES;
 use super::{io as transfer, lock, Durability};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::{without_forks, ChildClosedFd, ForkStamp};
@@ -219,6 +220,12 @@ impl RegionFile {
     /// open for direct I/O by the server's choice, at the wrong place.
     pub(super) fn is_served_by_a_process(&self) -> bool {
         !self.block_device && self.fs_type == FUSE_SUPER_MAGIC
+    }
+
+    /// Whether parts of the file have no place where it is stored. Formatting leaves none; of a device there are none.
+    pub(super) fn has_holes(&self) -> bool {
+        let stored = fstat(self.raw_fd()).map_or(0, |stat| stat.st_blocks as u64 * STAT_BLOCK_BYTES);
+        !self.block_device && stored < self.len_bytes
     }
 
     pub(super) fn raw_fd(&self) -> RawFd {

@@ -63,7 +63,7 @@ impl Drop for SyncMap {
 
 /// Makes the kernel map every page now, which would otherwise cost a fault each in the first save (on tmpfs three times
 /// the copying itself; on persistent memory with MAP_SYNC also a journal commit). Only where the pages are there already:
-/// those of a disk would have to be read.
+/// those of a disk would have to be read, and those of a hole allocated, for a path that may be no region at all.
 ///
 /// A request: without it, or where it is refused, the first saves are slower.
 fn populate(start: *mut u8, len: usize) {
@@ -186,7 +186,8 @@ impl Mapped {
 
     fn with(mapping: Option<Mapping>, file: RegionFile, kind: MediumKind, persister: Persister) -> Self {
         let notes = file.notes();
-        if let Some(mapping) = mapping.as_ref().filter(|_| kind == MediumKind::Dax || file.is_in_memory()) {
+        let there = (kind == MediumKind::Dax || file.is_in_memory()) && !file.has_holes();
+        if let Some(mapping) = mapping.as_ref().filter(|_| there) {
             populate(mapping.as_mut_ptr(), mapping.len());
         }
         Mapped { mapping: ManuallyDrop::new(mapping), file, kind, persister, notes }

@@ -23,7 +23,7 @@ use crate::sync::Arc;
 const TELLING_BYTES: u64 = 1 << 20;
 
 /// Unit of `st_blocks`, whatever the file system's own.
-const STAT_BLOCK_BYTES: u64 = 512;
+pub(super) const STAT_BLOCK_BYTES: u64 = 512;
 
 /// A file or device that is to become a region.
 pub struct Site {

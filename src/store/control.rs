@@ -36,7 +36,7 @@ impl ControlState {
     pub(crate) fn update(&mut self, medium: &dyn Medium, change: impl FnOnce(&mut Control)) -> Result<()> {
         let mut next = self.current.clone();
         change(&mut next);
-        next.sequence += 1;
+        next.sequence = self.current.next_sequence()?;
         let copy = 1 - self.copy;
         medium.write_durable(CONTROL_OFFSETS[copy], &next.encode(&self.uuid)?, Barrier::Control)?;
         self.current = next;

@@ -83,7 +83,7 @@ pub(crate) fn grow_path(
         let _ = std::fs::remove_file(&beside);
     }
     drop(old);
-    result
+    result.map_err(|error| if error.path().is_some() { error } else { error.at_path(path) })
 }
 
 fn beside(path: &Path) -> PathBuf {
@@ -139,7 +139,8 @@ fn copy_to(
     // Records of saves that did not commit, and a ceiling that was lost, keep generations from being used twice; they
     // are not copied.
     let generation_ceiling = control.generation_ceiling.max(table.next_generation).min(MAX_GENERATION);
-    let control = Control { marks, generation_ceiling, sequence: control.sequence + 1, ..control };
+    let sequence = control.next_sequence()?;
+    let control = Control { marks, generation_ceiling, sequence, ..control };
     // Both copies: a missing one would look like damage, and cost generations at every open.
     for offset in CONTROL_OFFSETS {
         new.copy(offset, &control.encode(&superblock.uuid)?)?;

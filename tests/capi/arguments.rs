@@ -71,6 +71,49 @@ fn null_is_refused_everywhere_and_freeing_it_is_nothing() {
     assert_eq!(pcc_last_error_errno(), 0);
 }
 
+/// Whatever a program tidies up with after a failure must be set, whyever the call failed.
+#[test]
+fn results_are_set_also_where_the_handle_is_none() {
+    let store: *const pcc_store = null();
+    let (mut save, mut raw, mut opened) = [(); 3].map(|()| 8 as *mut c_void).into();
+    let bad = |status| fails(status, PCC_BAD_POINTER, &["pcc_store is NULL"]);
+    bad(c!(pcc_save_begin(store, 0, null(), 0, null(), 0, null(), (&raw mut save).cast())));
+    bad(c!(pcc_raw_begin(store, 0, 1, null(), 0, null(), (&raw mut raw).cast())));
+    bad(c!(pcc_checkpoint_open(store, null(), (&raw mut opened).cast())));
+    assert_eq!([save, raw, opened], [null_mut(); 3]);
+    opened = 8 as *mut c_void;
+    bad(c!(pcc_restore(store, null(), null(), 0, (&raw mut opened).cast())));
+    assert!(opened.is_null());
+
+    let (mut count, mut generation, mut discarded) = (9, 9, 9);
+    bad(c!(pcc_list(store, null_mut(), 80, 0, &mut count)));
+    bad(c!(pcc_mark_global(store, 0, 1, &mut generation)));
+    bad(c!(pcc_discard_newer(store, 1, &mut discarded)));
+    assert_eq!((count, generation, discarded), (0, 0, 0));
+    discarded = 9;
+    bad(c!(pcc_abandon(store, 0, 1, 0, &mut discarded)));
+    assert_eq!(discarded, 0);
+    discarded = 9;
+    bad(c!(pcc_repair(store, 0, &mut discarded)));
+    assert_eq!(discarded, 0);
+
+    let mut fd = 9;
+    fails(c!(pcc_save_event_fd(null(), &mut fd)), PCC_BAD_POINTER, &["pcc_save is NULL"]);
+    assert_eq!(fd, -1);
+    let checkpoint: *const pcc_checkpoint = null();
+    let bad = |status| fails(status, PCC_BAD_POINTER, &["pcc_checkpoint is NULL"]);
+    let (mut key, mut value, mut lengths) = (c"k".as_ptr(), c"v".as_ptr(), (9, 9));
+    let (key_bytes, value_bytes) = (&mut lengths.0, &mut lengths.1);
+    bad(c!(pcc_checkpoint_metadata_get(checkpoint, 0, &mut key, key_bytes, &mut value, value_bytes)));
+    assert!(key.is_null() && value.is_null() && lengths == (0, 0));
+    (value, lengths.1) = (c"v".as_ptr(), 9);
+    bad(c!(pcc_checkpoint_metadata_find(checkpoint, c"k".as_ptr(), &mut value, &mut lengths.1)));
+    assert!(value.is_null() && lengths.1 == 0);
+    let mut index = 9;
+    bad(c!(pcc_checkpoint_tensor_find(checkpoint, c"t".as_ptr(), &mut index)));
+    assert_eq!(index, u64::MAX);
+}
+
 #[test]
 fn handles_of_the_wrong_kind_and_freed_ones_are_noticed() {
     let region = region(4, 1 << 20);

@@ -19,7 +19,7 @@ use core::cell::{Cell, RefCell};
 use core::mem::ManuallyDrop;
 use std::panic::{catch_unwind, AssertUnwindSafe, PanicHookInfo};
 
-pub(super) use memory::{disjoint, text_out};
+pub(super) use memory::{disjoint, text_out, Out};
 pub(super) use versioned::{versioned, Versioned};
 
 use super::status::{pcc_status, PCC_BAD_POINTER, PCC_OK};
@@ -100,6 +100,25 @@ pub(super) unsafe fn on<H: Opaque>(
     }
 }
 
+/// [`on`] for calls with results: `places` checks where they go and stores there what is left after a failure, also
+/// where the handle is none.
+///
+/// # Safety
+///
+/// As [`on`].
+pub(super) unsafe fn results_on<H: Opaque, P>(
+    op: &'static str,
+    handle: *const H,
+    places: impl FnOnce(&Caller) -> Outcome<P>,
+    body: impl FnOnce(&Caller, &H::Inner, P) -> Outcome<()>,
+) -> pcc_status {
+    match places(&Caller { op }) {
+        // SAFETY: the caller's promise is the same.
+        Ok(places) => unsafe { on(op, handle, |caller, inner| body(caller, inner, places)) },
+        Err(fault) => remember(fault),
+    }
+}
+
 /// [`on`] for calls that return a number instead of a status; `default` on failure.
 ///
 /// # Safety
@@ -117,7 +136,7 @@ pub(super) unsafe fn value_on<H: Opaque, T>(
     value
 }
 
-/// [`on`] for calls with one result, which goes to `out` where that is not NULL; 0 is stored there at once.
+/// [`results_on`] for calls with one result, which goes to `out` where that is not NULL.
 ///
 /// # Safety
 ///
@@ -129,13 +148,12 @@ pub(super) unsafe fn optional_result_on<H: Opaque, T: Copy + Default>(
     out: *mut T,
     body: impl FnOnce(&H::Inner) -> crate::Result<T>,
 ) -> pcc_status {
-    let body = |caller: &Caller, inner: &H::Inner| {
-        let out = caller.out_optional(what, out, T::default())?;
+    let body = |_: &Caller, inner: &H::Inner, out: Out<T>| {
         out.set(body(inner)?);
         Ok(())
     };
     // SAFETY: the caller's promise is the same.
-    unsafe { on(op, handle, body) }
+    unsafe { results_on(op, handle, |caller| caller.out_optional(what, out, T::default()), body) }
 }
 
 /// Frees a handle. NULL is nothing; in a forked child the engine's object is left alone, since its threads and
