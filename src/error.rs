@@ -2,7 +2,7 @@
 //!
 //! Knows nothing of C: `capi::status` maps each [`ErrorKind`] to its frozen number.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -204,6 +204,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let inner = &*self.0;
+        let mut f = Harmless(f);
         write!(f, "{}", inner.op)?;
         if let Some(path) = &inner.path {
             write!(f, " {}", path.display())?;
@@ -216,6 +217,28 @@ impl fmt::Display for Error {
             write!(f, " ({advice})")?;
         }
         Ok(())
+    }
+}
+
+/// Writes text from anywhere, such as names and paths that an untrusted region holds, so that it is harmless on a terminal:
+/// what would move the cursor, colour, ring, begin a line or turn the direction of writing is escaped.
+pub struct Harmless<W>(pub W);
+
+impl<W: fmt::Write> fmt::Write for Harmless<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        const DIRECTIONS: [std::ops::RangeInclusive<char>; 3] =
+            ['\u{200e}'..='\u{200f}', '\u{202a}'..='\u{202e}', '\u{2066}'..='\u{2069}'];
+        let acts = |c: char| c.is_control() || DIRECTIONS.iter().any(|range| range.contains(&c));
+        let mut rest = text;
+        while let Some(at) = rest.find(acts) {
+            self.0.write_str(&rest[..at])?;
+            let mut chars = rest[at..].chars();
+            if let Some(c) = chars.next() {
+                write!(self.0, "{}", c.escape_default())?;
+            }
+            rest = chars.as_str();
+        }
+        self.0.write_str(rest)
     }
 }
 
@@ -243,5 +266,15 @@ mod tests {
             assert!(text.contains(part), "{text} lacks {part}");
         }
         assert_eq!(error.errno(), Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn display_escapes_what_would_act_on_a_terminal() {
+        let message = "gr\u{f6}\u{df}e\n\u{1b}]0;title\u{7} \u{9b}2J \u{202e}dlrow \"a\\b\"";
+        let error = Error::new(ErrorKind::Member, "open", message).at_path(Path::new("/x\r/y"));
+        let text = error.to_string();
+        let plain = "gr\u{f6}\u{df}e\\n\\u{1b}]0;title\\u{7} \\u{9b}2J \\u{202e}dlrow \"a\\b\"";
+        assert_eq!(text, format!("open /x\\r/y: {plain}"));
+        assert_eq!(error.message(), message, "programs get it as it was");
     }
 }

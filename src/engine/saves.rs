@@ -6,6 +6,7 @@ use super::Store;
 #[cfg(feature = "cuda")]
 use crate::cuda::{Device, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::layout::check_chunk_count;
 use crate::format::{
     chunk_hash, plan, plan_raw, Dtype, Layout, PayloadPlan, TensorSpec, HEADER_HASHED, RAW_STREAM,
 };
@@ -155,7 +156,13 @@ impl Store {
         let layout = self.region().layout();
         let needed = Layout::slot_bytes_for(payload_bytes, self.region().options().chunk_bytes)?;
         if needed <= layout.slot_bytes {
-            return Ok(());
+            return check_chunk_count(payload_bytes, self.region().options().chunk_bytes).map_err(
+                |message| {
+                    Error::new(ErrorKind::TooLarge, "begin save", message)
+                        .at_path(self.region().path())
+                        .advise("open the region with larger chunks (chunk_bytes)")
+                },
+            );
         }
         Err(Error::new(
             ErrorKind::TooLarge,

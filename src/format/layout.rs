@@ -3,7 +3,9 @@
 use super::codec::round_up;
 use super::stripe::round_to_units;
 use super::table::HASH_BYTES;
-use super::{BLOCK_BYTES, MAX_CHUNK_BYTES, MAX_SLOTS, MIN_CHUNK_BYTES, MIN_SLOTS, SLOT_ALIGN_BYTES};
+use super::{
+    BLOCK_BYTES, MAX_CHUNKS, MAX_CHUNK_BYTES, MAX_SLOTS, MIN_CHUNK_BYTES, MIN_SLOTS, SLOT_ALIGN_BYTES,
+};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Byte offsets of the two superblock copies.
@@ -138,6 +140,17 @@ pub(crate) fn check_chunk_bytes(chunk_bytes: u64) -> Result<(), String> {
     }
     Err(format!(
         "chunk bytes must be a multiple of {BLOCK_BYTES} from {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES}, found {chunk_bytes}"
+    ))
+}
+
+/// Whether a payload may be hashed in chunks of `chunk_bytes`, which must be permitted; if not, what is wrong.
+pub(crate) fn check_chunk_count(payload_bytes: u64, chunk_bytes: u64) -> Result<(), String> {
+    let chunk_count = chunk_count_for(payload_bytes, chunk_bytes);
+    if chunk_count <= MAX_CHUNKS {
+        return Ok(());
+    }
+    Err(format!(
+        "expected at most {MAX_CHUNKS} chunks, found {chunk_count}: {payload_bytes} bytes in chunks of {chunk_bytes}"
     ))
 }
 

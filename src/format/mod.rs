@@ -61,6 +61,10 @@ pub const MIN_CHUNK_BYTES: u64 = 4096;
 /// Largest chunk, in bytes.
 pub const MAX_CHUNK_BYTES: u64 = 64 << 20;
 
+/// Most chunks of a payload: whoever opens a checkpoint holds the hash of each in memory, whatever a crafted region claims,
+/// and a sparse file has any size for nothing.
+pub const MAX_CHUNKS: u64 = 1 << 24;
+
 /// Highest generation, so that a slot's state, pins and generation pack in 64 bits. The lowest is 1.
 pub const MAX_GENERATION: u64 = (1 << 44) - 1;
 

@@ -3,7 +3,7 @@
 //! The record fits in the first 512-byte sector of its block. Tearing of any kind makes it invalid, never wrong.
 
 use super::codec::{check_seal, is_zero, seal, Block, Field};
-use super::layout::{check_chunk_bytes, chunk_count_for, table_offset_for};
+use super::layout::{check_chunk_bytes, check_chunk_count, chunk_count_for, table_offset_for};
 use super::table::HASH_BYTES;
 use super::{Layout, Uuid, BLOCK_BYTES, MAX_GENERATION, MAX_HEADER_JSON_BYTES, MAX_TENSORS};
 use crate::error::{Error, ErrorKind, Result};
@@ -245,6 +245,7 @@ impl SlotRecord {
             return Err(format!("expected at most {MAX_TENSORS} tensors, found {}", self.tensor_count));
         }
         check_chunk_bytes(self.chunk_bytes)?;
+        check_chunk_count(self.payload_bytes, self.chunk_bytes)?;
         let chunk_count = chunk_count_for(self.payload_bytes, self.chunk_bytes);
         if self.chunk_count != chunk_count {
             return Err(format!("expected {chunk_count} chunks, found {}", self.chunk_count));
@@ -287,7 +288,7 @@ impl SlotRecord {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::format::SLOT_ALIGN_BYTES;
+    use crate::format::{MAX_CHUNKS, SLOT_ALIGN_BYTES};
     use proptest::prelude::*;
 
     const REGION: Uuid = Uuid([9; 16]);
@@ -415,6 +416,25 @@ pub(crate) mod tests {
             ..sample()
         };
         assert_eq!(decode(&record.encode()).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    /// A sparse file has slots of any size for nothing; what a reader must hold of one is bounded.
+    #[test]
+    fn more_chunks_than_a_reader_will_hold_are_refused() {
+        let layout = Layout::new(2, MAX_CHUNKS * 4096 * 2).unwrap();
+        let with = |chunk_count: u64| SlotRecord {
+            slot: 1,
+            chunk_bytes: 4096,
+            chunk_count,
+            payload_bytes: chunk_count * 4096,
+            table_offset: chunk_count * 4096,
+            ..sample()
+        };
+        let decode = |record: SlotRecord| SlotRecord::decode(&record.encode(), &REGION, 1, &layout);
+        assert!(decode(with(MAX_CHUNKS)).unwrap().is_some());
+        let error = decode(with(MAX_CHUNKS + 1)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.message().contains("at most 16777216 chunks, found 16777217"), "{error}");
     }
 
     #[test]

@@ -55,6 +55,7 @@ fn every_limit_is_what_the_specification_says() {
         ("MAX_SLOTS", MAX_SLOTS.into()),
         ("MIN_CHUNK_BYTES", MIN_CHUNK_BYTES),
         ("MAX_CHUNK_BYTES", MAX_CHUNK_BYTES),
+        ("MAX_CHUNKS", MAX_CHUNKS),
         ("MAX_GENERATION", MAX_GENERATION),
         ("MAX_LEASE_GENERATIONS", MAX_LEASE_GENERATIONS),
         ("LOST_CEILING_SKIP_GENERATIONS", LOST_CEILING_SKIP_GENERATIONS),

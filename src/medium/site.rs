@@ -66,7 +66,16 @@ impl Site {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => false,
             Err(error) => return Err(error),
         };
-        Ok(Site { file: RegionFile::open(path, true, Duration::ZERO)?, created })
+        let file = RegionFile::open(path, true, Duration::ZERO).map_err(|error| match error.kind() {
+            // There is something, and it leads nowhere.
+            ErrorKind::NotFound if !created => {
+                Error::new(ErrorKind::InvalidArgument, "create", error.message()).at_path(path).advise(
+                    "the path is a symbolic link that leads nowhere: remove it, or give the file itself",
+                )
+            }
+            _ => error,
+        })?;
+        Ok(Site { file, created })
     }
 
     /// From here on it goes, if it was created by [`Site::take`], unless a region in it is completed. Before this

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Control, Layout, SlotMark, SlotRecord, Superblock, BLOCK_BYTES, CONTROL_OFFSETS, MARK_PINNED,
+    Control, Layout, SlotMark, SlotRecord, Superblock, Uuid, BLOCK_BYTES, CONTROL_OFFSETS, MARK_PINNED,
     MAX_GENERATION, SUPERBLOCK_OFFSETS,
 };
 use crate::medium::{self, Barrier, Durability, Medium, MediumOptions};
@@ -73,6 +73,8 @@ pub(crate) fn grow_path(
         .at_path(path));
     }
     let beside = beside(path);
+    remove_leftover(&beside, &table.superblock.uuid)?;
+    medium::create_file(&beside, layout.region_bytes(), None)?;
     let result = copy_region(&*old, &table, layout, &beside, &options).and_then(|left_out| {
         medium::copy_owner(path, &beside)?;
         medium::rename_over(&beside, path)?;
@@ -92,6 +94,34 @@ fn beside(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Removes what an earlier attempt left, and nothing else: such a copy bears this region's identity, or none yet.
+fn remove_leftover(beside: &Path, uuid: &Uuid) -> Result<()> {
+    let found = match medium::Site::look(beside) {
+        Ok(None) => return Ok(()),
+        Ok(Some(found)) => found,
+        Err(error) => return Err(not_a_leftover(beside, error.message())),
+    };
+    let head = found.head()?;
+    let copies = SUPERBLOCK_OFFSETS.map(|offset| head.get(offset as usize..).and_then(<[u8]>::first_chunk));
+    let ours = match copies {
+        [Some(a), Some(b)] if a.iter().chain(b).any(|&byte| byte != 0) => {
+            Superblock::choose(a, b).is_ok_and(|(superblock, _)| superblock.uuid == *uuid)
+        }
+        // The superblocks are written last.
+        [Some(_), Some(_)] => true,
+        _ => head.is_empty(),
+    };
+    if !ours {
+        return Err(not_a_leftover(beside, "it holds something else than a copy of this region"));
+    }
+    std::fs::remove_file(beside).map_err(|e| Error::io(OP, &e).at_path(beside))
+}
+
+fn not_a_leftover(beside: &Path, why: &str) -> Error {
+    let message = format!("the copy to grow into needs this name, and what has it was left as it was: {why}");
+    Error::new(ErrorKind::AlreadyExists, OP, message).at_path(beside).advise("move it away, then grow again")
+}
+
 fn copy_region(
     old: &dyn Medium,
     table: &DecisionTable,
@@ -99,12 +129,6 @@ fn copy_region(
     beside: &Path,
     options: &MediumOptions,
 ) -> Result<Vec<LeftOut>> {
-    if let Err(e) = std::fs::remove_file(beside) {
-        if e.kind() != std::io::ErrorKind::NotFound {
-            return Err(Error::io(OP, &e).at_path(beside));
-        }
-    }
-    medium::create_file(beside, layout.region_bytes(), None)?;
     let new = medium::open_medium(beside, options, None)?;
     copy_to(old, table, layout, &*new)
 }

@@ -108,6 +108,9 @@ fn the_end_is_told_once_by_callback_and_by_descriptor() {
     let (mut fd, mut again) = (-1, -1);
     ok(c!(pcc_save_event_fd(save, &mut fd)));
     ok(c!(pcc_save_event_fd(save, &mut again)));
+    // SAFETY: touches no memory.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    assert!(flags >= 0 && flags & libc::FD_CLOEXEC != 0, "programs that the process starts inherit it");
     assert!(fd >= 0 && fd == again);
     assert!(readable(fd, WAIT_MS as i32), "the end makes the descriptor readable");
     ok(c!(pcc_save_wait_durable(save, 0, null_mut())));

@@ -1,5 +1,9 @@
 //! Aligned tables of plain text.
 
+use std::fmt::Write;
+
+use pccheck::error::Harmless;
+
 /// Columns that a table may take; the last column is broken into lines to fit.
 const WIDTH: usize = 100;
 /// The last column is never broken narrower than this.
@@ -28,7 +32,7 @@ impl Table {
     /// Adds a row.
     pub fn row(&mut self, cells: Vec<String>) {
         debug_assert_eq!(cells.len(), self.head.len());
-        self.rows.push(cells);
+        self.rows.push(cells.iter().map(|cell| harmless(cell)).collect());
     }
 
     /// The table as lines, each ended.
@@ -75,13 +79,21 @@ pub fn pairs(pairs: &[(&str, String)]) -> String {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let mut text = String::new();
     for (name, value) in pairs {
-        for (number, piece) in break_words(value, WIDTH - width - GAP.len()).iter().enumerate() {
+        for (number, piece) in break_words(&harmless(value), WIDTH - width - GAP.len()).iter().enumerate() {
             let name = if number == 0 { name } else { "" };
             text += format!("{name:<width$}{GAP}{piece}").trim_end();
             text.push('\n');
         }
     }
     text
+}
+
+/// What a region says is printed as it is only where that does nothing to the terminal, nor to the table.
+fn harmless(text: &str) -> String {
+    let mut plain = Harmless(String::with_capacity(text.len()));
+    // A string takes everything.
+    let _ = plain.write_str(text);
+    plain.0
 }
 
 /// Breaks at spaces into lines of at most `width` characters; longer words stay whole.

@@ -13,7 +13,7 @@ pub(crate) use content::Content;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
-use crate::format::{decode_table, Control, Layout, SlotRecord, Superblock, BLOCK_BYTES};
+use crate::format::{decode_table, Control, Layout, SlotRecord, Superblock, BLOCK_BYTES, MAX_CHUNKS};
 use crate::medium::{Barrier, Medium, MediumInfo};
 use crate::recovery::{self, DecisionTable, Verdict};
 use crate::slots::{SlotState, SlotTable, SlotView};
@@ -252,13 +252,16 @@ fn make_durable_again(medium: &dyn Medium, table: &DecisionTable) -> Result<()> 
     Ok(())
 }
 
-/// What the chunk tables of the adopted records say of their slots. Of one that cannot be read nothing is known.
+/// What the chunk tables of the adopted records say of their slots. Of one that cannot be read nothing is known, nor of
+/// those beyond as many chunks as one payload may have: what is known stays in memory, and a sparse file may have any size.
 fn known_contents(medium: &dyn Medium, table: &DecisionTable, options: &OpenOptions) -> Vec<Content> {
-    let known = |decision: &recovery::SlotDecision| {
+    let mut chunks_left = MAX_CHUNKS;
+    let mut known = |decision: &recovery::SlotDecision| {
         let record = decision.record.as_ref().filter(|_| decision.verdict == Verdict::Checkpoint)?;
         if options.read_only || options.rewrite_every == 1 || record.chunk_bytes != options.chunk_bytes {
             return None;
         }
+        chunks_left = chunks_left.checked_sub(record.chunk_count)?;
         let table_bytes = usize::try_from(record.table_bytes()).ok()?;
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(table_bytes).ok()?;

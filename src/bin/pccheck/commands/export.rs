@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind as IoErrorKind, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -19,12 +19,15 @@ use crate::{output, table, units};
 const OP: &str = "export";
 /// Payload read, verified and written at a time, at least; whole chunks.
 const WINDOW_BYTES: u64 = 64 << 20;
+/// As of regions: a state is its owner's, unless they decide otherwise.
+const MODE: u32 = 0o600;
 /// Times that the newest checkpoint is tried while a trainer overwrites one after the other.
 const ATTEMPTS: u32 = 5;
 
 /// Write a checkpoint to a safetensors file, verifying every byte on the way.
 ///
-/// Every safetensors reader takes the file. It appears whole and durable, or not at all.
+/// Every safetensors reader takes the file. It appears whole and durable, or not at all; only its owner may read it, until
+/// they say otherwise. Where the output is a symbolic link, --force replaces the link, not what it leads to.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -141,7 +144,10 @@ fn write_beside(store: &Store, args: &Args) -> Result<Opened> {
     let beside = format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id());
     let path = args.output.with_file_name(beside);
     let failed = |e: &std::io::Error| Error::io(OP, e).at_path(&path);
-    let mut file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(|e| failed(&e))?;
+    // Never through a link, and never over what is there.
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true).mode(MODE);
+    let mut file = options.open(&path).map_err(|e| failed(&e))?;
     let beside = Beside { path: path.clone() };
     let bar = output::bytes_bar(0, "exporting", args.json);
     let opened = store.restore(args.which.select(), |checkpoint| {
@@ -191,7 +197,7 @@ fn put_in_place(beside: &Beside, args: &Args) -> Result<()> {
             Ok(()) => return Ok(()),
             Err(e) if e.kind() == IoErrorKind::AlreadyExists => return Err(exists(args)),
             // A file system without links: the next best is to look once more.
-            Err(_) if args.output.exists() => return Err(exists(args)),
+            Err(_) if fs::symlink_metadata(&args.output).is_ok() => return Err(exists(args)),
             Err(_) => {}
         }
     }

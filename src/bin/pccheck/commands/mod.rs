@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use pccheck::engine::{Select, Store};
-use pccheck::format::{Block, Superblock, SUPERBLOCK_OFFSETS};
+use pccheck::format::{Block, SlotRecord, Superblock, BLOCK_BYTES, SUPERBLOCK_OFFSETS};
 use pccheck::medium::{read_head, Durability, MediumKind, Requested, Stripes};
 use pccheck::recovery::{SlotDecision, Verdict};
 use pccheck::store::{OpenOptions, DEFAULT_CHUNK_BYTES};
@@ -107,7 +107,10 @@ pub fn open_to_read(path: &Path) -> Result<Store> {
         ..OpenOptions::default()
     };
     let store = Store::open(path, &options(DEFAULT_CHUNK_BYTES))?;
-    let largest = store.recovered().checkpoints().map(|record| record.chunk_bytes).max();
+    // Chunks as they are, not as a crafted record may call them: buffers are taken for them.
+    let chunk =
+        |record: &SlotRecord| record.chunk_bytes.min(record.payload_bytes.next_multiple_of(BLOCK_BYTES));
+    let largest = store.recovered().checkpoints().map(chunk).max();
     match largest {
         Some(largest) if largest > DEFAULT_CHUNK_BYTES => Store::open(path, &options(largest)),
         _ => Ok(store),

@@ -1,6 +1,8 @@
 //! What the demonstration tells at its end: tables or JSON, and the picture of the loss.
 
-use std::fs;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -113,7 +115,10 @@ fn draw(args: &Args, lived: &Lived, figures: &Figures) -> Result<PathBuf> {
     );
     let path = args.out.join("loss.svg");
     let svg = plot::render_svg(&curve(lived, title, subtitle));
-    fs::write(&path, svg).map_err(|e| Error::io("write picture", &e).at_path(&path))?;
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true).custom_flags(libc::O_NOFOLLOW);
+    let written = options.open(&path).and_then(|mut file| file.write_all(svg.as_bytes()));
+    written.map_err(|e| Error::io("write picture", &e).at_path(&path))?;
     Ok(path)
 }
 

@@ -28,13 +28,17 @@ pub struct ByHand {
 impl ByHand {
     /// Creates the file and writes every block of it once.
     pub fn new(path: &Path) -> Result<ByHand> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(true);
-        let file = match options.clone().custom_flags(libc::O_DIRECT).open(path) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => options.open(path),
+        let failed = |error: std::io::Error| Error::io("save by hand", &error).at_path(path);
+        // Nobody's file, and through nobody's link.
+        File::create_new(path).map_err(failed)?;
+        let with = |flags| {
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW | flags).open(path)
+        };
+        let file = match with(libc::O_DIRECT) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => with(0),
             opened => opened,
         }
-        .map_err(|error| Error::io("save by hand", &error).at_path(path))?;
+        .map_err(failed)?;
         let block = HugeBlock::new(PAYLOAD_BYTES)?;
         let by_hand = ByHand { file, path: path.to_path_buf(), block, saves: 0 };
         for at in 0..RECORDS {
@@ -106,5 +110,17 @@ mod tests {
             assert_eq!(first(ByHand::payload_offset(slot)), save, "payload of slot {slot}");
         }
         assert_eq!(bytes.len() as u64, ByHand::payload_offset(1) + PAYLOAD_BYTES as u64);
+    }
+
+    /// In a folder that others may write, too, a link could wait for the bench.
+    #[test]
+    fn a_link_with_the_name_of_the_file_is_not_followed() {
+        let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+        let (path, mine) = (dir.path().join("by-hand"), dir.path().join("mine"));
+        std::fs::write(&mine, "mine").unwrap();
+        std::os::unix::fs::symlink(&mine, &path).unwrap();
+        let error = ByHand::new(&path).err().unwrap();
+        assert_eq!(error.errno(), Some(libc::EEXIST), "{error}");
+        assert_eq!(std::fs::read(&mine).unwrap(), b"mine");
     }
 }

@@ -96,7 +96,9 @@ impl Plain {
     /// Creates the file, writes `source` to each of its places, and finds the fastest modes. `copy` is overwritten.
     pub fn prepare(path: &Path, source: &[u8], copy: &mut [u8], places: usize) -> Result<Plain> {
         let failed = |e: &std::io::Error| Error::io(OP, e).at_path(path);
-        let (file, direct) = open(path, OpenOptions::new().create(true).truncate(true))?;
+        // Nobody's file, and through nobody's link.
+        File::create_new(path).map_err(|e| failed(&e))?;
+        let (file, direct) = open(path)?;
         // SAFETY: touches no memory; the descriptor is the file's.
         let allocated =
             unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, (source.len() * places) as libc::off_t) };
@@ -126,7 +128,7 @@ impl Plain {
     /// The same ways of writing and reading, in another file, which must have been written before: the engine's own, so that
     /// both meet the same places of the disk.
     pub fn within(&self, path: &Path, places: Vec<u64>) -> Result<Plain> {
-        let (file, direct) = open(path, &mut OpenOptions::new())?;
+        let (file, direct) = open(path)?;
         Ok(Plain {
             mapping: map_memory(&file).map_err(|e| Error::io(OP, &e).at_path(path))?,
             file,
@@ -362,13 +364,14 @@ fn fastest(modes: &[Mode], mut run: impl FnMut(Mode) -> Result<Duration>) -> Res
     best.map(|(&mode, _)| mode).ok_or_else(|| Error::new(ErrorKind::Internal, OP, "no way was tried"))
 }
 
-/// For reading and writing, around the page cache where the file system can: whether it can.
-fn open(path: &Path, options: &mut OpenOptions) -> Result<(File, bool)> {
-    let options = options.read(true).write(true);
+/// For reading and writing, around the page cache where the file system can: whether it can. Not through a link.
+fn open(path: &Path) -> Result<(File, bool)> {
+    let with =
+        |flags| OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW | flags).open(path);
     let failed = |e: std::io::Error| Error::io(OP, &e).at_path(path);
-    match options.clone().custom_flags(libc::O_DIRECT).open(path) {
+    match with(libc::O_DIRECT) {
         Ok(file) => Ok((file, true)),
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok((options.open(path).map_err(failed)?, false)),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok((with(0).map_err(failed)?, false)),
         Err(e) => Err(failed(e)),
     }
 }
