@@ -156,7 +156,9 @@ pub unsafe extern "C" fn pcc_restore(
             read_places(caller, checkpoint, &places)
         });
         let opened = result.map_err(|error| refused.take().unwrap_or(error.into()))?;
-        out.set(guard::new_handle(CheckpointInner::new(opened, &inner.store)));
+        if out.is_wanted() {
+            out.set(guard::new_handle(CheckpointInner::new(opened, &inner.store)));
+        }
         Ok(())
     };
     // SAFETY: the header binds the caller.

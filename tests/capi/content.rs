@@ -177,6 +177,24 @@ fn tied_tensors_restore_into_one_memory_or_into_two() {
     c!(pcc_close(store));
 }
 
+/// It once left a handle that nobody had: the slot was never freed again, and the region locked beyond closing.
+#[test]
+fn a_restore_that_wants_no_handle_leaves_none() {
+    let region = region(2, 1 << 20);
+    let mut options = open_options();
+    options.max_in_flight = 1;
+    options.lock_wait_ms = 0;
+    let store = open_with(&region, &options);
+    let mut state = State::new(3);
+    for step in 1..6 {
+        save_durably(store, step, &mut state);
+        let tensors = state.tensors();
+        ok(c!(pcc_restore(store, null(), tensors.as_ptr(), tensors.len() as u64, null_mut())));
+    }
+    c!(pcc_close(store));
+    c!(pcc_close(open_with(&region, &options)));
+}
+
 #[test]
 fn a_restore_into_another_model_is_refused_and_writes_nothing() {
     let region = region(4, 1 << 20);

@@ -13,6 +13,11 @@ use crate::capi::text::cut;
 pub(in crate::capi) struct Out<T>(*mut T);
 
 impl<T: Copy> Out<T> {
+    /// Whether the caller wants the result: a handle must not be made that nobody could free.
+    pub fn is_wanted(&self) -> bool {
+        !self.0.is_null()
+    }
+
     /// Stores the result where the caller wants it.
     pub fn set(&self, value: T) {
         if !self.0.is_null() {
