@@ -50,7 +50,8 @@ impl Opaque for pcc_raw {
 /// Ownership: `raw` receives a handle to be given to `pcc_raw_free`, or NULL on failure. Nothing else is kept; `options`
 /// may be NULL.
 /// Errors: PCC_NO_SLOT as `pcc_save_begin`, PCC_TIMED_OUT where the staging pool stayed full, PCC_TOO_LARGE,
-/// PCC_INVALID_ARGUMENT, PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED, PCC_BAD_POINTER.
+/// PCC_INVALID_ARGUMENT, PCC_READ_ONLY, PCC_IO as `pcc_save_begin`, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
+/// PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_raw_begin(
     store: *const pcc_store,

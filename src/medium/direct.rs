@@ -199,9 +199,13 @@ impl Medium for Direct {
     }
 
     /// fdatasync of the whole file, which is more than was asked for: the device's cache is flushed as a whole.
-    fn persist(&self, offset: u64, len: u64, _barrier: Barrier) -> Result<()> {
+    fn persist(&self, offset: u64, len: u64, barrier: Barrier) -> Result<()> {
         self.file.check("fdatasync", offset, len, true)?;
-        self.file.sync_data()
+        match barrier {
+            // An earlier process may have left the page cache something to write back.
+            Barrier::Open => self.file.sync_data_behind(transfer::Behind::PageCache),
+            _ => self.file.sync_data(),
+        }
     }
 
     /// One fdatasync covers all ranges.

@@ -54,6 +54,8 @@ pub struct RegionFile {
     block_device: bool,
     fs_type: i64,
     durability: Durability,
+    /// It had a name when it was opened. Some file systems count no names.
+    named: bool,
     /// Which member of a striped region it is, for errors: those of the region name the region's path.
     member: Option<u32>,
     /// What becomes of the file when it is closed before `completed`.
@@ -175,6 +177,7 @@ impl RegionFile {
             block_device,
             fs_type,
             durability,
+            named: stat.st_nlink > 0,
             member: None,
             undo: Undo::Nothing,
             completed: Arc::new(AtomicBool::new(false)),
@@ -270,7 +273,7 @@ impl RegionFile {
         }
         let stat = fstat(self.raw_fd()).map_err(|error| self.about(error))?;
         let (what, advice) = match (stat.st_nlink, stat.st_size as u64) {
-            (0, _) => (
+            (0, _) if self.named => (
                 "the file was deleted or replaced: what is saved into it ends with this process".to_string(),
                 "close the store, and open or format the region that is to be used",
             ),
@@ -291,7 +294,12 @@ impl RegionFile {
 
     /// fdatasync of a file that is written by O_DIRECT.
     pub(super) fn sync_data(&self) -> Result<()> {
-        transfer::sync_data(self.raw_fd(), transfer::Behind::Nothing).map_err(|error| self.about(error))
+        self.sync_data_behind(transfer::Behind::Nothing)
+    }
+
+    /// fdatasync.
+    pub(super) fn sync_data_behind(&self, behind: transfer::Behind) -> Result<()> {
+        transfer::sync_data(self.raw_fd(), behind).map_err(|error| self.about(error))
     }
 
     /// Whether the path still leads to the file that is open.

@@ -1,7 +1,8 @@
 //! A region through its lives: one saver after the other, each ended in some way, and what must be there after each.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::thread;
@@ -116,7 +117,9 @@ impl Life {
             }
             let (said, status) = ran?;
             match status {
-                Some(status) if status.success() => Err("a saver ended by itself".to_string()),
+                Some(status) if !was_ended(status, shape) => {
+                    Err(format!("a saver ended by itself: {status}"))
+                }
                 None if !shape.fails => Err("a saver could not open the region".to_string()),
                 _ => Ok(said),
             }
@@ -166,6 +169,16 @@ impl Life {
         let listed = content::check_all(&store)?;
         self.known.check_listed(&listed)?;
         self.known.check_durable(&listed, self.shape.keep, &own)
+    }
+}
+
+/// Whether it was this program that ended it.
+fn was_ended(status: ExitStatus, shape: &Shape) -> bool {
+    match status.signal() {
+        Some(libc::SIGKILL | libc::SIGTERM) => true,
+        // A page of the mapping that the disk did not give: what `mmap` costs on a failing disk.
+        Some(libc::SIGBUS) => shape.fails && shape.way == Way::Mmap,
+        _ => false,
     }
 }
 

@@ -90,7 +90,7 @@ fn whatever_happens_nothing_is_lost() {
         std::fs::write(&path, totals.json()).expect("write the totals");
     }
     outcome.unwrap_or_else(|what| panic!("{what}"));
-    assert!(totals.durable > 0 && totals.verified_bytes > 0, "nothing was tested");
+    assert!(totals.durable > 0 && totals.verified_bytes > 0 && totals.exports > 0, "nothing was tested");
 }
 
 /// The soak can fail: savers that report what they never wrote are found out.

@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{c_char, c_void, CStr, CString};
-use std::path::{Path, PathBuf};
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use pccheck::capi::checkpoint::*;
@@ -18,6 +16,7 @@ use pccheck::capi::save::*;
 use pccheck::capi::status::*;
 use pccheck::capi::store::*;
 use pccheck::capi::text::*;
+use pccheck_fuzz::scratch;
 
 use crate::args::{Size, Tensors};
 
@@ -90,27 +89,6 @@ pub struct World {
     /// The newest generation of the first path that was reported durable, and not given up since.
     pub durable: u64,
     freeing: u64,
-}
-
-fn scratch() -> &'static Path {
-    static DIR: OnceLock<PathBuf> = OnceLock::new();
-    DIR.get_or_init(|| {
-        let root = std::env::var_os("PCC_FUZZ_DIR").unwrap_or("/dev/shm".into());
-        let dir = tempfile::Builder::new().prefix("pccheck-fuzz-").tempdir_in(root).expect("a folder");
-        let path = dir.keep();
-        extern "C" fn remove() {
-            if let Some(dir) = DIR.get() {
-                let _ = std::fs::remove_dir_all(dir);
-            }
-        }
-        // SAFETY: a function that may run at any time.
-        unsafe { atexit(remove) };
-        path
-    })
-}
-
-extern "C" {
-    fn atexit(function: extern "C" fn()) -> i32;
 }
 
 pub fn open_options() -> pcc_open_options {

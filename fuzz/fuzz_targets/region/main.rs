@@ -5,8 +5,7 @@
 
 mod image;
 
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::Path;
 use std::time::Duration;
 
 use arbitrary::{Arbitrary, Unstructured};
@@ -17,6 +16,7 @@ use pccheck::load::{Checkpoint, Part};
 use pccheck::medium::{Durability, Requested};
 use pccheck::store::OpenOptions;
 use pccheck::{Error, ErrorKind};
+use pccheck_fuzz::scratch;
 
 use image::{golden_payloads, write_raw, Edit, Image};
 
@@ -62,27 +62,6 @@ struct Input {
     seal: bool,
     course: Course,
     edits: Vec<Edit>,
-}
-
-fn scratch() -> &'static Path {
-    static DIR: OnceLock<PathBuf> = OnceLock::new();
-    DIR.get_or_init(|| {
-        let root = std::env::var_os("PCC_FUZZ_DIR").unwrap_or("/dev/shm".into());
-        let dir = tempfile::Builder::new().prefix("pccheck-fuzz-").tempdir_in(root).expect("a folder");
-        let path = dir.keep();
-        extern "C" fn remove() {
-            if let Some(dir) = DIR.get() {
-                let _ = std::fs::remove_dir_all(dir);
-            }
-        }
-        // SAFETY: a function that may run at any time.
-        unsafe { atexit(remove) };
-        path
-    })
-}
-
-extern "C" {
-    fn atexit(function: extern "C" fn()) -> i32;
 }
 
 impl Course {

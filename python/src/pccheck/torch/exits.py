@@ -59,7 +59,7 @@ def _guard_forks() -> None:
     global _guarded
     if not _guarded:
         _guarded = True
-        os.register_at_fork(before=_hold_back, after_in_parent=_let_go, after_in_child=_let_go)
+        os.register_at_fork(before=_hold_back, after_in_parent=_let_go, after_in_child=_let_go_in_child)
 
 
 def _hold_back() -> None:
@@ -68,6 +68,15 @@ def _hold_back() -> None:
 
 def _let_go() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _let_go_in_child() -> None:
+    # A child has none of the saves. Without a handler the kernel ends it; with one, Python would miss a signal that comes just
+    # before it waits for something.
+    handler = signal.getsignal(signal.SIGTERM)
+    if isinstance(handler, _OnSigterm) and handler.previous == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_go()
 
 
 def forget(trainer: Finishable) -> None:
@@ -91,7 +100,7 @@ class _OnSigterm:
     """Finishes, then does what was done before on this signal. One that comes meanwhile changes nothing."""
 
     def __init__(self, previous: Any) -> None:
-        self._previous = previous
+        self.previous = previous
         self._finishing = False
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -103,8 +112,8 @@ class _OnSigterm:
             _for_each(lambda trainer, timeout: trainer.finish(timeout))
         finally:
             self._finishing = False
-            if callable(self._previous):
-                self._previous(number, frame)
+            if callable(self.previous):
+                self.previous(number, frame)
             else:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
