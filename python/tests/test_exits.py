@@ -130,6 +130,12 @@ import os, signal, sys, time
 import torch
 from pccheck.torch import Checkpointer
 ckpt = Checkpointer(sys.argv[1], state={"a": torch.ones(10)}, staging_bytes=16 << 20, chunk_bytes=1 << 20)
+child = os.fork()
+if child == 0:
+    # Nothing in Python to miss the signal.
+    os._exit(0 if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
 for _ in range(100):
     child = os.fork()
     if child == 0:

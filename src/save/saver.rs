@@ -8,7 +8,7 @@
 //! A copier waits for a staging buffer before it chooses a chunk, so that a free buffer always goes to the oldest
 //! save. No thread waits for a buffer while it holds one, so buffers always come back.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,8 @@ pub(crate) struct Shared {
     /// Saves that have not ended.
     active: Mutex<BTreeMap<u64, Arc<SaveCore>>>,
     active_changed: Event,
+    /// Generations of saves that are no longer counted, and whose outcome is still to be told. Taken under `active`.
+    ending: Mutex<BTreeSet<u64>>,
     closing: AtomicBool,
     #[cfg(feature = "cuda")]
     pub exchange: Exchange,
@@ -76,6 +78,7 @@ impl Saver {
             commit_work: Event::new(),
             active: Mutex::new(BTreeMap::new()),
             active_changed: Event::new(),
+            ending: Mutex::new(BTreeSet::new()),
             closing: AtomicBool::new(false),
             #[cfg(feature = "cuda")]
             exchange: Exchange::default(),
@@ -157,16 +160,20 @@ impl Saver {
         Ok(())
     }
 
-    /// Waits until no save is in flight. Without a deadline it refuses to wait for saves that wait only for their
-    /// confirmation: its caller may be the one who is to give it.
+    /// Waits until no save is in flight, and the outcome of each is known. Without a deadline it refuses to wait for saves
+    /// that wait only for their confirmation: its caller may be the one who is to give it.
     pub fn drain(&self, deadline: Option<Instant>) -> Result<()> {
         loop {
             let ticket = self.shared.active_changed.ticket();
             let active = self.active();
-            if active.is_empty() {
+            // In this order: a save is among those that end before it leaves those that are active.
+            if active.is_empty() && self.shared.ending.lock().is_empty() {
                 return Ok(());
             }
-            if deadline.is_none() && active.iter().all(|save| save.awaits_confirmation()) {
+            if deadline.is_none()
+                && !active.is_empty()
+                && active.iter().all(|save| save.awaits_confirmation())
+            {
                 return Err(unconfirmed(&active));
             }
             if self.shared.active_changed.wait(ticket, deadline) && !self.shared.active.lock().is_empty() {
@@ -383,6 +390,7 @@ impl Shared {
         {
             let mut active = self.active.lock();
             if active.remove(&save.claim.generation).is_some() {
+                self.ending.lock().insert(save.claim.generation);
                 count(&self.metrics);
                 self.metrics.saves_ended();
             }
@@ -394,6 +402,12 @@ impl Shared {
         if self.closing() {
             self.wake_all();
         }
+    }
+
+    /// The outcome of a save is known to whoever asks.
+    pub fn told(&self, save: &SaveCore) {
+        self.ending.lock().remove(&save.claim.generation);
+        self.active_changed.notify_all();
     }
 
     pub fn next_chunk(&self) -> Option<(Arc<SaveCore>, ChunkWork)> {

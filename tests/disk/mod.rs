@@ -260,7 +260,8 @@ impl Served {
             crtime: UNIX_EPOCH,
             kind,
             perm: 0o700,
-            nlink: 1,
+            // As some served file systems do, which count no names: nothing is to take the file for a deleted one.
+            nlink: 0,
             uid: 0,
             gid: 0,
             rdev: 0,

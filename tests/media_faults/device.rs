@@ -91,6 +91,29 @@ fn write_backs_that_are_interrupted_have_failed() {
     }
 }
 
+/// What another process stored through its mapping is written back by the flush of an opening, also of one by O_DIRECT: that this
+/// was given up is told once.
+#[test]
+fn an_opening_that_loses_what_another_left_in_the_cache_says_so() {
+    for way in [Way::Uring, Way::Threads] {
+        let mut bed = Bed::new(way);
+        let last_slot = bed.store().region().layout().slot_offset(SLOTS - 1) as usize;
+        bed.store = None;
+        let file = std::fs::File::options().read(true).write(true).open(bed.path()).expect("open");
+        let left = memmap2::MmapOptions::new().len(last_slot + 4096).map_raw(&file).expect("map");
+        // SAFETY: within the mapping; nobody else has this slot.
+        unsafe { left.as_mut_ptr().add(last_slot).write_volatile(1) };
+        let met = trouble(&bed.disk, Call::Write, 0, 0, Trouble::Errno(libc::EINTR));
+        let error = Store::open(&bed.path(), &way.options()).err().expect("something was lost");
+        assert_eq!(met.load(Ordering::SeqCst), 1, "{way:?}");
+        assert_says(&error, ErrorKind::DurabilityUnknown, Some(libc::EINTR), &bed.path());
+        drop((left, file));
+        bed.store = Some(Store::open(&bed.path(), &way.options()).expect("told once"));
+        assert_eq!(restored_step(bed.store()).expect("restore"), 1);
+        bed.assert_as_good_as_new(10);
+    }
+}
+
 /// Trouble that passes: the save becomes durable all the same.
 fn each_passes(call: Call, more: u64, kind: Trouble) {
     // What the page cache writes back is the kernel's to do again.

@@ -119,12 +119,14 @@ fn closing(setup: Setup) -> impl Fn() + Send + Sync + 'static {
     move || {
         let world = World::open(setup);
         let flying: Vec<Flying> = (10..13).map(|step| world.begin(step)).collect();
+        let saves: Vec<_> = flying.iter().map(|flying| flying.save.clone()).collect();
         let waiters: Vec<_> =
             flying.into_iter().map(|flying| thread::spawn(move || ended_or_cancelled(&flying))).collect();
         (0..thread_rng().gen_range(0..30)).for_each(|_| thread::yield_now());
         let World { store, sim, setup } = Arc::into_inner(world).expect("nobody else has it");
         let pool = store.region().pool().clone();
         drop(store);
+        assert!(saves.iter().all(|save| save.progress().ended), "law: who closes finds every save ended");
         assert_eq!(pool.free_count(), pool.buffer_count(), "law: no buffer is lost");
         waiters.into_iter().for_each(|waiter| waiter.join().expect("waiter"));
         lose_power(&setup, &sim);

@@ -234,6 +234,10 @@ impl SaveCore {
             state.copying == 0
         };
         self.changed.notify_all();
+        // Before the callback, which may wait until all saves have ended.
+        if let Ok(shared) = self.shared() {
+            shared.told(self);
+        }
         if unread {
             // Else the last copier does it (after an end by force): a callback may free the save, which waits for them.
             self.run_on_end();
