@@ -102,7 +102,7 @@ fn an_opening_that_loses_what_another_left_in_the_cache_says_so() {
         let file = std::fs::File::options().read(true).write(true).open(bed.path()).expect("open");
         let left = memmap2::MmapOptions::new().len(last_slot + 4096).map_raw(&file).expect("map");
         // SAFETY: within the mapping; nobody else has this slot.
-        unsafe { left.as_mut_ptr().add(last_slot).write_volatile(1) };
+        unsafe { left.as_mut_ptr().wrapping_add(last_slot).write_volatile(1) };
         let met = trouble(&bed.disk, Call::Write, 0, 0, Trouble::Errno(libc::EINTR));
         let error = Store::open(&bed.path(), &way.options()).err().expect("something was lost");
         assert_eq!(met.load(Ordering::SeqCst), 1, "{way:?}");
