@@ -71,8 +71,8 @@ def _let_go() -> None:
 
 
 def _let_go_in_child() -> None:
-    # A child has none of the saves. Without a handler the kernel ends it; with one, Python would miss a signal that comes
-    # just before it waits for something.
+    # A child has none of the saves. Without a handler the kernel ends it; with one, Python would miss a signal that
+    # comes just before it waits for something.
     handler = signal.getsignal(signal.SIGTERM)
     if isinstance(handler, _OnSigterm) and handler.previous == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
