@@ -173,14 +173,16 @@ fn no_number_in_a_region_decides_how_much_memory_is_taken() {
     assert!(errors > cases / 4, "only {errors} of {cases} changes were refused: the checksums are wrong");
 }
 
-/// A region in a sparse file, which takes no space: one checkpoint of so many chunks of 4 KiB, all zeros.
-fn sparse(path: &Path, chunk_count: u64) -> SlotRecord {
+/// A region in a sparse file, which takes no space: some checkpoints, each of so many chunks of 4 KiB, all zeros, and one slot
+/// more. Returns the record of the last.
+fn sparse(path: &Path, checkpoints: u32, chunk_count: u64) -> SlotRecord {
     let payload_bytes = chunk_count * 4096;
     let data_bytes = payload_bytes - 4096;
     let spec =
         TensorSpec { name: "w", dtype: Dtype::U8, shape: &[data_bytes], bytes: data_bytes, alias_of: None };
     let header = plan(&[spec], &[]).expect("plan").header;
-    let layout = Layout::new(2, Layout::slot_bytes_for(payload_bytes, 4096).expect("size")).expect("layout");
+    let slot_bytes = Layout::slot_bytes_for(payload_bytes, 4096).expect("size");
+    let layout = Layout::new(checkpoints + 1, slot_bytes).expect("layout");
     let superblock = Superblock {
         format_version: FORMAT_VERSION,
         compat: 0,
@@ -190,10 +192,11 @@ fn sparse(path: &Path, chunk_count: u64) -> SlotRecord {
         created_unix_ns: 1,
         preferred_medium: PreferredMedium::Unknown,
     };
-    let record = SlotRecord {
+    let table_hash = table_hash(&vec![0; chunk_count as usize * 16]);
+    let record = |slot: u32| SlotRecord {
         uuid: superblock.uuid,
-        slot: 0,
-        generation: 1,
+        slot,
+        generation: 1 + u64::from(slot),
         state: RecordState::Committed,
         step: 1,
         run_id: 0,
@@ -203,7 +206,7 @@ fn sparse(path: &Path, chunk_count: u64) -> SlotRecord {
         chunk_bytes: 4096,
         chunk_count,
         table_offset: payload_bytes,
-        table_hash: table_hash(&vec![0; chunk_count as usize * 16]),
+        table_hash,
         header_hash: chunk_hash(&header),
         unix_ns: 1,
         flags: HEADER_HASHED,
@@ -213,9 +216,11 @@ fn sparse(path: &Path, chunk_count: u64) -> SlotRecord {
     for offset in SUPERBLOCK_OFFSETS {
         file.write_all_at(&superblock.encode(), offset).expect("write");
     }
-    file.write_all_at(&record.encode(), layout.record_offset(0)).expect("write");
-    file.write_all_at(&header, layout.slot_offset(0)).expect("write");
-    record
+    for slot in 0..checkpoints {
+        file.write_all_at(&record(slot).encode(), layout.record_offset(slot)).expect("write");
+        file.write_all_at(&header, layout.slot_offset(slot)).expect("write");
+    }
+    record(checkpoints - 1)
 }
 
 #[test]
@@ -226,7 +231,7 @@ fn a_sparse_file_takes_no_more_memory_than_a_payload_may_have_chunks() {
     let dir = scratch();
     let path = dir.path().join("region");
 
-    sparse(&path, MAX_CHUNKS + 1);
+    sparse(&path, 1, MAX_CHUNKS + 1);
     let (peak, store) = peak_of(|| Store::open(&path, &options(true)).expect("open"));
     let verdict = &store.recovered().slots[0].verdict;
     assert!(
@@ -237,7 +242,7 @@ fn a_sparse_file_takes_no_more_memory_than_a_payload_may_have_chunks() {
     drop(store);
 
     // The most that is accepted: the table, and the hashes in it.
-    let record = sparse(&path, MAX_CHUNKS);
+    let record = sparse(&path, 1, MAX_CHUNKS);
     let store = Store::open(&path, &options(true)).expect("open");
     let table_bytes = record.table_bytes() as usize;
     let (peak, opened) = peak_of(|| store.open_checkpoint(Select::Newest, false).expect("open checkpoint"));
@@ -251,6 +256,40 @@ fn a_sparse_file_takes_no_more_memory_than_a_payload_may_have_chunks() {
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     let used = fs::metadata(&path).expect("stat");
     assert!(std::os::unix::fs::MetadataExt::blocks(&used) < 1000, "it was to be sparse");
+}
+
+/// What a writer knows of the chunks in its slots is bounded for all of them together.
+#[test]
+fn a_sparse_file_of_many_checkpoints_takes_no_more_memory_of_a_writer() {
+    if !in_child("regions::a_sparse_file_of_many_checkpoints_takes_no_more_memory_of_a_writer", |_| ()) {
+        return;
+    }
+    let dir = scratch();
+    let path = dir.path().join("region");
+    let peak_with = |checkpoints: u32| {
+        sparse(&path, checkpoints, MAX_CHUNKS / 4);
+        let wanted = OpenOptions { keep: checkpoints, ..options(false) };
+        let (peak, store) = peak_of(|| Store::open(&path, &wanted).expect("open for writing"));
+        assert_eq!(store.checkpoints().expect("list").len() as u32, checkpoints);
+        peak
+    };
+    let (half, all, more) = (peak_with(2), peak_with(4), peak_with(6));
+    println!("{} MiB, {} MiB, {} MiB", half / MIB, all / MIB, more / MIB);
+    assert!(all > half + 32 * MIB, "what is known takes memory: {half}, {all}");
+    assert!(more < all + SMALL_REGION_HEAP, "{more} bytes, {all} with as many chunks as may be known");
+}
+
+/// What could not be read again is not saved.
+#[test]
+fn a_state_of_more_chunks_than_readers_hold_is_refused_at_begin() {
+    let dir = scratch();
+    let path = dir.path().join("region");
+    sparse(&path, 1, MAX_CHUNKS + 1);
+    let store = Store::open(&path, &options(false)).expect("open");
+    let error =
+        store.begin_raw(1, MAX_CHUNKS * 4096, &[], WAIT).err().expect("one chunk more, with the header");
+    assert_eq!(error.kind(), ErrorKind::TooLarge, "{error}");
+    assert!(error.advice().is_some_and(|advice| advice.contains("larger chunks")), "{error}");
 }
 
 /// A safetensors header of these entries.

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use pccheck::engine::{format_region, Store, Tensor};
-use pccheck::format::Dtype;
+use pccheck::format::{Dtype, MAX_CHUNK_BYTES};
 use pccheck::medium::{Durability, Requested};
 use pccheck::store::{FormatOptions, OpenOptions};
 
-use super::common::{scratch, WAIT};
+use super::common::{save_one, scratch, WAIT};
 
 /// Names that would lead elsewhere if they were taken for paths, and that would act if they were printed as they are.
 const NAMES: [&str; 5] =
@@ -160,4 +160,29 @@ fn what_a_region_holds_does_not_act_on_the_terminal() {
     assert_ne!(code, 0);
     assert_eq!(said.find(acts), None, "{said:?}");
     assert!(said.contains(r"\u{1b}[2J"), "{said}");
+}
+
+/// Buffers are taken for chunks as they are, not as large as their record calls them.
+#[test]
+fn the_tool_takes_no_buffers_for_chunks_that_are_not_there() {
+    let dir = scratch();
+    let path = dir.path().join("r.pcc");
+    let format = FormatOptions { medium: Requested::Mmap, ..FormatOptions::new(3, 100_000) };
+    format_region(&path, &format).expect("format");
+    let options = OpenOptions {
+        required: Durability::Process,
+        max_in_flight: 1,
+        chunk_bytes: MAX_CHUNK_BYTES,
+        staging_bytes: 2 * MAX_CHUNK_BYTES,
+        ..OpenOptions::default()
+    };
+    let store = Store::open(&path, &options).expect("open");
+    save_one(&store, 1, &[7; 50_000], &[]).expect("save").wait_durable(WAIT).expect("durable");
+    drop(store);
+    // Addresses for far less than its buffers for chunks of that size.
+    let limited = format!("ulimit -v 800000; exec {} verify r.pcc", env!("CARGO_BIN_EXE_pccheck"));
+    let mut tool = Command::new("sh");
+    tool.args(["-c", &limited]).env("MALLOC_ARENA_MAX", "1").current_dir(dir.path());
+    let ended = tool.output().expect("run the tool");
+    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
 }
