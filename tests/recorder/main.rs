@@ -37,6 +37,7 @@ const IMAGES: usize = 60;
 const PER_MOMENT: usize = 6;
 const LIVE_ON_EVERY: usize = 10;
 const SAVES: u64 = 24;
+const LIVES_OF_A_FAULT: u64 = 10;
 
 fn given(name: &str) -> Option<u64> {
     env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
@@ -82,11 +83,13 @@ fn power_loss_at_any_moment_loses_nothing_durable() {
     }
 }
 
-/// What the images show of a broken protocol.
+/// What the images show of a broken protocol. Some faults need writes to end in an order that a busy machine seldom brings.
 fn finding(format: Format, way: Way, protocol: Protocol) -> Option<String> {
-    let life = live(format, way, protocol, SAVES, 1);
-    let mut judge = Judge::new(&life, usize::MAX);
-    life.recording.for_each_image(effort(3000), |image, at| judge.check(image, at)).err()
+    (1..=LIVES_OF_A_FAULT).find_map(|seed| {
+        let life = live(format, way, protocol, SAVES, seed);
+        let mut judge = Judge::new(&life, usize::MAX);
+        life.recording.for_each_image(effort(3000), |image, at| judge.check(image, at)).err()
+    })
 }
 
 #[test]
