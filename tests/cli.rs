@@ -364,7 +364,12 @@ fn export_and_import_refuse_without_harm() {
     bench.good("export r.pcc -o precious --force");
     assert!(fs::metadata(bench.path("precious")).expect("exists").len() > 300_000);
     let error = bench.bad("export r.pcc -o r.pcc --force", 2);
-    assert!(error.contains("region itself"), "{error}");
+    assert!(error.contains("is a region"), "{error}");
+    bench.good("format s0.pcc --stripe s1.pcc --slots 3 --state 1M");
+    let member = fs::read(bench.path("s1.pcc")).expect("read");
+    let error = bench.bad("export r.pcc -o s1.pcc --force", 2);
+    assert!(error.contains("a member of one"), "{error}");
+    assert_eq!(fs::read(bench.path("s1.pcc")).expect("read"), member);
     bench.bad("export r.pcc -o missing/x", 3);
     bench.bad("export r.pcc -o x --step 9", 3);
     let mut torn = foreign_file();
@@ -381,7 +386,7 @@ fn export_and_import_refuse_without_harm() {
     let error = bench.bad("import r.pcc large.st", 6);
     assert!(error.contains("grow"), "{error}");
     assert_eq!(bench.json("inspect r.pcc --json")["checkpoints"].as_array().expect("list").len(), 1);
-    assert_eq!(bench.files(), ["empty.st", "large.st", "precious", "r.pcc", "torn.st"]);
+    assert_eq!(bench.files(), ["empty.st", "large.st", "precious", "r.pcc", "s0.pcc", "s1.pcc", "torn.st"]);
 }
 
 fn foreign_of(bytes: usize) -> Vec<u8> {

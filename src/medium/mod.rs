@@ -54,7 +54,7 @@ pub use direct::IoBackend;
 pub use file::{sync_parent, RegionFile};
 pub use measure::{measure_preferred, Measured};
 pub use open::{open_medium, MediumOptions, PreferredHint, Requested};
-pub use path::{copy_owner, is_device, is_same_place, read_head, rename_over};
+pub use path::{copy_owner, is_device, is_same_place, read_head, rename_new, rename_over};
 pub use site::{into_media, Completion, Site};
 pub use striped::{
     erase_labels, read_label, relocate_member, rewrite_label, write_label, write_labels, Striped, Stripes,

@@ -1,12 +1,15 @@
 //! What is done with a region's path rather than with its bytes.
+#![expect(unsafe_code, reason = "renameat2 is a system call")]
 
+use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind as IoErrorKind, Read, Seek, SeekFrom};
+use std::io::{self, ErrorKind as IoErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{fchown, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::file::{not_storage, sync_parent};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Label, LABEL_OFFSETS, RECORDS_OFFSET};
 
 /// The bytes in front of the slot records, or all where there are fewer; `None` where the path holds nothing. Of a
@@ -87,4 +90,37 @@ pub fn copy_owner(from: &Path, to: &Path) -> Result<()> {
 pub fn rename_over(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).map_err(|e| Error::io("rename", &e).at_path(to))?;
     sync_parent(to)
+}
+
+/// Atomically gives the file `from` the name `to`, and never takes it from what has it; durable on return.
+///
+/// # Errors
+///
+/// [`ErrorKind::AlreadyExists`](crate::ErrorKind::AlreadyExists), also for a link that leads nowhere;
+/// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) on file systems that can only replace. Either way `from` stays.
+pub fn rename_new(from: &Path, to: &Path) -> Result<()> {
+    let named = |e: &io::Error| Error::io("rename", e).at_path(to);
+    let without_replacing = match rename_noreplace(from, to) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => fs::hard_link(from, to)
+            // The name alone: what it leads to is in its place.
+            .and_then(|()| fs::remove_file(from)),
+        done => done,
+    };
+    without_replacing.map_err(|e| match e.raw_os_error() {
+        Some(libc::EPERM | libc::EOPNOTSUPP | libc::ENOSYS) => named(&e).with_kind(ErrorKind::Unsupported),
+        _ => named(&e),
+    })?;
+    sync_parent(to)
+}
+
+fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
+    let [from, to] = [from, to].map(|path| CString::new(path.as_os_str().as_bytes()));
+    let (from, to) = (from?, to?);
+    let cwd = libc::AT_FDCWD;
+    // SAFETY: two strings that end in NUL and live through the call, which keeps neither.
+    let done = unsafe { libc::renameat2(cwd, from.as_ptr(), cwd, to.as_ptr(), libc::RENAME_NOREPLACE) };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

@@ -81,7 +81,9 @@ fn live(file_system: &str, kills: usize, seed: u64, lie: bool) -> Result<(usize,
     let mut before: Option<(reports::Said, u32)> = None;
     for nth in 0..=kills {
         let orders = orders(nth, lie);
-        let (after, life_ms) = match nth % KILL_OPENING_EVERY == KILL_OPENING_EVERY - 1 {
+        // Not the last: it is what tells of the one before.
+        let in_opening = nth % KILL_OPENING_EVERY == KILL_OPENING_EVERY - 1 && nth < kills;
+        let (after, life_ms) = match in_opening {
             true => ("opening", random.below(LONGEST_OPENING_MS)),
             false => ("ready", random.below(LONGEST_LIFE_MS)),
         };

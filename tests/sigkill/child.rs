@@ -54,7 +54,8 @@ impl Way {
     /// Options small enough that one save takes a few milliseconds.
     pub fn options(self, in_flight: u32, keep: u32) -> OpenOptions {
         let (medium, backend) = match self {
-            Way::Uring => (Requested::Direct, IoBackend::Auto),
+            // By name: where the kernel refuses it, this is not silently threads again.
+            Way::Uring => (Requested::Direct, IoBackend::Uring),
             Way::Threads => (Requested::Direct, IoBackend::Threads),
             Way::Mmap => (Requested::Mmap, IoBackend::Auto),
             Way::Dax => (Requested::Dax, IoBackend::Auto),

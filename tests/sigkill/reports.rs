@@ -5,9 +5,12 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{channel, Sender};
+use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
+
+/// Until a process says what it is waited for: an emulated machine boots meanwhile.
+const LONGEST_SILENCE: Duration = Duration::from_secs(180);
 
 /// Standard output without a buffer in this process: what was reported is in the pipe when the process dies.
 pub struct Reports(File);
@@ -177,7 +180,15 @@ pub fn run_and_end(
     thread::scope(|scope| {
         // All the while, so that the pipe never stops the process.
         let listening = scope.spawn(|| listen(output, after, tells));
-        let was_told = told.recv().is_ok();
+        let was_told = match told.recv_timeout(LONGEST_SILENCE) {
+            Ok(()) => true,
+            Err(RecvTimeoutError::Disconnected) => false,
+            Err(RecvTimeoutError::Timeout) => {
+                // So that the listener comes to an end, too.
+                process.kill().map_err(|error| format!("end a child: {error}"))?;
+                return Err(format!("a child did not say {after:?} within {LONGEST_SILENCE:?}"));
+            }
+        };
         if was_told {
             end(&mut process).map_err(|error| format!("end a child: {error}"))?;
         }

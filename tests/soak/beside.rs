@@ -81,8 +81,13 @@ fn verify(checkpoint: &Checkpoint, shape: &Shape) -> Result<bool, String> {
     Ok(true)
 }
 
+/// Exit codes that the tool documents: none yet, overwritten meanwhile, and on a disk that fails.
+const NOT_FOUND: i32 = 3;
+const IN_USE: i32 = 5;
+const OTHER: i32 = 1;
+
 /// Has the tool export the newest checkpoint, over and over, and holds the files against what the step saved.
-pub fn export_until(stop: &AtomicBool, region: &Path, seen: &Seen) -> Result<(), String> {
+pub fn export_until(stop: &AtomicBool, region: &Path, shape: &Shape, seen: &Seen) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let file = folder.path().join("exported");
     while !stop.load(Ordering::Relaxed) {
@@ -94,10 +99,14 @@ pub fn export_until(stop: &AtomicBool, region: &Path, seen: &Seen) -> Result<(),
         if tool.status.success() {
             check_file(&file)?;
             seen.exports.fetch_add(1, Ordering::Relaxed);
-        } else if tool.status.code().is_none() {
-            return Err(format!("the tool died: {}", tool.status));
         } else {
-            // Told why; nothing half-written may stay.
+            let said = String::from_utf8_lossy(&tool.stderr);
+            match tool.status.code() {
+                Some(NOT_FOUND | IN_USE) => {}
+                Some(OTHER) if shape.fails => {}
+                _ => return Err(format!("the tool: {}, {said}", tool.status)),
+            }
+            // Nothing half-written may stay.
             let left = std::fs::read_dir(folder.path()).map_err(|error| error.to_string())?;
             let left: Vec<_> =
                 left.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| *path != file).collect();

@@ -108,7 +108,7 @@ impl Life {
             let (region, shape, stop) = (&self.region, &self.shape, &stop);
             let beside: Vec<_> = (0..READERS)
                 .map(|_| scope.spawn(move || read_until(stop, region, shape, seen)))
-                .chain([scope.spawn(move || export_until(stop, region, seen))])
+                .chain([scope.spawn(move || export_until(stop, region, shape, seen))])
                 .collect();
             let ran = run_and_end(&mut command, "ready", |process| end_saver(process, end, lasts));
             stop.store(true, Ordering::Relaxed);

@@ -63,6 +63,7 @@ fn soak(
     while outcome.is_ok() && (began.elapsed() < lasts || totals.regions == 0) {
         let mut life = Life::new(shape_of(&mut random));
         totals.regions += 1;
+        totals.on_failing_disks += u64::from(life.shape().fails);
         for nth in 0..LIVES {
             outcome = life
                 .live(nth, &mut random, totals)
@@ -90,6 +91,7 @@ fn whatever_happens_nothing_is_lost() {
         std::fs::write(&path, totals.json()).expect("write the totals");
     }
     outcome.unwrap_or_else(|what| panic!("{what}"));
+    assert!(totals.on_failing_disks == 0 || totals.faults_met > 0, "the disks did not fail");
     assert!(totals.durable > 0 && totals.verified_bytes > 0 && totals.exports > 0, "nothing was tested");
 }
 

@@ -25,6 +25,7 @@ struct Saver {
     reports: Arc<Reports>,
     next_step: AtomicU64,
     lies: bool,
+    fails: bool,
 }
 
 /// Saves until it is killed, if this process is a saver; returns at once if it is not.
@@ -39,8 +40,13 @@ pub fn run_if_saver() {
         Err(error) => return reports.say(&format!("error {error}")),
     };
     reports.say(&format!("ready {}", store.medium_info().path));
-    let saver =
-        Saver { store, reports, next_step: AtomicU64::new(orders.first_step), lies: orders.shape.lies };
+    let saver = Saver {
+        store,
+        reports,
+        next_step: AtomicU64::new(orders.first_step),
+        lies: orders.shape.lies,
+        fails: orders.shape.fails,
+    };
     thread::scope(|scope| {
         for nth in 0..orders.shape.in_flight {
             let saver = &saver;
@@ -67,7 +73,7 @@ impl Saver {
                     | ErrorKind::NoSpace
                     | ErrorKind::DurabilityUnknown
                     | ErrorKind::NoSlot),
-                ) => {
+                ) if self.fails => {
                     self.reports.say(&format!("failed {kind:?}"));
                     if let Ok(repaired @ 1..) = self.store.repair(Some(Duration::from_secs(5))) {
                         self.reports.say(&format!("repaired {repaired}"));

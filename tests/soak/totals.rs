@@ -13,6 +13,7 @@ pub struct Totals {
     pub seed: u64,
     pub seconds: u64,
     pub regions: u64,
+    pub on_failing_disks: u64,
     pub lives: u64,
     pub begun: u64,
     pub durable: u64,
@@ -57,6 +58,7 @@ impl Totals {
         let rows = [
             ("seconds", self.seconds),
             ("regions", self.regions),
+            ("regions on disks that fail", self.on_failing_disks),
             ("savers ended (killed, terminated, stopped)", self.lives),
             ("saves begun", self.begun),
             ("saves reported durable", self.durable),

@@ -1,15 +1,16 @@
 //! `pccheck export`: a checkpoint as a safetensors file.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind as IoErrorKind, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io::{ErrorKind as IoErrorKind, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use indicatif::ProgressBar;
 use pccheck::engine::{Opened, Store};
+use pccheck::format::{label, superblock, SUPERBLOCK_OFFSETS};
 use pccheck::load::{Checkpoint, Part};
-use pccheck::medium::sync_parent;
+use pccheck::medium::{rename_new, rename_over};
 use pccheck::{Error, ErrorKind, Result};
 use serde_json::json;
 
@@ -107,9 +108,8 @@ fn check_output(args: &Args) -> Result<()> {
         Err(e) if e.kind() == IoErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(Error::io(OP, &e).at_path(&args.output)),
     };
-    let region = fs::metadata(&args.path).map_err(|e| Error::io("open", &e).at_path(&args.path))?;
-    if (region.dev(), region.ino()) == (output.dev(), output.ino()) {
-        return Err(Error::new(ErrorKind::InvalidArgument, OP, "the output is the region itself")
+    if !output.is_file() {
+        return Err(Error::new(ErrorKind::InvalidArgument, OP, "expected a file name, found something else")
             .at_path(&args.output)
             .advise("choose another name"));
     }
@@ -118,11 +118,35 @@ fn check_output(args: &Args) -> Result<()> {
             .at_path(&args.output)
             .advise("choose another name"));
     }
+    if holds_region(&args.output)? {
+        let what = "the output is a region, or a member of one, and was left as it is";
+        return Err(Error::new(ErrorKind::InvalidArgument, OP, what)
+            .at_path(&args.output)
+            .advise("choose another name; --force does not replace regions"));
+    }
     if args.force {
         Ok(())
     } else {
         Err(exists(args))
     }
+}
+
+/// Whether a superblock or a label is where one would be. No safetensors file begins so: the magic numbers would be lengths of
+/// headers beyond every limit.
+fn holds_region(output: &Path) -> Result<bool> {
+    let file = match File::open(output) {
+        Ok(file) => file,
+        // Not for this user to read, and so no region that they could have exported from.
+        Err(e) if e.kind() == IoErrorKind::PermissionDenied => return Ok(false),
+        Err(e) => return Err(Error::io("open", &e).at_path(output)),
+    };
+    let mut head = Vec::new();
+    let bytes = SUPERBLOCK_OFFSETS[1] + superblock::SUPERBLOCK_MAGIC.len() as u64;
+    file.take(bytes).read_to_end(&mut head).map_err(|e| Error::io("read", &e).at_path(output))?;
+    Ok(SUPERBLOCK_OFFSETS
+        .iter()
+        .filter_map(|&offset| head.get(offset as usize..))
+        .any(|copy| copy.starts_with(&superblock::SUPERBLOCK_MAGIC) || copy.starts_with(&label::LABEL_MAGIC)))
 }
 
 /// A file beside the output, removed unless it was put in its place.
@@ -162,7 +186,6 @@ fn write_beside(store: &Store, args: &Args) -> Result<Opened> {
     let opened = opened?;
     file.sync_all().map_err(|e| failed(&e))?;
     put_in_place(&beside, args)?;
-    sync_parent(&args.output)?;
     Ok(opened)
 }
 
@@ -189,17 +212,14 @@ fn copy_payload(checkpoint: &Checkpoint, file: &mut File, path: &Path, bar: &Pro
     Ok(())
 }
 
-/// Renames; without `--force` never over a file that appeared meanwhile.
+/// Without `--force` never over a file that appeared meanwhile. Durable on return.
 fn put_in_place(beside: &Beside, args: &Args) -> Result<()> {
-    let failed = |e: &std::io::Error| Error::io(OP, e).at_path(&args.output);
-    if !args.force {
-        match fs::hard_link(&beside.path, &args.output) {
-            Ok(()) => return Ok(()),
-            Err(e) if e.kind() == IoErrorKind::AlreadyExists => return Err(exists(args)),
-            // A file system without links: the next best is to look once more.
-            Err(_) if fs::symlink_metadata(&args.output).is_ok() => return Err(exists(args)),
-            Err(_) => {}
-        }
+    if args.force {
+        return rename_over(&beside.path, &args.output);
     }
-    fs::rename(&beside.path, &args.output).map_err(|e| failed(&e))
+    rename_new(&beside.path, &args.output).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => exists(args),
+        ErrorKind::Unsupported => error.advise("this file system can only replace: give --force"),
+        _ => error,
+    })
 }
