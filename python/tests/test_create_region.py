@@ -64,11 +64,28 @@ def test_nothing_that_is_there_is_replaced(tmp_path: Path) -> None:
 
 
 def test_only_old_leftovers_are_removed(tmp_path: Path) -> None:
-    old, young, other = (tmp_path / name for name in (".region.1.new", ".region.2.new", ".other.1.new"))
-    for leftover in (old, young, other):
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"x")
+    digits = "0123456789abcde"
+    old, young, link, folder = (tmp_path / f".run.{digits}{last}.new" for last in "0123")
+    foreign = [
+        tmp_path / name
+        for name in (
+            ".run.notes.new",
+            ".run.1.new",
+            f".run.{digits}0f.new",
+            f".run.{digits}G.new",
+            f".run.{digits}0.new.new",
+            f".other.{digits}0.new",
+            f"x.run.{digits}0.new",
+        )
+    ]
+    for leftover in (old, young, *foreign):
         leftover.write_bytes(b"x")
+    link.symlink_to(theirs)
+    folder.mkdir()
     yesterday = time.time() - 86400
-    os.utime(old, (yesterday, yesterday))
-    os.utime(other, (yesterday, yesterday))
-    region.create_region(tmp_path / "region", **SIZE)
-    assert not old.exists() and young.exists() and other.exists()
+    for path in (theirs, old, link, folder, *foreign):
+        os.utime(path, (yesterday, yesterday), follow_symlinks=False)
+    region.create_region(tmp_path / "run", **SIZE)
+    assert set(tmp_path.iterdir()) == {tmp_path / "run", theirs, young, link, folder, *foreign}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
+import re
 import secrets
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,10 +101,7 @@ def create_region(path: str | os.PathLike[str], *, slots: int, payload_bytes: in
     if target.exists():
         # A device or an empty file is made where it is; anything else is refused.
         return format_region(path, slots=slots, payload_bytes=payload_bytes, medium=medium)
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
-                leftover.unlink()
+    _remove_leftovers(target)
     hidden = target.with_name(f".{target.name}.{secrets.token_hex(8)}.new")
     try:
         format_region(hidden, slots=slots, payload_bytes=payload_bytes, medium=medium)
@@ -125,6 +123,20 @@ def create_region(path: str | os.PathLike[str], *, slots: int, payload_bytes: in
         # It is not there where nothing could be made, and then the error that says why must stay.
         with contextlib.suppress(OSError):
             hidden.unlink()
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what killed processes have left of making ``target``: old files of exactly the names made here."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.new")
+    # Without the folder, or the right to read it, making the region says what is wrong.
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            if name.fullmatch(entry.name) is None:
+                continue
+            with contextlib.suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime > _LEFTOVER_SECONDS:
+                    Path(entry.path).unlink()
 
 
 def _sync_folder(folder: Path) -> None:
