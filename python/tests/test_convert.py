@@ -276,13 +276,10 @@ def test_nothing_is_replaced_without_force_and_a_failure_leaves_what_was_there(
     torch.save({"a": torch.ones(3)}, source)
     with pytest.raises(errors.AlreadyExists, match="--force"):
         convert(source, to)
-    from pccheck import files
-
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", _disk_full)
         with pytest.raises(OSError, match="No space left"):
             convert(source, to, force=True)
-    assert files.replaced_file is not None
     assert loaded(to)["a"].tolist() == [0.0] * 3
     assert {path.name for path in tmp_path.iterdir()} == {"from.pt", name, f"{name}.loaded.pt"}
     convert(source, to, force=True)
@@ -293,6 +290,45 @@ def test_nothing_is_replaced_without_force_and_a_failure_leaves_what_was_there(
     other.mkdir() if name != "to" else other.write_bytes(b"x")
     with pytest.raises(errors.AlreadyExists):
         convert(source, other.rename(tmp_path / f"other{to.suffix}"), force=True)
+
+
+@pytest.mark.parametrize("name", DESTINATIONS)
+@pytest.mark.parametrize("leads_to", ["one of its kind", "nowhere"])
+def test_a_link_is_replaced_itself_and_only_with_force(
+    tmp_path: Path, name: str, leads_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, to, theirs = tmp_path / "from.pt", tmp_path / name, tmp_path / f"theirs{Path(name).suffix}"
+    torch.save({"a": torch.ones(3)}, source)
+    if leads_to == "one of its kind":
+        convert(source, theirs)
+    before = {path: path.is_file() and path.read_bytes() for path in (theirs, *theirs.rglob("*"))}
+    to.symlink_to(theirs)
+    there = set(tmp_path.iterdir())
+    torch.save({"a": torch.zeros(3)}, source)
+    with pytest.raises(errors.AlreadyExists, match="--force"):
+        convert(source, to)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            convert(source, to, force=True)
+    assert to.readlink() == theirs and set(tmp_path.iterdir()) == there
+    convert(source, to, force=True)
+    assert not to.is_symlink() and set(tmp_path.iterdir()) == there
+    assert {path: path.is_file() and path.read_bytes() for path in (theirs, *theirs.rglob("*"))} == before
+    assert loaded(to)["a"].tolist() == [0.0] * 3
+
+
+def test_modes_are_what_the_umask_leaves_and_a_regions_0600(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "from.pt")
+    before = os.umask(0o027)
+    try:
+        for name in DESTINATIONS:
+            convert(tmp_path / "from.pt", tmp_path / name)
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("to*")}
+    assert found == {"to.pccheck": 0o600, "to.pt": 0o640, "to.safetensors": 0o640, "to": 0o750}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "to").iterdir()} == {0o640}
 
 
 def _disk_full(*_: object) -> None:

@@ -42,6 +42,31 @@ def test_the_old_folder_goes_only_when_the_new_ones_name_is_durable(
     assert f"sync {tmp_path.name}" in events[: events.index("remove")]
 
 
+def test_a_link_is_replaced_itself_and_leaves_nothing_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, path = tmp_path / "theirs", tmp_path / "folder"
+    theirs.mkdir()
+    (theirs / "a").write_text("old")
+    rename = Path.rename
+    for target in (theirs, tmp_path / "nowhere"):
+        path.symlink_to(target)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", lambda self, to: _no_disk() if self.is_dir() and not self.is_symlink()
+                          else rename(self, to))  # fmt: skip
+            with pytest.raises(OSError, match="Input/output"), files.replaced_folder(path):
+                pass
+        assert path.is_symlink() and path.readlink() == target, "it is back"
+        with files.replaced_folder(path) as new:
+            (new / "a").write_text("new")
+        assert not path.is_symlink() and (path / "a").read_text() == "new" and (theirs / "a").read_text() == "old"
+        assert set(tmp_path.iterdir()) == {theirs, path}
+        (path / "a").unlink()
+        path.rmdir()
+
+
+def _no_disk() -> None:
+    raise OSError(5, "Input/output error")
+
+
 def test_names_of_unfinished_files_are_told_and_do_not_come_again_in_another_process(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     with files.replaced_file(path) as one, files.replaced_file(path) as other:

@@ -82,7 +82,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     """Gives a new, empty folder to fill; when the block ends well, it is durably at ``path``, with all its files.
 
     A folder that was at ``path`` is replaced (not in one step: a crash between the two renames leaves the old one
-    beside it under a hidden name); when the block fails, ``path`` is as it was.
+    beside it under a hidden name); when the block fails, ``path`` is as it was. Of a symbolic link at ``path`` the link
+    itself is replaced, never what it leads to.
     """
     beside = _beside(path)
     beside.mkdir()
@@ -96,18 +97,22 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 finally:
                     os.close(fd)
             sync_folder(Path(folder))
-        if path.is_dir():
+        if path.is_symlink() or path.is_dir():
             old = _beside(path)
             try:
                 path.rename(old)
                 beside.rename(path)
             except BaseException:
-                if old.is_dir() and not path.exists():
+                if os.path.lexists(old) and not os.path.lexists(path):
                     old.rename(path)
                 raise
             # The new name first: a crash must not find the old folder gone and the new one not yet there.
             sync_folder(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            if old.is_symlink():
+                with suppress(OSError):
+                    old.unlink()
+            else:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             beside.replace(path)
     except BaseException:

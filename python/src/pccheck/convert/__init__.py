@@ -53,14 +53,16 @@ def convert(
 
     Nothing that a file holds is executed: of pickled kinds, only tensors and plain values are loaded. Memory: files
     are mapped and regions written through the staging pool, so that a region is made of a file, and a safetensors file
-    of a region, in bounded memory; otherwise one state is held.
+    of a region, in bounded memory; otherwise one state is held. A region has mode 0600 at most, everything else the
+    mode that the umask leaves.
 
     Args:
         step: which checkpoint of a region, the newest of that step; for other sources, the step that the new region
             notes.
         generation: which checkpoint of a region. The default is the newest.
         slots: of a region that is made.
-        force: replace what is at ``destination``.
+        force: replace what is at ``destination``. Of a symbolic link the link itself is replaced, never what it leads
+            to.
         progress: is told how far it is.
 
     Raises:
@@ -80,9 +82,12 @@ def convert(
             )
         if os.path.realpath(source) == os.path.realpath(destination):
             raise errors.InvalidArgument(f"{source} is source and destination", path=str(source))
-        if destination.is_dir() != (made is Kind.DCP):
+        # A link that leads nowhere is of no kind.
+        if destination.exists() and destination.is_dir() != (made is Kind.DCP):
             what = "a folder" if destination.is_dir() else "no folder"
-            raise errors.AlreadyExists(f"{destination} is {what}; remove it first", path=str(destination))
+            raise errors.AlreadyExists(
+                f"{destination} is {what}", operation="convert", path=str(destination), advice="remove it first"
+            )
     if generation is not None and source_kind is not Kind.REGION:
         raise errors.InvalidArgument(f"generation={generation}: {source} is no region", path=str(source))
     progress = progress or Progress(quiet=True)
