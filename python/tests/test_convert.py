@@ -318,6 +318,30 @@ def test_a_link_is_replaced_itself_and_only_with_force(
     assert loaded(to)["a"].tolist() == [0.0] * 3
 
 
+@pytest.mark.parametrize("name", DESTINATIONS)
+def test_what_appears_while_it_converts_is_not_replaced_without_force(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pccheck.convert import writers
+
+    source, to = tmp_path / "from.pt", tmp_path / name
+    torch.save({"a": torch.ones(3)}, source)
+    make_folders = writers.files.make_folders
+    monkeypatch.setattr(writers.files, "make_folders", lambda at: (make_folders(at), to.write_text("theirs")))
+    with pytest.raises(errors.AlreadyExists, match="--force") as why:
+        convert(source, to)
+    assert why.value.path == str(to) and to.read_text() == "theirs" and set(tmp_path.iterdir()) == {source, to}
+
+
+def test_a_folder_that_holds_the_source_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    source = tmp_path / "run" / "from.pt"
+    torch.save({"a": torch.ones(3)}, source)
+    with pytest.raises(errors.InvalidArgument, match="holds the source") as why:
+        convert(source, tmp_path / "run", force=True)
+    assert why.value.path == str(tmp_path / "run") and list((tmp_path / "run").iterdir()) == [source]
+
+
 def test_modes_are_what_the_umask_leaves_and_a_regions_0600(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "from.pt")
     before = os.umask(0o027)

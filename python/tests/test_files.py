@@ -67,6 +67,29 @@ def _no_disk() -> None:
     raise OSError(5, "Input/output error")
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_what_appeared_meanwhile_is_not_replaced_unasked(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(files.os, "link", lambda *_: _refuse_links())
+    path = tmp_path / "file"
+    with pytest.raises(FileExistsError), files.replaced_file(path, replace=False) as new:
+        new.write_text("new")
+        path.write_text("theirs")
+    with pytest.raises(FileExistsError), files.replaced_folder(path, replace=False):
+        pass
+    assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    with files.replaced_file(path, replace=False) as new:
+        new.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def _refuse_links() -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
 def test_names_of_unfinished_files_are_told_and_do_not_come_again_in_another_process(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     with files.replaced_file(path) as one, files.replaced_file(path) as other:

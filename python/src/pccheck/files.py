@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -49,6 +50,19 @@ def is_unfinished(name: str) -> bool:
     return _UNFINISHED.fullmatch(name) is not None
 
 
+def _link_new(beside: Path, path: Path) -> None:
+    try:
+        # Unlike a rename, a link never replaces.
+        os.link(beside, path)
+    except OSError as why:
+        if why.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # A file system without hard links: as near to it as can be.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        beside.rename(path)
+
+
 @contextmanager
 def replaced_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Gives the name of a new file to write; when the block ends well, that file is durably at ``path``.
@@ -67,9 +81,8 @@ def replaced_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         if replace:
             beside.replace(path)
         else:
-            # Unlike a rename, a link never replaces.
-            os.link(beside, path)
-            beside.unlink()
+            _link_new(beside, path)
+            beside.unlink(missing_ok=True)
     except BaseException:
         with suppress(OSError):
             beside.unlink()
@@ -77,13 +90,24 @@ def replaced_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def _rename_new(beside: Path, path: Path) -> None:
+    try:
+        # A folder takes the place of nothing but an empty folder.
+        beside.rename(path)
+    except OSError as why:
+        if why.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+
+
 @contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
+def replaced_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Gives a new, empty folder to fill; when the block ends well, it is durably at ``path``, with all its files.
 
     A folder that was at ``path`` is replaced (not in one step: a crash between the two renames leaves the old one
     beside it under a hidden name); when the block fails, ``path`` is as it was. Of a symbolic link at ``path`` the link
-    itself is replaced, never what it leads to.
+    itself is replaced, never what it leads to. ``replace=False``: what appeared at ``path`` meanwhile is not replaced
+    (:class:`FileExistsError`), unless it is an empty folder.
     """
     beside = _beside(path)
     beside.mkdir()
@@ -97,7 +121,9 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 finally:
                     os.close(fd)
             sync_folder(Path(folder))
-        if path.is_symlink() or path.is_dir():
+        if not replace:
+            _rename_new(beside, path)
+        elif path.is_symlink() or path.is_dir():
             old = _beside(path)
             try:
                 path.rename(old)

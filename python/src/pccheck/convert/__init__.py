@@ -77,11 +77,17 @@ def convert(
     made = kind_to_make(destination, to)
     if os.path.lexists(destination):
         if not force:
-            raise errors.AlreadyExists(
-                f"{destination} exists", operation="convert", path=str(destination), advice="--force replaces it"
-            )
-        if os.path.realpath(source) == os.path.realpath(destination):
+            raise _exists(destination)
+        of_source, of_destination = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
+        if of_source == of_destination:
             raise errors.InvalidArgument(f"{source} is source and destination", path=str(source))
+        if of_destination in of_source.parents:
+            raise errors.InvalidArgument(
+                f"{destination} is to be replaced, and holds the source {source}",
+                operation="convert",
+                path=str(destination),
+                advice="name a folder of its own",
+            )
         # A link that leads nowhere is of no kind.
         if destination.exists() and destination.is_dir() != (made is Kind.DCP):
             what = "a folder" if destination.is_dir() else "no folder"
@@ -92,7 +98,13 @@ def convert(
         raise errors.InvalidArgument(f"generation={generation}: {source} is no region", path=str(source))
     progress = progress or Progress(quiet=True)
     with readers.opened(source, source_kind, step=step, generation=generation, progress=progress) as found:
-        writers.write(found, destination, made, slots=slots, progress=progress)
+        try:
+            writers.write(found, destination, made, slots=slots, replace=force, progress=progress)
+        except FileExistsError:
+            # What is in the way may also be above it.
+            if not os.path.lexists(destination):
+                raise
+            raise _exists(destination) from None
         return Converted(
             source=str(source),
             source_kind=source_kind.value,
@@ -103,3 +115,9 @@ def convert(
             tensor_bytes=found.tensor_bytes,
             notes=found.notes,
         )
+
+
+def _exists(destination: Path) -> errors.AlreadyExists:
+    return errors.AlreadyExists(
+        f"{destination} exists", operation="convert", path=str(destination), advice="--force replaces it"
+    )

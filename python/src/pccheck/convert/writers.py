@@ -21,17 +21,20 @@ _POLL_SECONDS = 0.05
 _HEADER_ALIGN_BYTES = 4096
 
 
-def write(found: Found, destination: Path, kind: Kind, *, slots: int, progress: Progress) -> None:
-    """Makes ``destination``, replacing what is there."""
+def write(found: Found, destination: Path, kind: Kind, *, slots: int, replace: bool, progress: Progress) -> None:
+    """Makes ``destination``.
+
+    ``replace=False``: what has appeared there meanwhile is not replaced (:class:`FileExistsError`).
+    """
     files.make_folders(destination.parent)
     try:
         if kind is Kind.DCP:
             from . import dcp_folders
 
-            with files.replaced_folder(destination) as folder:
+            with files.replaced_folder(destination, replace=replace) as folder:
                 dcp_folders.write(folder, found.state, found.flat, found.metadata, found.step)
             return
-        with files.replaced_file(destination) as beside:
+        with files.replaced_file(destination, replace=replace) as beside:
             if kind is Kind.REGION:
                 _write_region(found, beside, slots, progress)
             elif kind is Kind.TORCH:
