@@ -1,7 +1,11 @@
-"""A Trainer that resumes with other weights, another optimizer state, other random numbers, or at another batch."""
+"""A Trainer that resumes with other weights, another optimizer state, other random numbers, or at another batch; and
+weights that others can read, or a folder of theirs that is gone, for the sake of resuming.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +109,81 @@ def test_no_region_is_nothing_to_resume_and_a_foreign_one_is_refused(tmp_path: P
         other.step(0)
     with pytest.raises(errors.StateMismatch, match="RegionCallback"):
         RegionCallback(path).resume_folder()
+    assert list(tmp_path.iterdir()) == [path], "no folder is left behind"
+
+
+def test_nobody_else_may_read_the_folder_that_it_resumes_from(tmp_path: Path) -> None:
+    region = tmp_path / "run.pccheck"
+    train(tmp_path, region, stop_at=2)
+    before = os.umask(0)
+    try:
+        folder = RegionCallback(region).resume_folder()
+    finally:
+        os.umask(before)
+    assert folder is not None and Path(folder) == tmp_path / "run.pccheck.resume" / "checkpoint-2"
+    assert {path.name for path in Path(folder).iterdir()} == {"model.safetensors", "trainer_state.json"}
+    for path in (tmp_path / "run.pccheck.resume").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+    assert (tmp_path / "run.pccheck.resume").stat().st_mode & 0o777 == 0o700
+    # What a process has left that was killed before it trained, at whatever moment, keeps no other one from training.
+    for left in ("all", "the marker", "nothing"):
+        assert RegionCallback(region).resume_folder() == folder, left
+        if left != "all":
+            shutil.rmtree(folder)
+        if left == "nothing":
+            next(Path(folder).parent.iterdir()).unlink()
+    assert len(train(tmp_path, region)) == 16
+    assert list(tmp_path.iterdir()) == [region]
+
+
+def test_nothing_is_removed_that_only_has_the_folders_name(tmp_path: Path) -> None:
+    region, place, theirs = (tmp_path / name for name in ("run.pccheck", "run.pccheck.resume", "theirs"))
+    train(tmp_path, region, stop_at=1)
+    ours = RegionCallback(region).resume_folder()
+    assert ours is not None
+    place.rename(theirs)
+
+    def refused(found: str) -> None:
+        with pytest.raises(errors.AlreadyExists, match=f"{found}.*move it away") as why:
+            RegionCallback(region).resume_folder()
+        assert (why.value.path, why.value.operation) == (str(place), "resume")
+
+    # Even to a folder that was made here, a link is followed neither to write nor to remove.
+    for target in (theirs, tmp_path / "nowhere"):
+        place.symlink_to(target)
+        refused("a symbolic link")
+        assert place.is_symlink() and (theirs / "checkpoint-1" / "model.safetensors").exists()
+        place.unlink()
+    place.write_text("notes")
+    refused("no folder")
+    assert place.read_text() == "notes"
+    place.unlink()
+    (place / "checkpoint-1").mkdir(parents=True)
+    refused("a folder without")
+    (place / ".pccheck-resume").symlink_to(region)
+    refused("a folder without")
+    assert len(list(place.iterdir())) == 2
+
+
+def test_a_folder_that_took_the_place_of_the_one_resumed_from_stays(tmp_path: Path) -> None:
+    region, place = tmp_path / "run.pccheck", tmp_path / "run.pccheck.resume"
+    train(tmp_path, region, stop_at=17)
+
+    class Replaces(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            shutil.rmtree(place)
+            place.mkdir()
+            (place / "notes").write_text("theirs")
+
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=18, per_device_train_batch_size=8, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    callback = RegionCallback(region, **SMALL)
+    trainer = transformers.Trainer(model=model(), args=args, train_dataset=Tokens(), callbacks=[Replaces(), callback])
+    with pytest.warns(RuntimeWarning, match="could not be removed"):
+        trainer.train(resume_from_checkpoint=callback.resume_folder())
+    assert trainer.state.global_step == 18 and (place / "notes").read_text() == "theirs"
 
 
 def test_what_accelerate_prepares_is_saved_and_restored_as_it_is(tmp_path: Path) -> None:

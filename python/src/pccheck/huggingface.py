@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import errors, trees
+from . import errors, resume_folders, trees
 from .checkpoint import Checkpoint
 from .dtypes import to_torch
 from .store import Store
@@ -68,9 +68,15 @@ class RegionCallback(TrainerCallback):
     def resume_folder(self) -> str | None:
         """Makes the folder to give to ``Trainer.train(resume_from_checkpoint=...)``; None: there is no checkpoint.
 
-        It lies beside the region, holds the model's weights and the Trainer's state of the newest step that every rank
-        holds, and is removed once training has begun. Everything else is restored from the region itself when training
-        begins.
+        It lies in ``<region>.resume``, which only its owner may enter, holds the model's weights and the Trainer's
+        state of the newest step that every rank holds, and is removed once training has begun. Everything else is
+        restored from the region itself when training begins. What a killed process has left there is replaced.
+
+        Raises:
+            AlreadyExists: something that was not made here has the name ``<region>.resume``. Nothing was changed.
+            StateMismatch: the region was not written by a RegionCallback.
+            NotFound: the ranks hold checkpoints, but of no common step.
+            IoFailed: the folder could not be made.
         """
         path = region_path(self.path)
         held = _steps_held(path)
@@ -78,10 +84,16 @@ class RegionCallback(TrainerCallback):
         if not everywhere:
             return None
         with Store(path, read_only=True, durability="process") as store, store.open(step=max(everywhere)) as checkpoint:
-            folder = Path(f"{path}.resume") / f"checkpoint-{checkpoint.step}"
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            folder.mkdir(parents=True)
-            _export(checkpoint, folder)
+            beside = Path(f"{path}.resume")
+            resume_folders.make(beside)
+            folder = beside / f"checkpoint-{checkpoint.step}"
+            try:
+                folder.mkdir(mode=0o700)
+                _export(checkpoint, folder)
+            except BaseException:
+                with contextlib.suppress(errors.AlreadyExists, OSError):
+                    resume_folders.remove(beside)
+                raise
         self._resuming = str(folder)
         return self._resuming
 
@@ -100,7 +112,7 @@ class RegionCallback(TrainerCallback):
         self.checkpointer = Checkpointer(self.path, every=self._every, rng=False, **{**self._options, **members})
         if self._resuming is not None:
             restored = self.checkpointer.restore(step=state.global_step)
-            shutil.rmtree(Path(self._resuming).parent, ignore_errors=True)
+            _remove_used(Path(self._resuming).parent)
             self._resuming = None
             # The Trainer draws numbers when it makes and skips batches: ours are due before and after that.
             self._rng_due = 2 if restored is not None else 0
@@ -207,3 +219,14 @@ def _export(checkpoint: Checkpoint, folder: Path) -> None:
     checkpoint.read_into({tree["model"][key]: tensor for key, tensor in weights.items()})
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _TRAINER_STATE).write_text(json.dumps(tree["progress"]))
+    # Both were made with the mode that the umask leaves, in a folder that nobody else may enter.
+    for name in (_WEIGHTS, _TRAINER_STATE):
+        (folder / name).chmod(0o600)
+
+
+def _remove_used(folder: Path) -> None:
+    try:
+        resume_folders.remove(folder)
+    except (errors.AlreadyExists, OSError) as why:
+        # Training has all that it needs.
+        warnings.warn(f"{folder} could not be removed: {why}", RuntimeWarning, stacklevel=2)
