@@ -97,6 +97,7 @@ pub(super) fn fill(fd: RawFd, bytes: u64, prewrite: Option<Progress<'_>>) -> Res
 fn preallocate(fd: RawFd, bytes: u64) -> Result<bool> {
     // First, because a file system may fill itself up before it finds that it has too little.
     require_space(fd, bytes)?;
+    let mut fruitless = transfer::Fruitless::default();
     loop {
         // SAFETY: touches no memory. The caller checked that `bytes` fits.
         if unsafe { libc::fallocate64(fd, 0, 0, bytes as i64) } == 0 {
@@ -104,7 +105,7 @@ fn preallocate(fd: RawFd, bytes: u64) -> Result<bool> {
         }
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
-            Some(libc::EINTR) => {}
+            _ if fruitless.interrupted(&error) => {}
             Some(libc::EOPNOTSUPP | libc::ENOSYS) => return Ok(false),
             Some(libc::ENOSPC | libc::EDQUOT) => return Err(no_space(fd, bytes)),
             Some(libc::EFBIG) => {

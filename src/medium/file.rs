@@ -535,6 +535,7 @@ pub fn sync_parent(path: &Path) -> Result<()> {
         Some(parent) if !parent.as_os_str().as_bytes().is_empty() => parent,
         _ => Path::new("."),
     };
-    let synced = File::open(parent).and_then(|directory| directory.sync_all());
-    synced.map_err(|error| Error::io("sync the directory", &error).at_path(parent))
+    let opened = File::open(parent).map_err(|error| Error::io("sync the directory", &error));
+    let synced = opened.and_then(|directory| transfer::sync_directory(directory.as_raw_fd()));
+    synced.map_err(|error| error.at_path(parent))
 }

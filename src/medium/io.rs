@@ -45,7 +45,8 @@ pub(super) fn progress(done: usize, moved: usize, len: usize) -> Option<usize> {
     (useful > done).then_some(useful)
 }
 
-/// How often one operation may come back without any progress before that is an error.
+/// How often one operation may come back without any progress, also interrupted, before that is an error: no call waits for
+/// ever for a file system that always answers so.
 pub(super) const FRUITLESS_MAX: u32 = 64;
 
 /// Pause before asking a kernel again that was out of resources.
@@ -53,7 +54,7 @@ pub(super) const BUSY_PAUSE: Duration = Duration::from_micros(100);
 
 /// Counts calls that brought nothing, one after the other.
 #[derive(Default)]
-struct Fruitless(u32);
+pub(super) struct Fruitless(u32);
 
 impl Fruitless {
     /// Whether a call that moved too little may be made again.
@@ -62,17 +63,22 @@ impl Fruitless {
         self.0 <= FRUITLESS_MAX
     }
 
-    /// Whether a call that failed may be made again: always after a signal, and some times where the kernel had no room for
-    /// it just then.
+    /// Whether a call that failed may be made again: some times, after a signal or where the kernel had no room for it just
+    /// then.
     fn again_after(&mut self, error: &io::Error) -> bool {
         match error.raw_os_error() {
-            Some(libc::EINTR) => true,
+            Some(libc::EINTR) => self.again(),
             Some(libc::EAGAIN) if self.again() => {
                 thread::sleep(BUSY_PAUSE);
                 true
             }
             _ => false,
         }
+    }
+
+    /// As [`Fruitless::again_after`], after a signal alone: other failures of such a call are told once.
+    pub(super) fn interrupted(&mut self, error: &io::Error) -> bool {
+        error.kind() == io::ErrorKind::Interrupted && self.again()
     }
 }
 
@@ -188,14 +194,30 @@ pub(super) fn write_dsync(fd: RawFd, offset: u64, src: &[u8], behind: Behind) ->
 ///
 /// Never called again after it failed: the kernel reports a lost write once, and then forgets it.
 pub(super) fn sync_data(fd: RawFd, behind: Behind) -> Result<()> {
+    let mut fruitless = Fruitless::default();
     loop {
         // SAFETY: touches no memory.
         if unsafe { libc::fdatasync(fd) } == 0 {
             return Ok(());
         }
         let error = io::Error::last_os_error();
-        if behind == Behind::PageCache || error.kind() != io::ErrorKind::Interrupted {
+        if behind == Behind::PageCache || !fruitless.interrupted(&error) {
             return Err(durability_unknown(Error::io("fdatasync", &error)));
+        }
+    }
+}
+
+/// fsync of a directory: its entries are durable.
+pub(super) fn sync_directory(fd: RawFd) -> Result<()> {
+    let mut fruitless = Fruitless::default();
+    loop {
+        // SAFETY: touches no memory.
+        if unsafe { libc::fsync(fd) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if !fruitless.interrupted(&error) {
+            return Err(Error::io("sync the directory", &error));
         }
     }
 }
@@ -205,9 +227,10 @@ pub(super) fn durability_unknown(error: Error) -> Error {
     error.with_kind(ErrorKind::DurabilityUnknown)
 }
 
-/// Reads what there is of an aligned range that reaches beyond the end of the file; returns how much that was.
+/// Reads what there is of a range that may reach beyond the end of the file; returns how much that was.
 pub(super) fn read_tail(fd: RawFd, offset: u64, dst: &mut [u8]) -> Result<usize> {
     let at = signed_offset(IoOp::Read, offset)?;
+    let mut fruitless = Fruitless::default();
     loop {
         // SAFETY: the slice is writable for its length.
         let got = unsafe { libc::pread64(fd, dst.as_mut_ptr().cast(), dst.len(), at) };
@@ -215,7 +238,7 @@ pub(super) fn read_tail(fd: RawFd, offset: u64, dst: &mut [u8]) -> Result<usize>
             return Ok(got);
         }
         let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
+        if !fruitless.again_after(&error) {
             return Err(Error::io("read", &error).at_offset(offset));
         }
     }

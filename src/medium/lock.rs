@@ -7,6 +7,7 @@ use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use super::file::{identity, RegionFile};
+use super::io::Fruitless;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::thread;
 
@@ -44,7 +45,7 @@ impl Backoff {
 
 /// Takes the lock on the open file description of `file`, trying until `deadline` (`None`: for ever).
 pub(super) fn exclusive(file: &RegionFile, deadline: Option<Instant>) -> Result<()> {
-    let mut backoff = Backoff::until(deadline);
+    let (mut backoff, mut fruitless) = (Backoff::until(deadline), Fruitless::default());
     loop {
         // SAFETY: touches no memory.
         if unsafe { libc::flock(file.raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
@@ -52,8 +53,9 @@ pub(super) fn exclusive(file: &RegionFile, deadline: Option<Instant>) -> Result<
         }
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
-            Some(libc::EINTR) => continue,
             Some(libc::EWOULDBLOCK) => {}
+            _ if fruitless.interrupted(&error) => continue,
+            Some(libc::EINTR) => return Err(file.about(Error::io("lock", &error))),
             _ => {
                 return Err(file.about(
                     Error::io("lock", &error)

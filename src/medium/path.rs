@@ -3,26 +3,26 @@
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind as IoErrorKind, Read, Seek, SeekFrom};
+use std::io::{self, ErrorKind as IoErrorKind};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{fchown, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::file::{not_storage, sync_parent};
+use super::io as transfer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Label, LABEL_OFFSETS, RECORDS_OFFSET};
 
 /// The bytes in front of the slot records, or all where there are fewer; `None` where the path holds nothing. Of a
 /// striped region, those are on member 0 behind its label.
 pub fn read_head(path: &Path) -> Result<Option<Vec<u8>>> {
-    let Some(mut file) = open_to_look(path)? else { return Ok(None) };
-    let mut head = read_at_most(&file, RECORDS_OFFSET, path)?;
+    let Some(file) = open_to_look(path)? else { return Ok(None) };
+    let mut head = read_at_most(&file, 0, RECORDS_OFFSET, path)?;
     let copies = LABEL_OFFSETS.map(|offset| head.get(offset as usize..)?.first_chunk());
     if let [Some(a), Some(b)] = copies {
         if let Ok(Some(found)) = Label::choose(a, b) {
-            let at = SeekFrom::Start(found.label.data_offset);
-            file.seek(at).map_err(|e| Error::io("seek", &e).at_path(path))?;
-            head = read_at_most(&file, RECORDS_OFFSET, path)?;
+            head = read_at_most(&file, found.label.data_offset, RECORDS_OFFSET, path)?;
         }
     }
     Ok((!head.is_empty()).then_some(head))
@@ -43,9 +43,17 @@ fn open_to_look(path: &Path) -> Result<Option<File>> {
     Ok(Some(file))
 }
 
-fn read_at_most(file: impl Read, bytes: u64, path: &Path) -> Result<Vec<u8>> {
-    let mut head = Vec::new();
-    file.take(bytes).read_to_end(&mut head).map_err(|e| Error::io("read", &e).at_path(path))?;
+fn read_at_most(file: &File, offset: u64, bytes: u64, path: &Path) -> Result<Vec<u8>> {
+    let mut head = vec![0; bytes as usize];
+    let mut done = 0;
+    while done < head.len() {
+        let read = transfer::read_tail(file.as_raw_fd(), offset + done as u64, &mut head[done..]);
+        match read.map_err(|error| error.at_path(path))? {
+            0 => break,
+            moved => done += moved,
+        }
+    }
+    head.truncate(done);
     Ok(head)
 }
 

@@ -251,7 +251,7 @@ impl Shared {
             };
             attempts += 1;
             match error.raw_os_error() {
-                Some(libc::EINTR) => continue,
+                Some(libc::EINTR) if attempts < BUSY_MAX => continue,
                 Some(libc::EAGAIN | libc::EBUSY) if attempts < BUSY_MAX => thread::sleep(BUSY_PAUSE),
                 _ => {
                     let error = self.file.about(Error::io("submit to io_uring", &error));

@@ -4,16 +4,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pccheck::engine::{Select, Store};
+use pccheck::engine::{format_region, Select, Store};
 use pccheck::{Error, ErrorKind, Result};
 
 use super::bed::{
-    assert_says, assert_settled, begin, restored_step, save, seen_by_a_reader, Bed, Way, SLOTS, WAIT,
+    assert_says, assert_settled, begin, format, restored_step, save, seen_by_a_reader, Bed, Way, SLOTS, WAIT,
 };
 use super::disk::{Call, Disk, Trouble};
 
 /// More calls of one kind than any history here makes.
 const MANY: u64 = 200;
+/// More calls than anybody should make of whom none gets anywhere. Not without an end, so that who never gives up is found.
+const FOR_EVER: u64 = 20_000;
 
 /// The `nth` of these calls meets trouble, and `more` after it. Returns the count of troubles.
 fn trouble(disk: &Disk, call: Call, nth: u64, more: u64, trouble: Trouble) -> Arc<AtomicU64> {
@@ -169,24 +171,73 @@ fn writes_that_always_end_early_are_gone_on_with() {
     }
 }
 
+/// The calls never get anywhere: the save fails with that, and nothing else is lost.
+fn never_gets_on(way: Way, call: Call, kind: Trouble) {
+    let bed = Bed::new(way);
+    let context = format!("{way:?}, {call:?}, {kind:?}");
+    let met = trouble(&bed.disk, call, 0, FOR_EVER, kind);
+    let error = save(bed.store(), 2).expect_err(&context);
+    bed.disk.stop_failing();
+    assert!(met.load(Ordering::SeqCst) > 0, "{context}");
+    match call {
+        Call::Flush => assert_eq!(error.kind(), ErrorKind::DurabilityUnknown, "{context}: {error}"),
+        _ => assert!(
+            matches!(error.kind(), ErrorKind::Io | ErrorKind::DurabilityUnknown),
+            "{context}: {error:?}"
+        ),
+    }
+    if let Trouble::Errno(errno) = kind {
+        assert_eq!(error.errno(), Some(errno), "{context}: {error}");
+    }
+    assert_says(&error, error.kind(), error.errno(), &bed.path());
+    assert_settled(bed.store(), u32::from(error.kind() == ErrorKind::DurabilityUnknown));
+    assert_eq!(restored_step(bed.store()).expect("restore"), 1, "{context}");
+    bed.store().repair(WAIT).expect("repair");
+    bed.assert_as_good_as_new(10);
+}
+
 #[test]
 fn writes_that_never_get_on_fail_in_the_end() {
+    let refused = [Trouble::Errno(libc::EINTR), Trouble::Errno(libc::EAGAIN)];
+    for way in Way::ALL {
+        refused.iter().for_each(|kind| never_gets_on(way, Call::Write, *kind));
+    }
+    // Behind the page cache, the kernel hides what came short.
     for way in [Way::Uring, Way::Threads] {
-        for kind in [Trouble::Errno(libc::EAGAIN), Trouble::Short(100), Trouble::Short(0)] {
-            let bed = Bed::new(way);
-            trouble(&bed.disk, Call::Write, 0, u64::MAX, kind);
-            let error = save(bed.store(), 2).expect_err("no write gets anywhere");
-            bed.disk.stop_failing();
-            assert!(
-                matches!(error.kind(), ErrorKind::Io | ErrorKind::DurabilityUnknown),
-                "{way:?}, {kind:?}: {error:?}"
-            );
-            assert_says(&error, error.kind(), error.errno(), &bed.path());
-            assert_settled(bed.store(), u32::from(error.kind() == ErrorKind::DurabilityUnknown));
-            assert_eq!(restored_step(bed.store()).expect("restore"), 1);
-            bed.store().repair(WAIT).expect("repair");
-            bed.assert_as_good_as_new(10);
-        }
+        [Trouble::Short(100), Trouble::Short(0)]
+            .iter()
+            .for_each(|kind| never_gets_on(way, Call::Write, *kind));
+    }
+}
+
+#[test]
+fn flushes_that_never_get_on_fail_in_the_end() {
+    for way in Way::ALL {
+        never_gets_on(way, Call::Flush, Trouble::Errno(libc::EINTR));
+    }
+}
+
+#[test]
+fn reads_that_never_get_on_fail_in_the_end() {
+    for way in Way::ALL {
+        let mut bed = Bed::new(way);
+        forget_cached(&bed);
+        let met = trouble(&bed.disk, Call::Read, 0, FOR_EVER, Trouble::Errno(libc::EINTR));
+        let error = restored_step(bed.store()).expect_err("no read gets anywhere");
+        assert_says(&error, error.kind(), error.errno(), &bed.path());
+        assert!(met.load(Ordering::SeqCst) > 0, "{way:?}");
+        bed.store = None;
+        forget_cached(&bed);
+        let met = trouble(&bed.disk, Call::Read, 0, FOR_EVER, Trouble::Errno(libc::EINTR));
+        let error = Store::open(&bed.path(), &way.options()).err().expect("no read gets anywhere");
+        assert_says(&error, error.kind(), error.errno(), &bed.path());
+        let error = format_region(&bed.path(), &format()).expect_err("nobody knows what is there");
+        assert_says(&error, error.kind(), error.errno(), &bed.path());
+        assert!(met.load(Ordering::SeqCst) > 0, "{way:?}");
+        bed.disk.stop_failing();
+        bed.store = Some(Store::open(&bed.path(), &way.options()).expect("open"));
+        assert_eq!(restored_step(bed.store()).expect("restore"), 1, "{way:?}");
+        bed.assert_as_good_as_new(10);
     }
 }
 
