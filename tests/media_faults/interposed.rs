@@ -103,6 +103,39 @@ unsafe extern "C" fn mmap(
     fd: c_int,
     offset: libc::off_t,
 ) -> *mut c_void {
+    // SAFETY: the caller's promise.
+    unsafe { map(address, len, protection, flags, fd, offset) }
+}
+
+/// What memmap2 calls.
+///
+/// # Safety
+///
+/// As the C library's.
+#[no_mangle]
+unsafe extern "C" fn mmap64(
+    address: *mut c_void,
+    len: usize,
+    protection: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: libc::off64_t,
+) -> *mut c_void {
+    // SAFETY: the caller's promise.
+    unsafe { map(address, len, protection, flags, fd, offset) }
+}
+
+/// # Safety
+///
+/// As the C library's `mmap`.
+unsafe fn map(
+    address: *mut c_void,
+    len: usize,
+    protection: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: i64,
+) -> *mut c_void {
     if is_turn(&MAPPINGS) {
         set_errno(libc::ENOMEM);
         return libc::MAP_FAILED;
