@@ -85,17 +85,20 @@ fn a_staging_pool_that_cannot_be_had_is_told_with_its_size() {
 fn threads_that_are_refused_to_a_restore_lose_nothing() {
     let (_folder, path) = region();
     let store = Store::open(&path, &OpenOptions { readers: 4, ..Way::Threads.options() }).expect("open");
+    let mut refused = 0;
     for nth in 0..8 {
-        let (opened, _) = refusing(Refused::Thread(nth), || {
+        let (opened, asked) = refusing(Refused::Thread(nth), || {
             let opened = store.open_checkpoint(Select::Newest, true)?;
             opened.checkpoint.read_tensor("w")
         });
+        refused += u32::from(asked);
         match opened {
             Ok(bytes) => assert!(bytes == super::bed::state(1), "thread {nth}"),
             Err(error) => assert_eq!(error.kind(), ErrorKind::OutOfMemory, "thread {nth}: {error}"),
         }
         assert_eq!(restored_step(&store).expect("restore"), 1, "thread {nth}");
     }
+    assert!(refused > 0, "a restore asks for no thread");
 }
 
 #[test]
