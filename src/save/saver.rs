@@ -106,10 +106,11 @@ impl Saver {
                 shared.give_up();
             }
         };
-        let handle = thread::Builder::new()
-            .name(name.to_string())
-            .spawn(body)
-            .map_err(|e| Error::io("start thread", &e).advise("raise the limit on threads (ulimit -u)"))?;
+        let handle = thread::Builder::new().name(name.to_string()).spawn(body).map_err(|e| {
+            Error::io("start thread", &e)
+                .with_kind(ErrorKind::OutOfMemory)
+                .advise("raise the limit on threads (ulimit -u)")
+        })?;
         self.threads.lock().push(handle);
         Ok(())
     }
