@@ -18,4 +18,6 @@ mod disk;
 mod files;
 mod interposed;
 mod processes;
+#[path = "../../src/medium/tests/refusals.rs"]
+mod refusals;
 mod refused;

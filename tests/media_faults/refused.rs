@@ -7,9 +7,10 @@ use pccheck::medium::{MediumKind, Requested};
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::{Error, ErrorKind};
 
-use super::bed::{format, restored_step, save, seen_by_a_reader, Way};
+use super::bed::{format, restored_step, save, seen_by_a_reader, state, Way};
 use super::common::scratch;
 use super::interposed::{refusing, set_clock_off_by_s, Refused};
+use super::refusals::{alone, drop_capability_to_lock_memory, refuse_io_uring, LOCKABLE_BYTES};
 
 /// More threads or mappings than anything here asks for.
 const MANY: u32 = 100;
@@ -23,19 +24,37 @@ fn region() -> (tempfile::TempDir, PathBuf) {
     (folder, path)
 }
 
+/// What was saved last is there, whole, and two more saves succeed: of the store as it is, and of the next.
+fn assert_saves(store: Store, path: &Path, way: Way, newest: u64) {
+    assert_eq!(restored_step(&store).expect("restore"), newest);
+    save(&store, newest + 1).expect("save");
+    assert_eq!(restored_step(&store).expect("restore"), newest + 1);
+    drop(store);
+    let store = Store::open(path, &way.options()).expect("open again");
+    assert_eq!(restored_step(&store).expect("restore"), newest + 1);
+    save(&store, newest + 2).expect("save");
+    drop(store);
+    assert_eq!(seen_by_a_reader(path, way), newest + 2);
+}
+
 /// Each opening in which something is refused works, or says what is missing and leaves the region free. Returns what
 /// was said.
 fn each_refused_in_opening(way: Way, path: &Path, what: fn(u32) -> Refused) -> Vec<Error> {
-    let mut failed = Vec::new();
+    let (mut failed, mut newest) = (Vec::new(), 1);
     for nth in 0..MANY {
         let context = format!("{way:?}, {:?}", what(nth));
         let (opened, asked) = refusing(what(nth), || Store::open(path, &way.options()));
         match opened {
-            Ok(store) if asked => drop(save(&store, 2).unwrap_or_else(|error| panic!("{context}: {error}"))),
+            Ok(store) if asked => {
+                assert_eq!(restored_step(&store).expect("restore"), newest, "{context}");
+                newest += 1;
+                save(&store, newest).unwrap_or_else(|error| panic!("{context}: {error}"));
+            }
             Ok(_) => return failed,
             Err(error) => {
-                let kinds = [ErrorKind::OutOfMemory, ErrorKind::Io, ErrorKind::Unsupported];
-                assert!(kinds.contains(&error.kind()), "{context}: {error:?}");
+                // A ring that was asked for by name cannot be had.
+                let without_ring = way == Way::Uring && error.kind() == ErrorKind::Unsupported;
+                assert!(without_ring || error.kind() == ErrorKind::OutOfMemory, "{context}: {error:?}");
                 assert!(error.errno().is_some() || error.advice().is_some(), "{context}: {error}");
                 failed.push(error);
             }
@@ -43,8 +62,11 @@ fn each_refused_in_opening(way: Way, path: &Path, what: fn(u32) -> Refused) -> V
         // Nothing is held, and nothing was done.
         let options = OpenOptions { lock_wait: Some(std::time::Duration::ZERO), ..way.options() };
         let store = Store::open(path, &options).unwrap_or_else(|error| panic!("{context}: {error}"));
-        restored_step(&store).expect("restore");
-        save(&store, 3).expect("save");
+        assert_eq!(restored_step(&store).expect("restore"), newest, "{context}");
+        newest += 1;
+        save(&store, newest).expect("save");
+        drop(store);
+        assert_eq!(seen_by_a_reader(path, way), newest, "{context}");
     }
     panic!("{way:?}: more than {MANY}");
 }
@@ -55,7 +77,6 @@ fn each_thread_that_is_refused_in_opening_is_told_or_done_without() {
         let (_folder, path) = region();
         let failed = each_refused_in_opening(way, &path, Refused::Thread);
         assert!(!failed.is_empty(), "{way:?}: no thread is needed");
-        assert_eq!(seen_by_a_reader(&path, way), 3);
     }
 }
 
@@ -78,6 +99,8 @@ fn a_staging_pool_that_cannot_be_had_is_told_with_its_size() {
     assert!(asked);
     assert_eq!(error.kind(), ErrorKind::OutOfMemory, "{error}");
     assert!(error.to_string().contains("393216") && error.advice().is_some(), "{error}");
+    let store = Store::open(&path, &Way::Threads.options()).expect("open");
+    assert_saves(store, &path, Way::Threads, 1);
 }
 
 /// A restore that gets fewer threads, or none, is slower or says so.
@@ -85,6 +108,7 @@ fn a_staging_pool_that_cannot_be_had_is_told_with_its_size() {
 fn threads_that_are_refused_to_a_restore_lose_nothing() {
     let (_folder, path) = region();
     let store = Store::open(&path, &OpenOptions { readers: 4, ..Way::Threads.options() }).expect("open");
+    let mut newest = 1;
     let mut refused = 0;
     for nth in 0..8 {
         let (opened, asked) = refusing(Refused::Thread(nth), || {
@@ -93,12 +117,15 @@ fn threads_that_are_refused_to_a_restore_lose_nothing() {
         });
         refused += u32::from(asked);
         match opened {
-            Ok(bytes) => assert!(bytes == super::bed::state(1), "thread {nth}"),
+            Ok(bytes) => assert!(bytes == state(newest), "thread {nth}"),
             Err(error) => assert_eq!(error.kind(), ErrorKind::OutOfMemory, "thread {nth}: {error}"),
         }
-        assert_eq!(restored_step(&store).expect("restore"), 1, "thread {nth}");
+        assert_eq!(restored_step(&store).expect("restore"), newest, "thread {nth}");
+        newest += 1;
+        save(&store, newest).expect("save");
     }
     assert!(refused > 0, "a restore asks for no thread");
+    assert_saves(store, &path, Way::Threads, newest);
 }
 
 #[test]
@@ -114,13 +141,47 @@ fn where_o_direct_is_refused_the_engine_maps_and_says_so() {
     let info = store.medium_info();
     assert_eq!(info.kind, MediumKind::Mmap, "{info:?}");
     assert!(info.notes.iter().any(|note| note.contains("O_DIRECT")), "{info:?}");
-    save(&store, 2).expect("save");
-    drop(store);
+    save(&store, 1).expect("save");
+    assert_saves(store, &path, Way::Threads, 1);
     let (refused, _) = refusing(Refused::DirectIo, || Store::open(&path, &Way::Uring.options()));
     let error = refused.err().expect("it was asked for by name");
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
     assert!(error.advice().is_some_and(|advice| advice.contains("mmap")), "{error}");
-    assert_eq!(seen_by_a_reader(&path, Way::Uring), 2);
+    let store = Store::open(&path, &Way::Uring.options()).expect("open");
+    assert_saves(store, &path, Way::Uring, 3);
+}
+
+#[test]
+fn where_io_uring_is_refused_saves_go_by_threads() {
+    alone("refused::where_io_uring_is_refused_saves_go_by_threads", || {
+        let (_folder, path) = region();
+        refuse_io_uring();
+        let store = Store::open(&path, &Way::Auto.options()).expect("another way");
+        let info = store.medium_info();
+        assert_eq!((info.kind, info.path), (MediumKind::Direct, "pwrite"), "{info:?}");
+        assert!(info.notes.iter().any(|note| note.contains("io_uring")), "{info:?}");
+        assert_saves(store, &path, Way::Auto, 1);
+        let error = Store::open(&path, &Way::Uring.options()).err().expect("it was asked for by name");
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        let store = Store::open(&path, &Way::Threads.options()).expect("open");
+        assert_saves(store, &path, Way::Threads, 3);
+    });
+}
+
+#[test]
+fn without_lockable_memory_saves_go_unregistered() {
+    alone("refused::without_lockable_memory_saves_go_unregistered", || {
+        let (_folder, path) = region();
+        let options = OpenOptions { staging_bytes: 4 * LOCKABLE_BYTES, ..Way::Uring.options() };
+        let registered = Store::open(&path, &options).expect("open").medium_info();
+        assert!(!registered.notes.iter().any(|note| note.contains("locked memory")), "{registered:?}");
+        drop_capability_to_lock_memory();
+        let store = Store::open(&path, &options).expect("io_uring all the same");
+        let info = store.medium_info();
+        assert!(info.path.contains("io_uring"), "{info:?}");
+        assert!(info.notes.iter().any(|note| note.contains("locked memory")), "{info:?}");
+        assert_saves(store, &path, Way::Uring, 1);
+    });
 }
 
 /// What is newest is decided by generations, which no clock makes.

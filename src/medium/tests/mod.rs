@@ -14,6 +14,8 @@ use crate::staging::StagingPool;
 use crate::sync::{thread, Condvar, Mutex};
 
 mod process;
+#[expect(unsafe_code, reason = "rlimits, capabilities and seccomp are system calls")]
+mod refusals;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 const BUFFER: usize = 64 << 10;

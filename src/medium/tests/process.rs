@@ -1,9 +1,8 @@
 //! Prevents: a lock that a second writer, a forked child or a dead handle gets around; and a refusal by the kernel
 //! (locked memory, io_uring) that stops the engine instead of being noted.
-#![expect(unsafe_code, reason = "fork, rlimits, capabilities and seccomp are system calls")]
+#![expect(unsafe_code, reason = "fork is a system call")]
 
-use std::process::Command;
-
+use super::refusals::{alone, drop_capability_to_lock_memory, refuse_io_uring};
 use super::*;
 
 #[test]
@@ -153,24 +152,6 @@ fn a_child_that_drops_the_medium_leaves_the_parent_working() {
     });
 }
 
-/// Runs the named test of this program alone in a process of its own, where `inside` is true.
-fn alone(test: &str, inside: impl FnOnce()) {
-    const VARIABLE: &str = "PCCHECK_TEST_ALONE";
-    if std::env::var_os(VARIABLE).is_some() {
-        return inside();
-    }
-    let program = std::env::current_exe().unwrap();
-    let name = format!("medium::tests::process::{test}");
-    let output =
-        Command::new(program).args([&name, "--exact", "--nocapture"]).env(VARIABLE, "1").output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success() && text.contains("1 passed"),
-        "{text}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
 fn works(medium: &Arc<dyn Medium>, pool: &Arc<StagingPool>) {
     let sink = Arc::new(Tally::default());
     let mut buffer = pool.acquire(None).unwrap();
@@ -184,7 +165,7 @@ fn works(medium: &Arc<dyn Medium>, pool: &Arc<StagingPool>) {
 
 #[test]
 fn without_lockable_memory_buffers_go_unregistered() {
-    alone("without_lockable_memory_buffers_go_unregistered", || {
+    alone("medium::tests::process::without_lockable_memory_buffers_go_unregistered", || {
         let directory = on_disk();
         let path = region(&directory);
         let pool = pool();
@@ -196,22 +177,9 @@ fn without_lockable_memory_buffers_go_unregistered() {
     });
 }
 
-/// Of the calling thread; and lowers the process's limit to what a ring needs, less than the pool.
-fn drop_capability_to_lock_memory() {
-    const VERSION_3: u32 = 0x2008_0522;
-    const LIMIT_BYTES: libc::rlim_t = 512 << 10;
-    let limit = libc::rlimit { rlim_cur: LIMIT_BYTES, rlim_max: LIMIT_BYTES };
-    // SAFETY: reads one struct.
-    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }, 0);
-    let header = [VERSION_3, 0];
-    let empty = [0u32; 6];
-    // SAFETY: version 3 of the call reads 8 bytes of header and 24 bytes of capability sets.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), empty.as_ptr()) }, 0);
-}
-
 #[test]
 fn where_io_uring_is_refused_threads_take_over() {
-    alone("where_io_uring_is_refused_threads_take_over", || {
+    alone("medium::tests::process::where_io_uring_is_refused_threads_take_over", || {
         let directory = on_disk();
         let path = region(&directory);
         let pool = pool();
@@ -224,21 +192,4 @@ fn where_io_uring_is_refused_threads_take_over() {
         let refused = open_medium(&path, &options(Requested::Direct, IoBackend::Uring), None).err().unwrap();
         assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
     });
-}
-
-/// A seccomp filter as container runtimes use it: io_uring_setup fails with EPERM.
-fn refuse_io_uring() {
-    let load_number = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
-    let skip_unless_setup =
-        libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: libc::SYS_io_uring_setup as u32 };
-    let fail =
-        libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ERRNO | libc::EPERM as u32 };
-    let allow = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
-    let mut filter = [load_number, skip_unless_setup, fail, allow];
-    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
-    // SAFETY: takes numbers only.
-    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
-    // SAFETY: reads the program of four instructions.
-    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) };
-    assert_eq!(set, 0);
 }
