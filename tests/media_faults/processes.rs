@@ -4,17 +4,25 @@ use std::env;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::channel;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use pccheck::engine::{format_region, Store};
+use pccheck::save::Save;
 use pccheck::store::OpenOptions;
-use pccheck::ErrorKind;
+use pccheck::{ErrorKind, Result};
 
-use super::bed::{begin, format, restored_step, save, seen_by_a_reader, Way, WAIT};
+use super::bed::{
+    assert_settled, begin, format, restored_step, save, seen_by_a_reader, Bed, Way, STATE_BYTES, WAIT,
+};
 use super::common::scratch;
+use super::disk::Call;
 
 const ENV_REGION: &str = "PCC_FAULTS_REGION";
 const ENV_FORKS: &str = "PCC_FAULTS_FORKS";
+/// Of a state that is streamed.
+const HALF: usize = STATE_BYTES / 2;
 
 /// The trainer: a test that does nothing unless [`Trainer::start`] started this process.
 #[test]
@@ -22,7 +30,10 @@ fn child_process() {
     let Some(path) = env::var_os(ENV_REGION) else { return };
     let store = Store::open(Path::new(&path), &Way::Threads.options()).expect("open");
     if env::var_os(ENV_FORKS).is_some() {
-        let saves = [begin(&store, 2).expect("begin"), begin(&store, 3).expect("begin")];
+        // The one is in flight until its other half is written, the other as long as it takes.
+        let mut raw = store.begin_raw(2, 2 * HALF as u64, &[], WAIT).expect("begin");
+        raw.write_at(0, &[7; HALF]).expect("write");
+        let save = begin(&store, 3).expect("begin");
         // SAFETY: the child does nothing but wait for a signal.
         let worker = match unsafe { libc::fork() } {
             0 => loop {
@@ -31,8 +42,10 @@ fn child_process() {
             },
             worker => worker,
         };
+        say("in-flight", u64::from(store.stats().in_flight));
         say("forked", worker as u64);
-        for save in saves {
+        raw.write_at(HALF as u64, &[7; HALF]).expect("the parent's saves go on");
+        for save in [raw.commit().expect("commit"), save] {
             save.wait_durable(WAIT).expect("the parent's saves go on");
         }
     }
@@ -118,6 +131,7 @@ fn open_soon(path: &Path) -> Store {
 fn workers_that_outlive_a_killed_trainer_do_not_hold_the_region() {
     let (_folder, path) = region();
     let mut trainer = Trainer::start(&path, true);
+    assert!(trainer.hear("in-flight") > 0, "it must fork in mid-save");
     let worker = trainer.hear("forked") as i32;
     let durable = trainer.hear("durable");
     trainer.signal(libc::SIGKILL);
@@ -166,7 +180,10 @@ fn a_trainer_that_is_stopped_holds_the_region_and_goes_on() {
     }
     trainer.signal(libc::SIGKILL);
     let last = trainer.end(heard);
-    assert!(restored_step(&open_soon(&path)).expect("restore") >= last);
+    let store = open_soon(&path);
+    assert!(restored_step(&store).expect("restore") >= last);
+    save(&store, 1_000_000).expect("save");
+    assert_eq!(restored_step(&store).expect("restore"), 1_000_000);
 }
 
 /// Closing in mid-save cancels: each save has ended when it returns, and what was durable by then stays.
@@ -178,18 +195,92 @@ fn a_store_that_is_closed_in_mid_save_brings_its_saves_to_an_end() {
         let mut newest = 1;
         for step in (2..40).step_by(2) {
             let store = Store::open(&path, &way.options()).expect("open");
-            let saves = [begin(&store, step).expect("begin"), begin(&store, step + 1).expect("begin")];
+            // The one cannot be in time, the other may.
+            let raw = store.begin_raw(step, 2 * HALF as u64, &[], WAIT).expect("begin");
+            raw.write_at(0, &[7; HALF]).expect("write");
+            let saved = begin(&store, step + 1).expect("begin");
             // At another moment each time.
-            std::thread::sleep(Duration::from_micros(100 * step));
+            std::thread::sleep(Duration::from_micros(100 * (step - 2)));
             drop(store);
-            for (step, save) in (step..).zip(saves) {
-                match save.wait_durable(Some(Duration::ZERO)) {
-                    Ok(_) => newest = step,
-                    Err(error) => assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}"),
-                }
+            let error = raw.wait_ended(Some(Duration::ZERO)).expect_err("half of it is missing");
+            assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+            match saved.wait_durable(Some(Duration::ZERO)) {
+                Ok(_) => newest = step + 1,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}"),
             }
             assert_eq!(seen_by_a_reader(&path, way), newest, "{way:?}");
         }
         assert!(newest > 1, "{way:?}: no save was ever in time");
+        let store = Store::open(&path, &way.options()).expect("open");
+        save(&store, 100).expect("save");
+        assert_eq!(restored_step(&store).expect("restore"), 100, "{way:?}");
     }
+}
+
+/// Data-loader workers are forked in mid-save: the parent's saves go on, the child is refused, and holds neither lock nor file.
+#[test]
+fn a_trainer_that_forks_in_mid_save_goes_on() {
+    for way in Way::ALL {
+        let mut bed = Bed::new(way);
+        let (release, held) = channel::<()>();
+        let held = Mutex::new(held);
+        bed.disk.fail(move |call, bytes| {
+            if call == Call::Write && bytes > 4096 {
+                // Ends at once when the other side is gone.
+                let _ = held.lock().expect("lock").recv();
+            }
+            None
+        });
+        let saved = begin(bed.store(), 2).expect("begin");
+        // SAFETY: the child only asks the library, waits for a signal, and leaves by `_exit`.
+        let child = match unsafe { libc::fork() } {
+            0 => asks_all(bed.store(), &saved),
+            child => child,
+        };
+        assert!(child > 0, "fork failed");
+        assert!(!saved.progress().ended, "{way:?}: it must fork in mid-save");
+        drop(release);
+        saved.wait_durable(WAIT).expect("the parent's save goes on");
+        assert_eq!(waited_for(child), 0, "{way:?}: the child hung or was not refused");
+        assert_settled(bed.store(), 0);
+        assert_eq!(restored_step(bed.store()).expect("restore"), 2);
+        // SAFETY: as above.
+        let idle = match unsafe { libc::fork() } {
+            0 => loop {
+                // SAFETY: waits.
+                unsafe { libc::pause() };
+            },
+            idle => idle,
+        };
+        bed.store = None;
+        let options = OpenOptions { lock_wait: Some(Duration::from_secs(2)), ..way.options() };
+        let reopened = Store::open(&bed.path(), &options);
+        send(idle, libc::SIGKILL);
+        waited_for(idle);
+        bed.store = Some(reopened.expect("the child does not keep the lock"));
+        assert_eq!(restored_step(bed.store()).expect("restore"), 2);
+        bed.assert_as_good_as_new(10);
+    }
+}
+
+/// The child's end: whether everything was refused to it. What hangs is ended by a signal.
+fn asks_all(store: &Store, saved: &Save) -> ! {
+    const SOON_S: u32 = 20;
+    // SAFETY: takes a number.
+    unsafe { libc::alarm(SOON_S) };
+    let forked = |result: Result<()>| result.is_err_and(|error| error.kind() == ErrorKind::Forked);
+    let refused = forked(saved.wait_durable(WAIT).map(drop))
+        && forked(begin(store, 3).map(drop))
+        && forked(restored_step(store).map(drop))
+        && forked(store.drain(WAIT));
+    // SAFETY: ends the child without what the parent does at its exit.
+    unsafe { libc::_exit(i32::from(!refused)) }
+}
+
+/// The status of a child that has ended.
+fn waited_for(child: i32) -> i32 {
+    let mut status = 0;
+    // SAFETY: writes one number.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    status
 }
