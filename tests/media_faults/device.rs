@@ -2,13 +2,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pccheck::engine::{format_region, Select, Store};
 use pccheck::{Error, ErrorKind, Result};
 
 use super::bed::{
-    assert_says, assert_settled, begin, format, restored_step, save, seen_by_a_reader, Bed, Way, SLOTS, WAIT,
+    assert_says, assert_settled, begin, format, restored_step, save, seen_by_a_reader, Bed, Way, SLOTS,
+    STATE_BYTES, WAIT,
 };
 use super::disk::{Call, Disk, Trouble};
 
@@ -82,6 +83,49 @@ fn each_write_finds_the_device_full_in_turn() {
 #[test]
 fn each_flush_fails_in_turn() {
     each_fails(&Way::ALL, Call::Flush, libc::EIO, &[ErrorKind::DurabilityUnknown]);
+}
+
+/// Each flush of a save fails in turn beside another that is in flight: nobody knows whose writes were lost, so both fail,
+/// although the flush of the other would succeed.
+#[test]
+fn a_flush_that_fails_fails_every_save_in_flight() {
+    for way in Way::ALL {
+        let mut hit = 0;
+        for nth in 0..MANY {
+            let bed = Bed::new(way);
+            let mut raw = bed.store().begin_raw(2, STATE_BYTES as u64, &[], WAIT).expect("begin");
+            let half = STATE_BYTES / 2;
+            raw.write_at(0, &vec![7; half]).expect("write");
+            until("its mark is durable", || raw.progress().is_some_and(|seen| seen.written_bytes > 0));
+            let beside = save_in_trouble(&bed, Call::Flush, nth, 0, Trouble::Errno(libc::EIO));
+            let rest = raw.write_at(half as u64, &vec![7; STATE_BYTES - half]).and_then(|()| raw.commit());
+            let streamed = rest.and_then(|save| save.wait_durable(WAIT)).map(drop);
+            let Some(beside) = beside else {
+                streamed.expect("no flush failed");
+                break;
+            };
+            for saved in [beside, streamed] {
+                let error = saved.expect_err("its flush failed, or one beside it");
+                assert_says(&error, ErrorKind::DurabilityUnknown, Some(libc::EIO), &bed.path());
+            }
+            drop(raw);
+            assert_settled(bed.store(), 2);
+            assert_eq!(restored_step(bed.store()).expect("restore"), 1, "{way:?}, flush {nth}");
+            assert_eq!(seen_by_a_reader(&bed.path(), way), 1, "{way:?}, flush {nth}");
+            assert_eq!(bed.store().repair(WAIT).expect("repair"), 2);
+            bed.assert_as_good_as_new(10);
+            hit += 1;
+        }
+        assert!((2..MANY).contains(&hit), "{way:?}: {hit} flushes in a save");
+    }
+}
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + WAIT.expect("a time");
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}: never");
+        std::thread::yield_now();
+    }
 }
 
 /// A write-back that was interrupted has lost its pages, which the kernel tells once: a flush that is asked for again would
@@ -272,6 +316,7 @@ fn each_read_of_a_restore_fails_in_turn() {
             forget_cached(&bed);
             assert_eq!(restored_step(bed.store()).expect("restore"), 2, "{way:?}: nothing was lost");
             assert_settled(bed.store(), 0);
+            bed.assert_as_good_as_new(10);
             hit += 1;
         }
         assert!(passed_over > 0, "{way:?}: the newest was restored whatever failed");

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use pccheck::engine::{format_region, Store, TensorAt};
+use pccheck::engine::{format_region, Select, Store, TensorAt};
 use pccheck::format::Dtype;
 use pccheck::save::Save;
 use pccheck::{ErrorKind, Result};
@@ -165,7 +165,7 @@ fn memory_that_is_gone_at_begin_fails_the_save_and_not_the_trainer() {
 /// Also where the bytes are only looked at, as they are likely to lie in their place already.
 #[test]
 fn memory_that_is_gone_is_noticed_where_nothing_has_changed() {
-    let (_folder, _, store) = region(Way::Threads);
+    let (_folder, path, store) = region(Way::Threads);
     let lent = Lent::new(STATE_BYTES);
     for step in 2..12 {
         lent.begin(&store, step).and_then(|save| save.wait_durable(WAIT)).expect("save");
@@ -173,6 +173,12 @@ fn memory_that_is_gone_is_noticed_where_nothing_has_changed() {
     assert!(store.stats().unchanged_bytes > 0, "chunks are looked at");
     lent.take();
     assert_notices(lent.begin(&store, 20), "unchanged");
+    assert_settled(&store, 0);
+    let newest = store.checkpoints().expect("list")[0].record.step;
+    assert_eq!(newest, 11, "the checkpoint before stays");
+    store.open_checkpoint(Select::Newest, true).expect("it verifies");
+    save(&store, 21).expect("save");
+    assert_eq!(seen_by_a_reader(&path, Way::Threads), 21);
 }
 
 /// In mid-copy: the pool is full, and the disk does not answer until the memory is gone.
