@@ -82,6 +82,21 @@ fn within<T: Send>(what: &str, run: impl FnOnce() -> T + Send) -> T {
     })
 }
 
+/// After the store was closed: the newest checkpoint is one of the steps and whole, and another is saved.
+fn opens_and_saves_again(sim: &Arc<SimMedium>, steps: &[u64], what: &str) {
+    sim.stop_failing();
+    let store = open(sim, 2);
+    let whole = |steps: &[u64]| {
+        let newest = store.open_checkpoint(Select::Newest, true).expect("intact").checkpoint;
+        let step = newest.record().step;
+        assert!(steps.contains(&step), "{what}: step {step}");
+        assert_eq!(newest.read_tensor("w").expect("read"), state(step), "{what}");
+    };
+    whole(steps);
+    save(&store, 100);
+    whole(&[100]);
+}
+
 fn all_buffers_are_back(store: &Store) {
     let pool = store.region().pool();
     let deadline = Instant::now() + PROMPT;
@@ -142,6 +157,7 @@ fn a_callback_that_panics_harms_no_other_save() {
     first.on_end(Box::new(|| panic!("at once (expected by the test)")));
     save(&store, 4);
     within("close", || drop(store));
+    opens_and_saves_again(&sim, &[4], "callbacks");
 }
 
 #[test]
@@ -234,10 +250,8 @@ fn the_death_of_a_thread_ends_every_save_and_wakes_every_waiter() {
             drop(raw);
             drop(store);
         });
-        sim.stop_failing();
-        let store = open(&sim, 3);
-        let newest = store.open_checkpoint(Select::Newest, true).expect("intact").checkpoint;
-        assert_eq!(newest.read_tensor("w").expect("read"), state(newest.record().step), "{who}");
+        // A record whose writer died may be durable.
+        opens_and_saves_again(&sim, &[1, 2], who);
     }
 }
 
@@ -254,6 +268,12 @@ fn a_defect_in_a_completion_ends_its_save_alone() {
     raw.commit().expect("commit").wait_durable(Some(PROMPT)).expect("it is not concerned");
     assert_eq!(begin(&store, 4).err().expect("poisoned").kind(), ErrorKind::Internal);
     within("close", || drop(store));
+    let store = open(&sim, 2);
+    let streamed = store.open_checkpoint(Select::Newest, true).expect("intact").checkpoint;
+    assert_eq!(streamed.record().step, 2, "what ended well is newest");
+    let before = store.open_checkpoint(Select::Step(1), true).expect("the one before").checkpoint;
+    assert_eq!(before.read_tensor("w").expect("read"), state(1));
+    save(&store, 5);
 }
 
 #[test]
@@ -278,10 +298,17 @@ fn a_forked_child_can_drop_and_ask_every_save() {
         bytes: BYTES as u64,
         device: None,
     };
+    // SAFETY: `data` outlives the saves and is not changed.
+    let begin = |step| unsafe { store.begin_save(step, &[tensor], &[], WAIT) }.expect("begin");
+    let restored = || {
+        let newest = store.open_checkpoint(Select::Newest, true).expect("intact").checkpoint;
+        assert!(newest.read_tensor("w").expect("read") == data, "it came back changed");
+        newest.record().step
+    };
+    begin(0).wait_durable(WAIT).expect("the checkpoint before");
     let mut raw = store.begin_raw(1, 4 << 20, &[], WAIT).expect("begin raw");
     raw.write_at(5, &[1; 100]).expect("write");
-    // SAFETY: `data` outlives the save and is not changed.
-    let save = unsafe { store.begin_save(2, &[tensor], &[], WAIT) }.expect("begin");
+    let save = begin(2);
     // SAFETY: the child calls the library alone, and leaves by `_exit`.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -313,6 +340,9 @@ fn a_forked_child_can_drop_and_ask_every_save() {
     assert_eq!(status, 0, "the child hung (14) or was not refused");
     save.wait_durable(WAIT).expect("the parent's save is not concerned");
     raw.write_at(0, &[1; 5]).expect("nor is its stream");
+    assert_eq!(restored(), 2);
+    begin(3).wait_durable(WAIT).expect("nor is the next");
+    assert_eq!(restored(), 3);
 }
 
 #[test]

@@ -18,6 +18,7 @@ pub const PAYLOAD_BYTES: u64 = 1 << 20;
 /// Steps of the two checkpoints; generation = step.
 pub const OLDER: u64 = 1;
 pub const NEWEST: u64 = 2;
+const NEXT: u64 = 3;
 
 /// A region that holds two checkpoints in the slots 0 and 1 of three.
 pub struct Bed {
@@ -94,11 +95,16 @@ impl Bed {
         checked_step(&store)
     }
 
-    /// Both checkpoints are there, whole, for readers and for the next writer, who can also save.
+    /// Both checkpoints are there, whole, for readers and for the next writer, who can also save. Leaves the file as it was.
     pub fn assert_intact(&self) {
+        let before = self.bytes();
         assert_eq!(self.newest_step().expect("open"), NEWEST);
         let store = Store::open(&self.path, &options()).expect("open for writing");
         assert_both(&store);
+        save(&store, NEXT).expect("save");
+        drop(store);
+        assert_eq!(self.newest_step().expect("open"), NEXT);
+        self.write(0, &before);
     }
 
     /// `refused` must fail and must leave every byte of the file as it was.
