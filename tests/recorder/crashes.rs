@@ -61,11 +61,11 @@ impl Told {
 impl Recording {
     /// Calls `check` with every image that is to be tried and the number of events before the crash, until it objects. Returns
     /// how many different images there were.
-    pub fn for_each_image(
+    pub fn for_each_image<E>(
         &self,
         effort: Effort,
-        mut check: impl FnMut(Image, usize) -> Result<(), String>,
-    ) -> Result<usize, String> {
+        mut check: impl FnMut(Image, usize) -> Result<(), E>,
+    ) -> Result<usize, E> {
         let mut random = Random(effort.seed);
         let mut seen = HashSet::new();
         for _ in 0..PASSES_MAX {
@@ -79,13 +79,13 @@ impl Recording {
     }
 
     /// Goes through the recording once.
-    fn pass(
+    fn pass<E>(
         &self,
         effort: Effort,
         random: &mut Random,
         seen: &mut HashSet<u64>,
-        check: &mut impl FnMut(Image, usize) -> Result<(), String>,
-    ) -> Result<(), String> {
+        check: &mut impl FnMut(Image, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut durable = Told { image: self.base.clone(), identity: 0 };
         let mut durable_sectors: BTreeMap<u64, usize> = BTreeMap::new();
         let mut pending: BTreeMap<usize, bool> = BTreeMap::new();
@@ -102,7 +102,7 @@ impl Recording {
                 let moment = Moment { durable: &durable, pending: waiting };
                 self.images_of(&moment, effort, random, &durable_sectors, |image, identity| {
                     match seen.insert(identity) {
-                        true => check(image, at).map_err(|what| format!("crash before event {at}: {what}")),
+                        true => check(image, at),
                         false => Ok(()),
                     }
                 })?;
@@ -127,21 +127,21 @@ impl Recording {
         let end = self.events.len();
         self.images_of(&moment, effort, random, &durable_sectors, |image, identity| {
             match seen.insert(identity) {
-                true => check(image, end).map_err(|what| format!("crash at the end: {what}")),
+                true => check(image, end),
                 false => Ok(()),
             }
         })
     }
 
     /// None of the pending writes, all, one, all but one, then random ones, half of these torn.
-    fn images_of(
+    fn images_of<E>(
         &self,
         moment: &Moment<'_>,
         effort: Effort,
         random: &mut Random,
         durable_sectors: &BTreeMap<u64, usize>,
-        mut image: impl FnMut(Image, u64) -> Result<(), String>,
-    ) -> Result<(), String> {
+        mut image: impl FnMut(Image, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
         let pending = &moment.pending;
         for nth in 0..effort.per_moment {
             let mut made = moment.durable.clone();
