@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pccheck::engine::{format_region, Store, Tensor};
 use pccheck::format::Dtype;
-use pccheck::save::Save;
+use pccheck::save::{Save, SaveOptions};
 use pccheck::store::FormatOptions;
 use pccheck::Result;
 
@@ -62,11 +62,22 @@ pub fn save_bytes(
     state: &[(String, Vec<u8>)],
     metadata: &[(&str, &str)],
 ) -> Result<Save> {
+    save_bytes_as(store, step, state, metadata, WAIT)
+}
+
+/// [`save_bytes`], pinned or otherwise not as usual.
+pub fn save_bytes_as(
+    store: &Store,
+    step: u64,
+    state: &[(String, Vec<u8>)],
+    metadata: &[(&str, &str)],
+    options: impl Into<SaveOptions>,
+) -> Result<Save> {
     let shapes: Vec<[u64; 1]> = state.iter().map(|(_, data)| [data.len() as u64]).collect();
     let tensors: Vec<Tensor<'_>> = state
         .iter()
         .zip(&shapes)
         .map(|((name, data), shape)| Tensor { name, dtype: Dtype::U8, shape, data })
         .collect();
-    store.save(step, &tensors, metadata, WAIT)
+    store.save(step, &tensors, metadata, options)
 }

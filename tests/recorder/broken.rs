@@ -1,9 +1,14 @@
-//! The protocol broken on purpose, for the checker's own sake: a medium that lacks one of its barriers, faults of the engine.
+//! The protocol broken on purpose, for the checker's own sake: a medium that lacks one of its barriers, faults of the engine,
+//! and gates that bring about orders of events that are rare.
 
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use pccheck::medium::{Barrier, Io, Medium, MediumInfo, MediumMemory};
 use pccheck::save::Faults;
+use pccheck::Error;
+
+use super::common::WAIT;
 
 /// How the protocol is to be broken.
 #[derive(Clone, Copy, Default, PartialEq)]
@@ -13,23 +18,100 @@ pub struct Protocol {
     pub faults: Faults,
 }
 
-/// A medium without one of its barriers.
-struct Without {
-    medium: Arc<dyn Medium>,
-    removed: Barrier,
-}
-
 impl Protocol {
-    /// The medium as this protocol has it.
-    pub fn on(&self, medium: Arc<dyn Medium>) -> Arc<dyn Medium> {
-        match self.removed {
-            Some(removed) => Arc::new(Without { medium, removed }),
-            None => medium,
-        }
+    pub fn without(barrier: Barrier) -> Protocol {
+        Protocol { removed: Some(barrier), ..Protocol::default() }
+    }
+
+    pub fn with(plant: fn(&mut Faults)) -> Protocol {
+        let mut protocol = Protocol::default();
+        plant(&mut protocol.faults);
+        protocol
     }
 }
 
-impl Medium for Without {
+/// Holds commit records back and fails writing marks when told to.
+#[derive(Default)]
+pub struct Gate {
+    state: Mutex<Gated>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Gated {
+    hold_commits: bool,
+    /// A commit record waits.
+    held: bool,
+    fail_next_mark: bool,
+    /// Writing marks that became durable.
+    marks: usize,
+}
+
+impl Gate {
+    fn state(&self) -> MutexGuard<'_, Gated> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Gated)) {
+        change(&mut self.state());
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, met: impl Fn(&Gated) -> bool) {
+        let limit = WAIT.expect("a time");
+        let waited = self.changed.wait_timeout_while(self.state(), limit, |state| !met(state));
+        assert!(!waited.unwrap_or_else(PoisonError::into_inner).1.timed_out(), "the gate saw nothing");
+    }
+
+    pub fn hold_commits(&self) {
+        self.change(|state| state.hold_commits = true);
+    }
+
+    pub fn wait_held(&self) {
+        self.wait(|state| state.held);
+    }
+
+    pub fn release(&self) {
+        self.change(|state| state.hold_commits = false);
+    }
+
+    pub fn fail_next_mark(&self) {
+        self.change(|state| state.fail_next_mark = true);
+    }
+
+    pub fn marks(&self) -> usize {
+        self.state().marks
+    }
+
+    pub fn wait_for_marks(&self, marks: usize) {
+        self.wait(|state| state.marks >= marks);
+    }
+
+    fn write(&self, barrier: Barrier, write: impl FnOnce() -> pccheck::Result<()>) -> pccheck::Result<()> {
+        match barrier {
+            Barrier::Commit if self.state().hold_commits => {
+                self.change(|state| state.held = true);
+                self.wait(|state| !state.hold_commits);
+            }
+            Barrier::WritingMark if std::mem::take(&mut self.state().fail_next_mark) => {
+                return Err(Error::io("a planted failure", &io::Error::from_raw_os_error(libc::EIO)));
+            }
+            _ => {}
+        }
+        write()?;
+        self.change(|state| state.marks += usize::from(barrier == Barrier::WritingMark));
+        Ok(())
+    }
+}
+
+/// A medium that lacks a barrier, or has a gate.
+pub struct Broken {
+    pub medium: Arc<dyn Medium>,
+    pub removed: Option<Barrier>,
+    pub gate: Arc<Gate>,
+}
+
+impl Medium for Broken {
     fn info(&self) -> MediumInfo {
         self.medium.info()
     }
@@ -55,14 +137,14 @@ impl Medium for Without {
     }
 
     fn persist(&self, offset: u64, len: u64, barrier: Barrier) -> pccheck::Result<()> {
-        match barrier == self.removed {
+        match Some(barrier) == self.removed {
             true => Ok(()),
             false => self.medium.persist(offset, len, barrier),
         }
     }
 
     fn persist_ranges(&self, ranges: &[(u64, u64)], barrier: Barrier) -> pccheck::Result<()> {
-        match barrier == self.removed {
+        match Some(barrier) == self.removed {
             true => Ok(()),
             false => self.medium.persist_ranges(ranges, barrier),
         }
@@ -77,9 +159,9 @@ impl Medium for Without {
     }
 
     fn write_durable(&self, offset: u64, block: &[u8], barrier: Barrier) -> pccheck::Result<()> {
-        match barrier == self.removed {
+        self.gate.write(barrier, || match Some(barrier) == self.removed {
             true => self.medium.copy(offset, block),
             false => self.medium.write_durable(offset, block, barrier),
-        }
+        })
     }
 }

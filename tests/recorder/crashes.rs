@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 
 use super::content::Random;
 use super::disk::{Event, Image};
@@ -18,6 +19,8 @@ pub struct Recording {
     /// Durable before the first event.
     pub base: Image,
     pub events: Vec<Event>,
+    /// Bytes of the disk that a write changes as a whole or not at all.
+    pub never_torn: Range<u64>,
 }
 
 /// How many images are made.
@@ -157,7 +160,7 @@ impl Recording {
                     2 => Tear::Lost,
                     3 if write == one => Tear::Lost,
                     3 => Tear::Whole,
-                    _ if torn && write == one => Tear::Sectors(random.next()),
+                    _ if torn && write == one && self.can_tear(write) => Tear::Sectors(random.next()),
                     _ if random.below(2) == 0 => Tear::Lost,
                     _ => Tear::Whole,
                 };
@@ -166,6 +169,11 @@ impl Recording {
             image(made.image, made.identity)?;
         }
         Ok(())
+    }
+
+    fn can_tear(&self, write: usize) -> bool {
+        let Event::Write { offset, data } = &self.events[write] else { panic!("event {write} is no write") };
+        self.never_torn.end <= *offset || offset + data.len() as u64 <= self.never_torn.start
     }
 
     fn sectors(&self, write: usize) -> impl Iterator<Item = u64> {

@@ -1,5 +1,6 @@
 //! Loop devices and file systems on disks, by the system's own tools. Everything is undone when dropped.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -29,6 +30,16 @@ impl Format {
             Format::Ext4 => 48 << 20,
             Format::Xfs => 320 << 20,
             Format::Btrfs => 160 << 20,
+        }
+    }
+
+    /// Where the disk must not tear a write: the superblock, whose checksum spans several sectors, and without which no mount
+    /// begins. These file systems ask that of a disk.
+    pub fn never_torn(self) -> Range<u64> {
+        match self {
+            Format::Bare | Format::Xfs => 0..0,
+            Format::Ext4 => 1024..2048,
+            Format::Btrfs => (64 << 10)..(68 << 10),
         }
     }
 
