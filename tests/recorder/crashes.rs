@@ -3,7 +3,7 @@
 //! A flush covers the writes that had been reported complete when it came. Whatever else was handed to the disk is there or not,
 //! each write by itself, in any order, or in part: sector by sector.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
@@ -28,7 +28,7 @@ pub struct Recording {
 pub struct Effort {
     /// Of one moment, at most.
     pub per_moment: usize,
-    /// In all, at most: then moments are left out evenly.
+    /// In all, about: then moments are left out evenly, but one image between any two flushes stays.
     pub in_all: usize,
     pub seed: u64,
 }
@@ -61,49 +61,101 @@ impl Told {
     }
 }
 
+/// What was tried of a recording.
+#[derive(Debug, Default)]
+pub struct Tried {
+    seen: HashSet<u64>,
+    /// Between which flushes a crash fell: how many had come before.
+    visited: BTreeSet<usize>,
+    /// So many there are.
+    pub intervals: usize,
+}
+
+impl Tried {
+    /// Images that differ.
+    pub fn images(&self) -> usize {
+        self.seen.len()
+    }
+
+    /// In how many of the intervals between flushes at least one crash fell.
+    pub fn visited(&self) -> usize {
+        self.visited.len()
+    }
+}
+
+/// When a pass through a recording lets crashes happen, and how many images it makes of each moment.
+#[derive(Clone, Copy)]
+struct Pass {
+    images: usize,
+    /// Which kind of image comes first is another at each moment.
+    by_turns: bool,
+    before_flush: f64,
+    before_other: f64,
+}
+
 impl Recording {
-    /// Calls `check` with every image that is to be tried and the number of events before the crash, until it objects. Returns
-    /// how many different images there were.
+    /// Calls `check` with every image that is to be tried and the number of events before the crash, until it objects.
+    ///
+    /// Between any two flushes there is a crash, also where that makes more images than are wanted.
     pub fn for_each_image<E>(
         &self,
         effort: Effort,
         mut check: impl FnMut(Image, usize) -> Result<(), E>,
-    ) -> Result<usize, E> {
+    ) -> Result<Tried, E> {
         let mut random = Random(effort.seed);
-        let mut seen = HashSet::new();
+        let flushes = self.events.iter().filter(|event| matches!(event, Event::Flush)).count();
+        let mut tried = Tried { intervals: flushes + 1, ..Tried::default() };
+        let moments_in = |images: usize| (images / effort.per_moment).max(1);
+        if moments_in(effort.in_all) < tried.intervals {
+            let each = Pass { by_turns: true, images: 1, before_flush: 1.0, before_other: 0.0 };
+            self.pass(each, effort, &mut random, &mut tried, &mut check)?;
+        }
         for _ in 0..PASSES_MAX {
-            let left = effort.in_all.saturating_sub(seen.len());
+            let left = effort.in_all.saturating_sub(tried.images());
             if left == 0 {
                 break;
             }
-            self.pass(Effort { in_all: left, ..effort }, &mut random, &mut seen, &mut check)?;
+            // A moment before each flush is enough for what is lost; others catch what is there too early.
+            let moments = moments_in(left);
+            let others = moments.saturating_sub(tried.intervals);
+            let drawn = Pass {
+                by_turns: false,
+                images: effort.per_moment,
+                before_flush: (moments as f64 / tried.intervals as f64).min(1.0),
+                before_other: others as f64 / self.events.len().max(1) as f64,
+            };
+            self.pass(drawn, effort, &mut random, &mut tried, &mut check)?;
         }
-        Ok(seen.len())
+        Ok(tried)
     }
 
     /// Goes through the recording once.
     fn pass<E>(
         &self,
+        pass: Pass,
         effort: Effort,
         random: &mut Random,
-        seen: &mut HashSet<u64>,
+        tried: &mut Tried,
         check: &mut impl FnMut(Image, usize) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut durable = Told { image: self.base.clone(), identity: 0 };
         let mut durable_sectors: BTreeMap<u64, usize> = BTreeMap::new();
         let mut pending: BTreeMap<usize, bool> = BTreeMap::new();
-        let flushes = self.events.iter().filter(|event| matches!(event, Event::Flush)).count() + 1;
-        // A moment before each flush is enough for what is lost; others catch what is there too early.
-        let moments = (effort.in_all / effort.per_moment).max(1);
-        let others = moments.saturating_sub(flushes);
-        let per_event = others as f64 / self.events.len().max(1) as f64;
-        let keep_flush = (moments as f64 / flushes as f64).min(1.0);
-        for (at, event) in self.events.iter().enumerate() {
-            let chance = if matches!(event, Event::Flush) { keep_flush } else { per_event };
-            if (random.below(1 << 20) as f64) < chance * f64::from(1 << 20) {
-                let waiting = pending.keys().copied().collect();
-                let moment = Moment { durable: &durable, pending: waiting };
-                self.images_of(&moment, effort, random, &durable_sectors, |image, identity| {
+        let mut interval = 0;
+        // The end counts as a flush that never comes.
+        for at in 0..=self.events.len() {
+            let event = self.events.get(at);
+            let chance = match event {
+                Some(Event::Flush) | None => pass.before_flush,
+                Some(_) => pass.before_other,
+            };
+            if event.is_none() || (random.below(1 << 20) as f64) < chance * f64::from(1 << 20) {
+                let moment = Moment { durable: &durable, pending: pending.keys().copied().collect() };
+                let first = if pass.by_turns { interval % effort.per_moment } else { 0 };
+                let kinds = first..first + pass.images;
+                tried.visited.insert(interval);
+                let seen = &mut tried.seen;
+                self.images_of(&moment, kinds, random, &durable_sectors, |image, identity| {
                     match seen.insert(identity) {
                         true => check(image, at),
                         false => Ok(()),
@@ -111,9 +163,10 @@ impl Recording {
                 })?;
             }
             match event {
-                Event::Write { .. } => drop(pending.insert(at, false)),
-                Event::Done(write) => drop(pending.get_mut(write).map(|done| *done = true)),
-                Event::Flush => {
+                Some(Event::Write { .. }) => drop(pending.insert(at, false)),
+                Some(Event::Done(write)) => drop(pending.get_mut(write).map(|done| *done = true)),
+                Some(Event::Flush) => {
+                    interval += 1;
                     let done: Vec<usize> =
                         pending.iter().filter(|(_, &done)| done).map(|(&write, _)| write).collect();
                     for write in done {
@@ -124,29 +177,23 @@ impl Recording {
                         }
                     }
                 }
+                None => {}
             }
         }
-        let moment = Moment { durable: &durable, pending: pending.keys().copied().collect() };
-        let end = self.events.len();
-        self.images_of(&moment, effort, random, &durable_sectors, |image, identity| {
-            match seen.insert(identity) {
-                true => check(image, end),
-                false => Ok(()),
-            }
-        })
+        Ok(())
     }
 
     /// None of the pending writes, all, one, all but one, then random ones, half of these torn.
     fn images_of<E>(
         &self,
         moment: &Moment<'_>,
-        effort: Effort,
+        kinds: Range<usize>,
         random: &mut Random,
         durable_sectors: &BTreeMap<u64, usize>,
         mut image: impl FnMut(Image, u64) -> Result<(), E>,
     ) -> Result<(), E> {
         let pending = &moment.pending;
-        for nth in 0..effort.per_moment {
+        for nth in kinds {
             let mut made = moment.durable.clone();
             let (one, torn) = match pending.len() {
                 0 => (0, false),

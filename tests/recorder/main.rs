@@ -70,23 +70,31 @@ fn power_loss_at_any_moment_loses_nothing_durable() {
             let began = Instant::now();
             let life = live(History::Whole, format, way, Protocol::default(), saves, effort.seed);
             let mut judge = Judge::new(&life, LIVE_ON_EVERY);
-            let distinct = life
+            let tried = life
                 .recording
                 .for_each_image(effort, |image, at| judge.check(image, at))
                 .unwrap_or_else(|what| panic!("{format:?}, {way:?}, seed {}: {what}", effort.seed));
+            let images = tried.images();
             println!(
-                "{format:?}, {way:?}: {} events of {saves} saves, {distinct} images, {} fell back, {} without the newest \
-                 save begun, {} without a region, {:?}",
+                "{format:?}, {way:?}: {} events of {saves} saves, {images} images, {} fell back, {} without the newest \
+                 save begun, {} without a region, crashes in {} of {} intervals between flushes, {:?}",
                 life.recording.events.len(),
                 judge.fell_back,
                 judge.behind,
                 judge.none,
+                tried.visited(),
+                tried.intervals,
                 began.elapsed()
             );
-            assert!(distinct >= effort.in_all / 3, "{format:?}, {way:?}: only {distinct} images");
+            assert!(images >= effort.in_all / 3, "{format:?}, {way:?}: only {images} images");
+            assert_eq!(
+                tried.visited(),
+                tried.intervals,
+                "{format:?}, {way:?}: no crash between some two flushes"
+            );
             assert!(
-                judge.fell_back >= distinct / FELL_BACK_SHARE,
-                "{format:?}, {way:?}: opening passed over something in {} of {distinct} images: little was tested",
+                judge.fell_back >= images / FELL_BACK_SHARE,
+                "{format:?}, {way:?}: opening passed over something in {} of {images} images: little was tested",
                 judge.fell_back
             );
         }
