@@ -30,7 +30,7 @@ impl Protocol {
     }
 }
 
-/// Holds commit records back and fails writing marks when told to.
+/// Holds commit records back, fails writing marks and refuses control blocks when told to.
 #[derive(Default)]
 pub struct Gate {
     state: Mutex<Gated>,
@@ -43,6 +43,7 @@ struct Gated {
     /// A commit record waits.
     held: bool,
     fail_next_mark: bool,
+    refuse_controls: bool,
     /// Writing marks that became durable.
     marks: usize,
 }
@@ -79,6 +80,10 @@ impl Gate {
         self.change(|state| state.fail_next_mark = true);
     }
 
+    pub fn refuse_controls(&self, refuse: bool) {
+        self.change(|state| state.refuse_controls = refuse);
+    }
+
     pub fn marks(&self) -> usize {
         self.state().marks
     }
@@ -93,15 +98,18 @@ impl Gate {
                 self.change(|state| state.held = true);
                 self.wait(|state| !state.hold_commits);
             }
-            Barrier::WritingMark if std::mem::take(&mut self.state().fail_next_mark) => {
-                return Err(Error::io("a planted failure", &io::Error::from_raw_os_error(libc::EIO)));
-            }
+            Barrier::WritingMark if std::mem::take(&mut self.state().fail_next_mark) => return Err(planted()),
+            Barrier::Control if self.state().refuse_controls => return Err(planted()),
             _ => {}
         }
         write()?;
         self.change(|state| state.marks += usize::from(barrier == Barrier::WritingMark));
         Ok(())
     }
+}
+
+fn planted() -> Error {
+    Error::io("a planted failure", &io::Error::from_raw_os_error(libc::EIO))
 }
 
 /// A medium that lacks a barrier, or has a gate.

@@ -15,7 +15,7 @@ use super::child::Way;
 use super::common::{save_bytes_as, WAIT};
 use super::content;
 use super::crashes::Recording;
-use super::disk::Disk;
+use super::disk::{Call, Disk, Trouble};
 use super::volume::{Format, Volume};
 
 /// Room for any region that is made here.
@@ -225,6 +225,16 @@ impl Living {
         let save = self.begin_as(step, wait.into()).ok()?;
         self.may_fail.push(save.generation());
         Some(save)
+    }
+
+    /// The next write that comes to the disk fails there.
+    pub fn fail_next_write(&self) {
+        let mut left = 1;
+        self.disk.fail(move |call, _| {
+            let hit = left > 0 && call == Call::Write;
+            left -= i32::from(hit);
+            hit.then_some(Trouble::Errno(libc::EIO))
+        });
     }
 
     /// Until every save has ended; how is told elsewhere.

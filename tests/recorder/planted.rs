@@ -111,3 +111,10 @@ fn freeing_before_the_commit_is_durable() {
     must_be_caught("freed before the commit", History::CommitHeldBack, early, Kind::Lost, &places);
     must_pass("a commit held back", History::CommitHeldBack, Protocol::default(), BARE);
 }
+
+#[test]
+fn without_writing_again_what_is_adopted() {
+    let protocol = Protocol::without(Barrier::Adopt);
+    must_be_caught("no Adopt", History::CommitFails, protocol, Kind::Lost, &[EXT4_MAPPED, XFS_MAPPED]);
+    must_pass("a commit that fails", History::CommitFails, Protocol::default(), EXT4_MAPPED);
+}

@@ -29,6 +29,9 @@ pub enum History {
     KilledFormatter,
     /// While a commit record waits, a save fails, and another wants a slot: only that of the newest durable checkpoint is left.
     CommitHeldBack,
+    /// The write of a commit record fails and nothing tells of it on the disk; then the region is opened again. Whatever maps it
+    /// sees the record.
+    CommitFails,
 }
 
 /// Lives `history`, of so many saves where that is open.
@@ -47,10 +50,17 @@ pub fn live(history: History, format: Format, way: Way, protocol: Protocol, save
             }
             living.end()
         }
-        History::CommitHeldBack => {
+        History::CommitHeldBack | History::CommitFails => {
             let mut living = Living::new(format, way, TIGHT, protocol);
             living.reopen_with_gate();
-            commit_held_back(&mut living);
+            for step in 0..4 {
+                living.begin(step);
+                living.wait();
+            }
+            match history {
+                History::CommitHeldBack => commit_held_back(&mut living),
+                _ => commit_fails(&mut living),
+            }
             living.end()
         }
     }
@@ -88,10 +98,6 @@ fn whole(living: &mut Living, saves: u64, random: &mut Random) {
 }
 
 fn commit_held_back(living: &mut Living) {
-    for step in 0..4 {
-        living.begin(step);
-        living.wait();
-    }
     let gate = living.gate.clone();
     gate.hold_commits();
     living.begin_what_may_fail(4, WAIT).expect("begin a save");
@@ -107,4 +113,22 @@ fn commit_held_back(living: &mut Living) {
     }
     gate.release();
     living.wait();
+}
+
+fn commit_fails(living: &mut Living) {
+    let gate = living.gate.clone();
+    gate.hold_commits();
+    let failing = living.begin_what_may_fail(4, WAIT).expect("begin a save");
+    gate.wait_held();
+    living.fail_next_write();
+    // Else its slot would be seen to be quarantined.
+    gate.refuse_controls(true);
+    gate.release();
+    assert!(failing.wait_durable(WAIT).is_err(), "its commit record could not be written");
+    gate.refuse_controls(false);
+    living.reopen();
+    for step in 5..9 {
+        living.begin(step);
+        living.wait();
+    }
 }
