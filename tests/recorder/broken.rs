@@ -30,7 +30,8 @@ impl Protocol {
     }
 }
 
-/// Holds commit records back, fails writing marks and refuses control blocks when told to.
+/// Holds commit records back, or what comes after the flush of a payload; fails writing marks and refuses control blocks. All when
+/// told to.
 #[derive(Default)]
 pub struct Gate {
     state: Mutex<Gated>,
@@ -39,8 +40,8 @@ pub struct Gate {
 
 #[derive(Default)]
 struct Gated {
-    hold_commits: bool,
-    /// A commit record waits.
+    /// What waits: a commit record, or the committer just after the flush of payloads.
+    hold: Option<Barrier>,
     held: bool,
     fail_next_mark: bool,
     refuse_controls: bool,
@@ -64,8 +65,8 @@ impl Gate {
         assert!(!waited.unwrap_or_else(PoisonError::into_inner).1.timed_out(), "the gate saw nothing");
     }
 
-    pub fn hold_commits(&self) {
-        self.change(|state| state.hold_commits = true);
+    pub fn hold(&self, barrier: Barrier) {
+        self.change(|state| *state = Gated { hold: Some(barrier), held: false, ..*state });
     }
 
     pub fn wait_held(&self) {
@@ -73,7 +74,7 @@ impl Gate {
     }
 
     pub fn release(&self) {
-        self.change(|state| state.hold_commits = false);
+        self.change(|state| state.hold = None);
     }
 
     pub fn fail_next_mark(&self) {
@@ -92,12 +93,16 @@ impl Gate {
         self.wait(|state| state.marks >= marks);
     }
 
+    fn wait_at(&self, barrier: Barrier) {
+        if self.state().hold == Some(barrier) {
+            self.change(|state| state.held = true);
+            self.wait(|state| state.hold != Some(barrier));
+        }
+    }
+
     fn write(&self, barrier: Barrier, write: impl FnOnce() -> pccheck::Result<()>) -> pccheck::Result<()> {
         match barrier {
-            Barrier::Commit if self.state().hold_commits => {
-                self.change(|state| state.held = true);
-                self.wait(|state| !state.hold_commits);
-            }
+            Barrier::Commit => self.wait_at(barrier),
             Barrier::WritingMark if std::mem::take(&mut self.state().fail_next_mark) => return Err(planted()),
             Barrier::Control if self.state().refuse_controls => return Err(planted()),
             _ => {}
@@ -155,7 +160,9 @@ impl Medium for Broken {
         match Some(barrier) == self.removed {
             true => Ok(()),
             false => self.medium.persist_ranges(ranges, barrier),
-        }
+        }?;
+        self.gate.wait_at(barrier);
+        Ok(())
     }
 
     fn check_present(&self) -> pccheck::Result<()> {

@@ -16,7 +16,7 @@ mod common;
 mod content;
 mod crashes;
 #[path = "../disk/mod.rs"]
-#[allow(dead_code, reason = "this disk never fails")]
+#[allow(dead_code, reason = "this disk hardly ever fails")]
 mod disk;
 mod judge;
 mod life;
@@ -37,7 +37,7 @@ use judge::Judge;
 use volume::Format;
 use workload::{live, History};
 
-/// Images of each file system and medium, unless `PCC_RECORDER_IMAGES` says otherwise.
+/// Images of each file system and medium, or a few more (one for each flush), unless `PCC_RECORDER_IMAGES` says otherwise.
 const IMAGES: usize = 60;
 const PER_MOMENT: usize = 6;
 const LIVE_ON_EVERY: usize = 10;

@@ -118,3 +118,12 @@ fn without_writing_again_what_is_adopted() {
     must_be_caught("no Adopt", History::CommitFails, protocol, Kind::Lost, &[EXT4_MAPPED, XFS_MAPPED]);
     must_pass("a commit that fails", History::CommitFails, Protocol::default(), EXT4_MAPPED);
 }
+
+#[test]
+fn joining_others_after_their_flush() {
+    let late = Protocol::with(|faults| faults.join_after_flush = true);
+    // Not unmapped: there the durable write of the first commit record flushes the disk, and with it the payload of the other save.
+    let places = [EXT4_MAPPED, XFS_MAPPED];
+    must_be_caught("joined after the flush", History::CompleteInAFlush, late, Kind::Wrong, &places);
+    must_pass("complete in a flush", History::CompleteInAFlush, Protocol::default(), EXT4_MAPPED);
+}

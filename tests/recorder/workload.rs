@@ -1,6 +1,9 @@
 //! What is done to a region that lives on a recorded disk.
 
+use std::thread;
 use std::time::Duration;
+
+use pccheck::medium::Barrier;
 
 use super::broken::Protocol;
 use super::child::Way;
@@ -20,6 +23,9 @@ const PIN_EVERY: u64 = 6;
 /// Long enough for a slot that is free.
 const NO_SLOT_WAIT: Option<Duration> = Some(Duration::from_millis(100));
 
+/// In which a save that is written comes to the committer.
+const QUEUED_IN: Duration = Duration::from_millis(20);
+
 /// Which life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum History {
@@ -32,6 +38,8 @@ pub enum History {
     /// The write of a commit record fails and nothing tells of it on the disk; then the region is opened again. Whatever maps it
     /// sees the record.
     CommitFails,
+    /// A save becomes complete while the payload of another is being flushed.
+    CompleteInAFlush,
 }
 
 /// Lives `history`, of so many saves where that is open.
@@ -50,7 +58,7 @@ pub fn live(history: History, format: Format, way: Way, protocol: Protocol, save
             }
             living.end()
         }
-        History::CommitHeldBack | History::CommitFails => {
+        History::CommitHeldBack | History::CommitFails | History::CompleteInAFlush => {
             let mut living = Living::new(format, way, TIGHT, protocol);
             living.reopen_with_gate();
             for step in 0..4 {
@@ -59,7 +67,8 @@ pub fn live(history: History, format: Format, way: Way, protocol: Protocol, save
             }
             match history {
                 History::CommitHeldBack => commit_held_back(&mut living),
-                _ => commit_fails(&mut living),
+                History::CommitFails => commit_fails(&mut living),
+                _ => complete_in_a_flush(&mut living),
             }
             living.end()
         }
@@ -99,7 +108,7 @@ fn whole(living: &mut Living, saves: u64, random: &mut Random) {
 
 fn commit_held_back(living: &mut Living) {
     let gate = living.gate.clone();
-    gate.hold_commits();
+    gate.hold(Barrier::Commit);
     living.begin_what_may_fail(4, WAIT).expect("begin a save");
     gate.wait_held();
     gate.fail_next_mark();
@@ -117,7 +126,7 @@ fn commit_held_back(living: &mut Living) {
 
 fn commit_fails(living: &mut Living) {
     let gate = living.gate.clone();
-    gate.hold_commits();
+    gate.hold(Barrier::Commit);
     let failing = living.begin_what_may_fail(4, WAIT).expect("begin a save");
     gate.wait_held();
     living.fail_next_write();
@@ -129,6 +138,22 @@ fn commit_fails(living: &mut Living) {
     living.reopen();
     for step in 5..9 {
         living.begin(step);
+        living.wait();
+    }
+}
+
+fn complete_in_a_flush(living: &mut Living) {
+    let gate = living.gate.clone();
+    for step in [4, 6, 8] {
+        gate.hold(Barrier::Payload);
+        living.begin(step);
+        gate.wait_held();
+        let late = living.begin(step + 1);
+        while late.progress().written_bytes < late.progress().total_bytes {
+            thread::yield_now();
+        }
+        thread::sleep(QUEUED_IN);
+        gate.release();
         living.wait();
     }
 }
