@@ -7,8 +7,9 @@ use super::broken::Protocol;
 use super::child::Way;
 use super::crashes::Effort;
 use super::judge::{Finding, Judge, Kind};
+use super::life::Living;
 use super::volume::Format;
-use super::workload::{live, History};
+use super::workload::{live, History, ROOMY};
 
 const SAVES: u64 = 24;
 /// Some faults need writes to end in an order that a busy machine seldom brings.
@@ -126,4 +127,17 @@ fn joining_others_after_their_flush() {
     let places = [EXT4_MAPPED, XFS_MAPPED];
     must_be_caught("joined after the flush", History::CompleteInAFlush, late, Kind::Wrong, &places);
     must_pass("complete in a flush", History::CompleteInAFlush, Protocol::default(), EXT4_MAPPED);
+}
+
+/// A save that fails on a disk that was not told to fail is a finding of its own, before any crash.
+#[test]
+#[should_panic(expected = "generation 2: ")]
+fn a_save_that_fails() {
+    let (format, way) = BARE;
+    let mut living = Living::new(format, way, ROOMY, Protocol::default());
+    living.begin(0);
+    living.wait();
+    living.fail_next_write();
+    living.begin(1);
+    living.end();
 }

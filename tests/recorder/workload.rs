@@ -13,7 +13,7 @@ use super::life::{Life, Living, Shape};
 use super::volume::Format;
 
 /// One slot is for a pin.
-const ROOMY: Shape = Shape { slots: 6, in_flight: 3, keep: 2 };
+pub const ROOMY: Shape = Shape { slots: 6, in_flight: 3, keep: 2 };
 const TIGHT: Shape = Shape { slots: 3, in_flight: 2, keep: 1 };
 
 /// Every so many saves one is cancelled as soon as it is copied.

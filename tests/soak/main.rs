@@ -26,7 +26,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use content::Random;
 use life::Life;
-use shape::Shape;
+use shape::{Planted, Shape};
 use totals::Totals;
 
 /// Unless `PCC_SOAK_SECONDS` says otherwise.
@@ -96,11 +96,33 @@ fn whatever_happens_nothing_is_lost() {
     assert!(totals.durable > 0 && totals.verified_bytes > 0 && totals.exports > 0, "nothing was tested");
 }
 
-/// The soak can fail: savers that report what they never wrote are found out.
-#[test]
-fn savers_that_lie_are_caught() {
-    let lying = |random: &mut Random| Shape { lies: true, fails: false, ..Shape::random(random) };
+/// The soak can fail, and says why.
+fn is_caught(shape_of: fn(&mut Random) -> Shape, why: &str) {
     let mut totals = Totals::new(1);
-    let what = soak(Duration::from_secs(20), 1, lying, &mut totals).expect_err("not caught");
-    assert!(what.contains("was reported durable"), "caught for another reason: {what}");
+    let what = soak(Duration::from_secs(20), 1, shape_of, &mut totals).expect_err("not caught");
+    assert!(what.contains(why), "caught for another reason: {what}");
+}
+
+fn planted(what: Planted, random: &mut Random) -> Shape {
+    Shape { planted: Some(what), fails: false, ..Shape::random(random) }
+}
+
+#[test]
+fn savers_that_report_what_they_never_wrote_are_caught() {
+    is_caught(|random| planted(Planted::Lies, random), "was reported durable");
+}
+
+#[test]
+fn saves_that_fail_on_a_healthy_disk_are_caught() {
+    is_caught(|random| planted(Planted::Fails, random), "error step");
+}
+
+#[test]
+fn savers_that_end_by_themselves_are_caught() {
+    is_caught(|random| planted(Planted::Quits, random), "ended by itself");
+}
+
+#[test]
+fn savers_that_cannot_open_a_healthy_region_are_caught() {
+    is_caught(|random| planted(Planted::NeverOpens, random), "could not open");
 }

@@ -13,7 +13,7 @@ use pccheck::{ErrorKind, Result};
 use super::common::{save_bytes, WAIT};
 use super::content::{self, Random};
 use super::reports::Reports;
-use super::shape::Orders;
+use super::shape::{Orders, Planted};
 
 /// Of so many saves one is cancelled as soon as it is copied.
 const CANCEL_EVERY: u64 = 11;
@@ -24,7 +24,7 @@ struct Saver {
     store: Store,
     reports: Arc<Reports>,
     next_step: AtomicU64,
-    lies: bool,
+    planted: Option<Planted>,
     fails: bool,
 }
 
@@ -33,6 +33,9 @@ pub fn run_if_saver() {
     let Some(orders) = Orders::from_env() else { return };
     let reports = Arc::new(Reports::open());
     reports.say("opening");
+    if orders.shape.planted == Some(Planted::NeverOpens) {
+        return;
+    }
     let store = match Store::open(&orders.region, &orders.shape.options()) {
         Ok(store) => store,
         // A disk that fails may not let it open: the next life will.
@@ -44,7 +47,7 @@ pub fn run_if_saver() {
         store,
         reports,
         next_step: AtomicU64::new(orders.first_step),
-        lies: orders.shape.lies,
+        planted: orders.shape.planted,
         fails: orders.shape.fails,
     };
     thread::scope(|scope| {
@@ -61,9 +64,11 @@ impl Saver {
             // Relaxed: only makes steps distinct.
             let step = self.next_step.fetch_add(1, Ordering::Relaxed);
             self.reports.say(&format!("begin {step}"));
-            let outcome = match self.lies {
-                true => self.lie(step),
-                false => self.save(step, &mut random),
+            let outcome = match self.planted {
+                Some(Planted::Quits) => return,
+                Some(Planted::Lies) => self.lie(step),
+                Some(Planted::Fails) => self.save_too_much(step),
+                _ => self.save(step, &mut random),
             };
             match outcome.map_err(|error| error.kind()) {
                 Ok(()) => {}
@@ -140,6 +145,10 @@ impl Saver {
                 Err(error) => Err(error),
             },
         }
+    }
+
+    fn save_too_much(&self, step: u64) -> Result<()> {
+        self.store.begin_raw(step, 2 * content::PAYLOAD_BYTES, &[], WAIT).map(drop)
     }
 
     fn lie(&self, step: u64) -> Result<()> {

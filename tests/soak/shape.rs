@@ -36,8 +36,20 @@ pub struct Shape {
     pub rewrite_every: u32,
     /// The region is on a disk that fails now and then.
     pub fails: bool,
-    /// Planted fault: savers report what they do not write.
-    pub lies: bool,
+    pub planted: Option<Planted>,
+}
+
+/// What a saver does that the soak must not let pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Planted {
+    /// It reports what it does not write.
+    Lies,
+    /// Its saves fail, on a disk that does not.
+    Fails,
+    /// It ends before it is killed.
+    Quits,
+    /// It does not open the region.
+    NeverOpens,
 }
 
 impl Shape {
@@ -60,7 +72,7 @@ impl Shape {
             pool_chunks: u64::from(in_flight) + 1 + random.below(16),
             rewrite_every: 1 + random.below(8) as u32,
             fails,
-            lies: false,
+            planted: None,
         }
     }
 
