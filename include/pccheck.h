@@ -412,8 +412,12 @@ typedef struct pcc_save_options {
     uint32_t pin;
     // Where a state on GPUs goes first: PCC_SNAPSHOT_... Default PCC_SNAPSHOT_STAGING.
     uint32_t snapshot;
-    // 0.
-    uint32_t reserved;
+    // 1: a stream that is given to `pcc_save_stream_wait_copied` before all copies are enqueued waits for a flag in memory, and
+    // the calling thread does not wait for them. Until the flag is raised, as soon as the state is copied and at
+    // `device_timeout_ms` at the latest, the program should do nothing that the driver may make wait for the stream, and so hold
+    // up the copies: allocate, free or page-lock memory of that GPU, create streams, launch a kernel for the first time,
+    // restore into GPU memory, close a store. Not for programs under CUDA_DEVICE_MAX_CONNECTIONS=1. Default 0.
+    uint32_t flag_waits;
     // Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
     // 0 or default: 600000.
     uint64_t device_timeout_ms;
@@ -1126,10 +1130,10 @@ pcc_status pcc_save_wait_copied(const struct pcc_save *save,
 // Makes a CUDA stream wait until every byte of the state has left the caller's memory, so that what is enqueued on it from
 // now on may update the state. The calling thread waits, for at most `timeout_ms` (negative: for ever), only until all
 // copies are enqueued: not at all worth speaking of where the state goes into spare memory of its GPU or finds room in the
-// staging pool, else until all but the last pool's worth has passed through it; and for tensors in host memory until they
-// are copied. Where the stream cannot be made to wait (it captures a graph, the driver refuses), the calling thread waits
-// until all is copied. `stream` NULL is the legacy default stream. For tensors on several GPUs each stream that may update one of
-// them is to wait.
+// staging pool, else until all but the last pool's worth has passed through it, unless the save was begun with `flag_waits`;
+// and for tensors in host memory until they are copied. Where the stream cannot be made to wait (it captures a graph, the
+// driver refuses), the calling thread waits until all is copied. `stream` NULL is the legacy default stream. For tensors on
+// several GPUs each stream that may update one of them is to wait.
 //
 // Durability: none yet.
 // Threads: any number at once.

@@ -229,7 +229,7 @@ layouts! {
         struct_bytes, read_only, medium, backend, required_durability, max_in_flight, keep, hold, writers, readers,
         queue_depth, lock_memory, rewrite_every, run_id, staging_bytes, chunk_bytes, lock_wait_ms
     }
-    pcc_save_options { struct_bytes, wait_ms, stream, confirm, pin, snapshot, reserved, device_timeout_ms }
+    pcc_save_options { struct_bytes, wait_ms, stream, confirm, pin, snapshot, flag_waits, device_timeout_ms }
     pcc_tensor { struct_bytes, name, shape, data, bytes, dtype, rank, device, device_index }
     pcc_pair { key, value }
     pcc_select_options { struct_bytes, value, select, verify }

@@ -55,6 +55,14 @@ def test_the_life_of_a_save(store: pccheck.Store) -> None:
             call()
 
 
+def test_options_for_gpus_change_nothing_for_host_memory(store: pccheck.Store) -> None:
+    save = store.save(1, {"x": np.ones(10)}, snapshot="auto", flag_waits=True, gpu_timeout=5)
+    save.stream_wait_copied(timeout=30)
+    save.durable(30)
+    with store.open() as checkpoint:
+        assert (checkpoint["x"] == 1).all()
+
+
 def test_a_save_waits_for_its_confirmation(store: pccheck.Store) -> None:
     save = store.save(1, {"x": np.ones(10)}, confirm=True)
     save.copied(30)

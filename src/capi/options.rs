@@ -110,8 +110,12 @@ pub struct pcc_save_options {
     pub pin: u32,
     /// Where a state on GPUs goes first: PCC_SNAPSHOT_... Default PCC_SNAPSHOT_STAGING.
     pub snapshot: u32,
-    /// 0.
-    pub reserved: u32,
+    /// 1: a stream that is given to `pcc_save_stream_wait_copied` before all copies are enqueued waits for a flag in memory, and
+    /// the calling thread does not wait for them. Until the flag is raised, as soon as the state is copied and at
+    /// `device_timeout_ms` at the latest, the program should do nothing that the driver may make wait for the stream, and so hold
+    /// up the copies: allocate, free or page-lock memory of that GPU, create streams, launch a kernel for the first time,
+    /// restore into GPU memory, close a store. Not for programs under CUDA_DEVICE_MAX_CONNECTIONS=1. Default 0.
+    pub flag_waits: u32,
     /// Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
     /// 0 or default: 600000.
     pub device_timeout_ms: u64,
@@ -372,7 +376,6 @@ impl Caller {
     /// How a save begins.
     pub fn save_options(&self, options: *const pcc_save_options) -> Outcome<SaveOptions> {
         let options = self.options(options)?;
-        self.reserved("reserved", options.reserved.into())?;
         #[cfg(feature = "cuda")]
         let device = self.device_options(&options)?;
         #[cfg(not(feature = "cuda"))]
@@ -397,8 +400,12 @@ impl Caller {
                 return Err(self.invalid(format!("snapshot is {code}, expected PCC_SNAPSHOT_... (0 to 2)")))
             }
         };
-        let mut device =
-            DeviceOptions { stream: options.stream as usize, snapshot, ..DeviceOptions::default() };
+        let mut device = DeviceOptions {
+            stream: options.stream as usize,
+            snapshot,
+            flag_waits: self.flag("flag_waits", options.flag_waits)?,
+            ..DeviceOptions::default()
+        };
         if options.device_timeout_ms > 0 {
             device.timeout = Duration::from_millis(options.device_timeout_ms);
         }
@@ -407,10 +414,11 @@ impl Caller {
 
     #[cfg(not(feature = "cuda"))]
     fn no_device_options(&self, options: &pcc_save_options) -> Outcome<()> {
-        if options.stream.is_null() && options.snapshot == PCC_SNAPSHOT_STAGING {
+        let flag_waits = self.flag("flag_waits", options.flag_waits)?;
+        if options.stream.is_null() && options.snapshot == PCC_SNAPSHOT_STAGING && !flag_waits {
             return Ok(());
         }
-        let message = "stream or snapshot is given: this build knows no GPUs";
+        let message = "stream, snapshot or flag_waits is given: this build knows no GPUs";
         Err(Error::new(ErrorKind::Unsupported, self.op(), message).into())
     }
 

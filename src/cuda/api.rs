@@ -23,11 +23,13 @@ const OP: &str = "load CUDA driver";
 
 macro_rules! api {
     ($($(#[$doc:meta])* $name:ident = $symbol:literal ( $($arg:ty),* );)*) => {
-        /// The calls that are used, and `batch`, which older drivers lack.
+        /// The calls that are used, and those that older drivers lack.
         pub struct Api {
             $($(#[$doc])* pub $name: unsafe extern "C" fn($($arg),*) -> c_int,)*
             /// Many copies in one call: since CUDA 12.8.
             pub batch: Option<BatchCall>,
+            /// A stream that waits for a number in memory: since CUDA 11.7.
+            pub stream_wait_value: Option<WaitCall>,
         }
 
         impl Api {
@@ -47,6 +49,11 @@ macro_rules! api {
                         let found = unsafe { library.get::<BatchCall>(BATCH) };
                         found.ok().map(|call| *call)
                     },
+                    stream_wait_value: {
+                        // SAFETY: as above.
+                        let found = unsafe { library.get::<WaitCall>(WAIT_VALUE) };
+                        found.ok().map(|call| *call)
+                    },
                 })
             }
         }
@@ -54,6 +61,10 @@ macro_rules! api {
 }
 
 const BATCH: &CStr = c"cuMemcpyBatchAsync";
+const WAIT_VALUE: &CStr = c"cuStreamWaitValue32_v2";
+
+/// `cuStreamWaitValue32_v2`.
+pub type WaitCall = unsafe extern "C" fn(CUstream, CUdeviceptr, u32, c_uint) -> c_int;
 
 /// `cuMemcpyBatchAsync` of CUDA 12.8.
 pub type BatchCall = unsafe extern "C" fn(
@@ -92,6 +103,7 @@ api! {
     memory_info = c"cuMemGetInfo_v2" (*mut usize, *mut usize);
     host_register = c"cuMemHostRegister_v2" (*mut c_void, usize, c_uint);
     host_unregister = c"cuMemHostUnregister" (*mut c_void);
+    host_address = c"cuMemHostGetDevicePointer_v2" (*mut CUdeviceptr, *mut c_void, c_uint);
     copy_to_host = c"cuMemcpyDtoHAsync_v2" (*mut c_void, CUdeviceptr, usize, CUstream);
     copy_to_device = c"cuMemcpyHtoDAsync_v2" (CUdeviceptr, *const c_void, usize, CUstream);
     copy_on_device = c"cuMemcpyDtoDAsync_v2" (CUdeviceptr, CUdeviceptr, usize, CUstream);

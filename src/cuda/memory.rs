@@ -9,8 +9,8 @@ use super::stream::enter_to_drop;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 
-/// `CU_MEMHOSTREGISTER_PORTABLE`: page-locked for all devices.
-const PORTABLE: u32 = 1;
+/// `CU_MEMHOSTREGISTER_PORTABLE` and `..._DEVICEMAP`: page-locked for all devices, which can address it.
+const PORTABLE: u32 = 1 | 2;
 /// `CU_POINTER_ATTRIBUTE_MEMORY_TYPE` and `..._DEVICE_ORDINAL`.
 const MEMORY_TYPE: u32 = 2;
 const DEVICE_ORDINAL: u32 = 9;

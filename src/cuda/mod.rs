@@ -11,6 +11,7 @@
 //! | [`stream`] | streams and events |
 //! | [`memory`] | page-locked host memory, device memory |
 //! | [`copies`] | copies, alone or in batches |
+//! | [`gate`] | what keeps allocations and waiting streams apart |
 //!
 //! # Why results are integers
 //!
@@ -21,13 +22,15 @@
 mod api;
 mod copies;
 mod device;
+mod gate;
 mod memory;
 mod stream;
 
 pub use copies::{Copy, CopyList, Direction};
 pub use device::{Device, Entered};
+pub use gate::{Allocating, Pending};
 pub use memory::{free_memory, owner_of, DeviceBuffer, Registered};
-pub use stream::{Event, Stream, UserStream};
+pub use stream::{Event, Stream, UserStream, Waits};
 
 use crate::error::Result;
 

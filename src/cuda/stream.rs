@@ -10,6 +10,10 @@ use crate::sync::Arc;
 const NON_BLOCKING: u32 = 1;
 /// `CU_EVENT_DISABLE_TIMING`.
 const NO_TIMING: u32 = 2;
+/// `CU_STREAM_WAIT_VALUE_GEQ`.
+const WAIT_GREATER_OR_EQUAL: u32 = 0;
+
+const OP_WAIT: &str = "let the caller's stream wait";
 
 /// A stream of the engine. It never waits for the legacy default stream, nor that one for it.
 pub struct Stream {
@@ -139,6 +143,16 @@ unsafe impl Send for UserStream {}
 // SAFETY: as above.
 unsafe impl Sync for UserStream {}
 
+/// Of the streams that are to wait for a flag, those that do.
+pub enum Waits {
+    /// All: events behind the waits.
+    All(Vec<Event>),
+    /// At least one; behind it nothing can be known.
+    Some,
+    /// None.
+    None,
+}
+
 impl UserStream {
     /// The stream of that handle.
     ///
@@ -198,7 +212,64 @@ impl UserStream {
         self.refuse_capture(device)?;
         // SAFETY: as in `mark`; the event lives.
         let code = unsafe { (device.api.stream_wait_event)(self.handle(), event.handle, 0) };
-        device.api.check("let the caller's stream wait", code)
+        device.api.check(OP_WAIT, code)
+    }
+
+    /// What is enqueued on it from now on runs after the word has been set to `raised`: page-locked memory of the process.
+    /// Of a default stream, that of each device waits.
+    ///
+    /// # Safety
+    ///
+    /// The word stays page-locked until the events are reached; for ever, where only some wait.
+    pub unsafe fn wait_flag(self, devices: &[Arc<Device>], word: *mut u32, raised: u32) -> Waits {
+        let mut any = false;
+        // SAFETY: passed on.
+        match unsafe { self.try_wait_flag(devices, word, raised, &mut any) } {
+            Ok(behind) => Waits::All(behind),
+            Err(_) if any => Waits::Some,
+            Err(_) => Waits::None,
+        }
+    }
+
+    /// `any`: a wait is enqueued.
+    ///
+    /// # Safety
+    ///
+    /// As of [`UserStream::wait_flag`].
+    unsafe fn try_wait_flag(
+        self,
+        devices: &[Arc<Device>],
+        word: *mut u32,
+        raised: u32,
+        any: &mut bool,
+    ) -> Result<Vec<Event>> {
+        let foreign = || Error::new(ErrorKind::InvalidArgument, OP_WAIT, "a stream of another GPU");
+        let devices = match self.is_default() {
+            true => devices,
+            false => std::slice::from_ref(self.device_among(devices)?.ok_or_else(foreign)?),
+        };
+        let mut behind = Vec::with_capacity(devices.len());
+        for device in devices {
+            let lacking = || Error::new(ErrorKind::Unsupported, OP_WAIT, "the driver knows no such waits");
+            let call = device.api.stream_wait_value.ok_or_else(lacking)?;
+            // Made before, so that nothing can fail behind the wait but its recording.
+            let event = Event::new(device)?;
+            let _in_context = device.enter()?;
+            self.refuse_capture(device)?;
+            let mut address = 0;
+            // SAFETY: a place for an address, and memory that is page-locked.
+            let code = unsafe { (device.api.host_address)(&raw mut address, word.cast(), 0) };
+            device.api.check(OP_WAIT, code)?;
+            // SAFETY: `new`'s contract, and the caller's of the word.
+            let code = unsafe { call(self.handle(), address, raised, WAIT_GREATER_OR_EQUAL) };
+            device.api.check(OP_WAIT, code)?;
+            *any = true;
+            // SAFETY: as in `mark`.
+            let code = unsafe { (device.api.event_record)(event.handle, self.handle()) };
+            device.api.check(OP_WAIT, code)?;
+            behind.push(event);
+        }
+        Ok(behind)
     }
 
     /// Which of the devices it belongs to.

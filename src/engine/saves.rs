@@ -235,6 +235,7 @@ unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin>
     Ok(Origin::Device(DevicePart {
         source: Arc::new(source),
         snapshot: options.device.snapshot,
+        flag_waits: options.device.flag_waits,
         timeout: options.device.timeout,
         copies: Arc::default(),
     }))

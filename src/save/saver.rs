@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::save::core::{cancelled, out_of_time, ChunkWork, Origin, SaveCore, SaveSpec};
 #[cfg(feature = "cuda")]
-use crate::save::device::{run_pump, Exchange, NewJob};
+use crate::save::device::{run_flags, run_pump, Exchange, NewJob};
 use crate::save::faults::Faults;
 use crate::save::{commit, copier};
 use crate::slots::SlotState;
@@ -57,9 +57,9 @@ pub(crate) struct Shared {
 pub(crate) struct Saver {
     shared: Arc<Shared>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
-    /// Whether the thread that copies from GPUs was started: at the first save that needs it.
+    /// Whether the threads that copy from GPUs and that raise flags were started: at the first save that needs them.
     #[cfg(feature = "cuda")]
-    pumping: Mutex<bool>,
+    device_threads: Mutex<(bool, bool)>,
 }
 
 impl Saver {
@@ -87,7 +87,7 @@ impl Saver {
             shared,
             threads: Mutex::new(Vec::new()),
             #[cfg(feature = "cuda")]
-            pumping: Mutex::new(false),
+            device_threads: Mutex::new((false, false)),
         };
         saver.spawn("pcc-mark", run_marker)?;
         saver.spawn("pcc-commit", commit::run_committer)?;
@@ -126,8 +126,8 @@ impl Saver {
         let shared = &self.shared;
         shared.region.medium().check_present()?;
         #[cfg(feature = "cuda")]
-        if matches!(origin, Origin::Device(_)) {
-            self.start_pump()?;
+        if let Origin::Device(part) = &origin {
+            self.start_for_devices(part.flag_waits)?;
         }
         let save = loop {
             let ticket = shared.region.slot_freed().ticket();
@@ -152,11 +152,15 @@ impl Saver {
     }
 
     #[cfg(feature = "cuda")]
-    fn start_pump(&self) -> Result<()> {
-        let mut pumping = self.pumping.lock();
-        if !*pumping {
+    fn start_for_devices(&self, flags: bool) -> Result<()> {
+        let mut started = self.device_threads.lock();
+        if !started.0 {
             self.spawn("pcc-device", run_pump)?;
-            *pumping = true;
+            started.0 = true;
+        }
+        if flags && !started.1 {
+            self.spawn("pcc-flag", run_flags)?;
+            started.1 = true;
         }
         Ok(())
     }
@@ -242,7 +246,10 @@ impl Shared {
         self.commit_work.notify_all();
         self.region.slot_freed().notify_all();
         #[cfg(feature = "cuda")]
-        self.exchange.work.notify_all();
+        {
+            self.exchange.work.notify_all();
+            self.exchange.flags.changed.notify_all();
+        }
     }
 
     /// A thread of the engine panicked: no further saves, and those in flight end at once, since what they wait for
@@ -250,6 +257,8 @@ impl Shared {
     fn give_up(&self) {
         self.region.poison();
         self.end_all_by_force();
+        #[cfg(feature = "cuda")]
+        self.exchange.flags.end();
         self.wake_all();
     }
 

@@ -89,6 +89,26 @@ impl DeviceSource {
         Ok(any)
     }
 
+    /// What is in host memory of the payload bytes `offset..offset + len`, one piece behind the other.
+    pub fn host_bytes(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for (_, run, owner) in self.pieces(offset, len) {
+            if owner.is_none() {
+                bytes.extend_from_slice(self.host.bytes_of(&run)?);
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Puts what [`host_bytes`](DeviceSource::host_bytes) gave to its places in `dst`.
+    pub fn place_host(&self, offset: u64, dst: &mut [u8], mut bytes: &[u8]) {
+        for (at, run, _) in self.pieces(offset, dst.len()).filter(|(_, _, owner)| owner.is_none()) {
+            let (piece, rest) = bytes.split_at(run.len);
+            dst[at..at + run.len].copy_from_slice(piece);
+            bytes = rest;
+        }
+    }
+
     /// What devices are to bring of the payload bytes `offset..offset + len`, in order.
     pub fn fetches(&self, offset: u64, len: usize) -> impl Iterator<Item = Fetch> + '_ {
         self.pieces(offset, len).filter_map(|(at, run, owner)| {

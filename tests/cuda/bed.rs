@@ -190,7 +190,7 @@ fn seed(step: u64, tensor: usize) -> u64 {
 }
 
 pub fn on(stream: Stream, snapshot: Snapshot) -> SaveOptions {
-    let device = DeviceOptions { stream: stream.0, snapshot, timeout: PROMPT };
+    let device = DeviceOptions { stream: stream.0, snapshot, timeout: PROMPT, ..DeviceOptions::DEFAULT };
     SaveOptions { wait: WAIT, device, ..SaveOptions::DEFAULT }
 }
 

@@ -6,6 +6,7 @@
 mod bed;
 mod failures;
 mod faults;
+mod flags;
 mod restores;
 mod saves;
 mod standin;

@@ -179,6 +179,11 @@ impl Standin {
         call!("standin_fail"(name.as_ptr() => *const c_char, nth => u64, code => i32, u32::from(sticky) => u32) -> ());
     }
 
+    pub fn stall(&self, function: &str, on: bool) {
+        let name = CString::new(function).expect("no NUL");
+        call!("standin_stall"(name.as_ptr() => *const c_char, u32::from(on) => u32) -> ());
+    }
+
     pub fn fail_work(&self, nth: u64, code: i32) {
         call!("standin_fail_work"(nth => u64, code => i32) -> ());
     }
@@ -190,6 +195,10 @@ impl Standin {
 
     pub fn delay_us(&self, us: u64) {
         call!("standin_delay_us"(us => u64) -> ());
+    }
+
+    pub fn allocations_wait(&self, on: bool) {
+        call!("standin_allocations_wait"(u32::from(on) => u32) -> ());
     }
 
     pub fn hold(&self, on: bool) {
@@ -218,6 +227,18 @@ impl Standin {
             }
             assert_eq!(self.live(kind), *before, "{kind} left behind by {what}");
         }
+    }
+
+    /// The same but for one range of page-locked memory and its context, which stay for ever where a stream that waits for a word of
+    /// it cannot be watched any more.
+    pub fn assert_clean_but_for_words(&mut self, what: &str) {
+        for kind in ["registered", "context"] {
+            let place = KINDS.iter().position(|other| *other == kind).expect("a kind");
+            let live = self.live(kind);
+            assert!(live <= self.before[place] + 1, "{live} {kind} left behind by {what}");
+            self.before[place] = live;
+        }
+        self.assert_clean(what);
     }
 
     fn live(&self, kind: &str) -> u64 {

@@ -26,6 +26,7 @@ pub const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("staging/pool.rs", "buffers are disjoint parts of the pool's memory"),
     ("source/", "the caller's memory"),
     ("cuda/", "calls of a library that is loaded at run time"),
+    ("save/device/flags.rs", "words of a mapping that devices read"),
     ("save/device/lane.rs", "buffers are lent to a device's copy engines"),
     ("load/upload.rs", "buffers and destinations are lent to a device's copy engines"),
     ("load/mod.rs", "destinations by address"),

@@ -190,7 +190,8 @@ static struct fault faults[MAX_FAULTS];
 static uint64_t calls_ever[CALL_COUNT], calls_at_reset[CALL_COUNT];
 static uint64_t work_to_fail, delay_us, copied_bytes, copies_done;
 static CUresult work_code;
-static bool all_held, capture_invalidated;
+static bool stalled[CALL_COUNT];
+static bool all_held, capture_invalidated, allocations_wait;
 static uint32_t captures;
 
 static int lock(void) {
@@ -245,6 +246,8 @@ static void *allocate(size_t bytes) {
 
 static CUresult enter(enum call call) {
     uint64_t now = ++calls_ever[call];
+    while (stalled[call])
+        pthread_cond_wait(&moved, &mutex);
     for (struct fault *fault = faults; fault < faults + MAX_FAULTS; fault++) {
         if (fault->armed && fault->call == call && now >= fault->at) {
             fault->armed = fault->sticky;
@@ -872,11 +875,18 @@ static uint8_t *arena(struct context *context) {
     return context->arena;
 }
 
+/* The driver may wait for all that runs when it allocates or page-locks, as it does when it frees. */
+static void drain_to_allocate(void) {
+    for (int i = 0; allocations_wait && i < device_count; i++)
+        drain(&contexts[i]);
+}
+
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     ENTER(cuMemAlloc_v2);
     NEED_VALID(address != NULL && bytes > 0);
     CURRENT(context);
     TRY(check_no_capture());
+    drain_to_allocate();
     NEED(bytes <= device_bytes - context->used, CUDA_ERROR_OUT_OF_MEMORY);
     size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     NEED(whole <= arena_bytes - context->given, CUDA_ERROR_OUT_OF_MEMORY);
@@ -912,6 +922,7 @@ CUresult cuMemHostRegister_v2(void *memory, size_t bytes, uint32_t flags) {
     NEED_VALID(memory != NULL && bytes > 0 && flags <= 15);
     CURRENT(context);
     TRY(check_no_capture());
+    drain_to_allocate();
     struct range *other = overlapping((uintptr_t)memory, bytes);
     NEED_VALID(other == NULL || other->shadow == NULL);
     NEED(other == NULL, CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
@@ -1216,9 +1227,11 @@ static void wake_all(void) {
 void standin_reset(void) {
     LOCKED;
     memset(faults, 0, sizeof faults);
+    memset(stalled, 0, sizeof stalled);
+    pthread_cond_broadcast(&moved);
     memcpy(calls_at_reset, calls_ever, sizeof calls_at_reset);
     work_to_fail = delay_us = copied_bytes = copies_done = captures = 0;
-    all_held = capture_invalidated = false;
+    all_held = capture_invalidated = allocations_wait = false;
     for (int i = 0; i < device_count; i++) {
         contexts[i].failed = CUDA_SUCCESS;
         for (struct lane *lane = contexts[i].lanes; lane != NULL; lane = lane->next)
@@ -1241,6 +1254,13 @@ void standin_fail(const char *call, uint64_t nth, int32_t code, uint32_t sticky)
     *fault = (struct fault){true, sticky != 0, number, calls_ever[number] + nth, code};
 }
 
+/* Until it is off again, the call does not return. */
+void standin_stall(const char *call, uint32_t on) {
+    LOCKED;
+    stalled[call_named(call)] = on != 0;
+    pthread_cond_broadcast(&moved);
+}
+
 /* The nth piece of work that starts from now on is not done, and its context fails. Copies (a batch is one), fills,
  * waits for events and for values, and records count. */
 void standin_fail_work(uint64_t nth, int32_t code) {
@@ -1260,6 +1280,12 @@ uint64_t standin_calls(const char *call) {
 void standin_delay_us(uint64_t us) {
     LOCKED;
     delay_us = us;
+}
+
+/* While on, allocating and page-locking wait for all that has been enqueued on any device. */
+void standin_allocations_wait(uint32_t on) {
+    LOCKED;
+    allocations_wait = on != 0;
 }
 
 /* While on, no stream starts anything. */

@@ -202,6 +202,7 @@ class Store:
         pin: bool = False,
         stream: Any = None,
         snapshot: str = "staging",
+        flag_waits: bool = False,
         gpu_timeout: float | None = None,
     ) -> Save:
         """Begins a save and returns while it goes on; what is saved is the arrays' memory as it is now.
@@ -222,6 +223,10 @@ class Store:
             stream: a ``torch.cuda.Stream`` or the number of a CUDA stream; None: torch's current streams.
             snapshot: where tensors on GPUs go first: "staging" (the staging pool), "spare" (spare memory of the GPU, at
                 the speed of that memory: copied at once) or "auto" (spare where there is room for it).
+            flag_waits: :meth:`Save.stream_wait_copied` does not wait for a staging pool that is smaller than the state:
+                the stream waits for a flag in memory. Until it goes on, calls that allocate, free or page-lock memory
+                of the GPU, or launch a kernel for the first time, may wait for it and hold up the copies until
+                ``gpu_timeout``.
             gpu_timeout: seconds after which a save that a GPU has not finished copying fails (default 600).
 
         Raises:
@@ -233,6 +238,7 @@ class Store:
         packed, pairs = self._packer.pack(tensors), arrays.pack_pairs(metadata)
         chosen, step, save = _save_options(confirm, pin), whole("step", step), Save.handle(packed.owners)
         chosen.snapshot = number_of("snapshot", snapshot, _SNAPSHOTS)
+        chosen.flag_waits = int(bool(flag_waits))
         if gpu_timeout is not None:
             chosen.device_timeout_ms = max(1, deadline_ms(gpu_timeout))
         if packed.gpus:

@@ -64,6 +64,20 @@ impl SaveCore {
         self.settle();
     }
 
+    /// Records the first failure and leaves the rest to who is at work on the save, for a thread that must not be held up. Until
+    /// all is copied somebody is.
+    #[cfg(feature = "cuda")]
+    pub fn doom(&self, error: Error) {
+        {
+            let mut state = self.state.lock();
+            if state.outcome.is_some() || state.committing || state.copied_at.is_some() {
+                return;
+            }
+            state.failure.get_or_insert(error);
+        }
+        self.changed.notify_all();
+    }
+
     /// Ends the save although something may be at work on it for ever, because a thread of the engine died. The store
     /// is poisoned by then. Whatever may still be written to or read from stays as it is: the slot remains this save's,
     /// buffers come back with their operations, and `wait_copied` waits for copiers that live.
@@ -138,6 +152,7 @@ impl SaveCore {
             // Waiters for `copied` on a failed save look at `copying`. On any other, nothing changed here that anybody waits
             // for, and waking the trainer for each chunk takes the processor from the copiers.
             self.changed.notify_all();
+            self.tell_streams();
         }
         let Ok(shared) = shared else { return };
         match next {
@@ -234,6 +249,7 @@ impl SaveCore {
             state.copying == 0
         };
         self.changed.notify_all();
+        self.tell_streams();
         // Before the callback, which may wait until all saves have ended.
         if let Ok(shared) = self.shared() {
             shared.told(self);

@@ -33,11 +33,24 @@ impl Drop for Held {
     }
 }
 
+/// What a save fails with that has been on its way for too long.
+pub(super) fn late() -> Error {
+    Error::new(
+        ErrorKind::TimedOut,
+        "copy GPU memory",
+        "the GPU has not finished copying the state in the time given at begin; the save has failed",
+    )
+    .advise("look for a stream that waits for something that never comes, or give a longer device timeout")
+}
+
 pub(super) struct Job {
     pub held: Held,
     pub source: Option<Arc<DeviceSource>>,
     pub copies: Arc<Copies>,
     pub snapshot: Snapshot,
+    pub flag_waits: bool,
+    /// Streams may wait for a flag until its copies are done.
+    pub offers_flags: bool,
     /// None: never.
     pub deadline: Option<Instant>,
     /// Per device of the source, its lane. Empty: not begun.
@@ -46,7 +59,8 @@ pub(super) struct Job {
     addresses: BTreeMap<usize, u64>,
     /// Per lane that has one.
     pub spares: Vec<(usize, DeviceBuffer)>,
-    /// With a snapshot in spare memory: chunks in which host memory stands between, with that copied.
+    /// With a snapshot in spare memory, and where streams may wait for flags: of chunks in which host memory stands
+    /// between, that memory's bytes.
     kept: BTreeMap<u64, Vec<u8>>,
     next_chunk: u64,
     pub flights: u32,
@@ -58,7 +72,7 @@ pub(super) struct Job {
 impl Job {
     /// None where the save has ended already.
     pub fn new(new: NewJob) -> Option<Job> {
-        let DevicePart { source, snapshot, timeout, copies } = new.part;
+        let DevicePart { source, snapshot, flag_waits, timeout, copies } = new.part;
         let deadline = new.save.begun.checked_add(timeout);
         let Ok(held) = Held::new(new.save) else {
             copies.failed();
@@ -70,6 +84,8 @@ impl Job {
             source: Some(source),
             copies,
             snapshot,
+            flag_waits,
+            offers_flags: false,
             deadline,
             lanes: Vec::new(),
             addresses,
@@ -126,10 +142,10 @@ impl Job {
         let source = self.source()?;
         let (offset, len) = self.span(chunk);
         let chunk_buffer = &mut buffer[..len];
-        if self.spares.is_empty() {
-            source.copy_host(offset, chunk_buffer)?;
-        } else if let Some(kept) = self.kept.remove(&chunk) {
-            chunk_buffer.copy_from_slice(&kept);
+        match self.kept.remove(&chunk) {
+            Some(kept) => source.place_host(offset, chunk_buffer, &kept),
+            None if self.spares.is_empty() => drop(source.copy_host(offset, chunk_buffer)?),
+            None => {}
         }
         let to = buffer.as_ptr() as u64;
         for fetch in source.fetches(offset, len) {
@@ -178,21 +194,37 @@ impl Job {
             ends[device] += bytes as u64;
         }
         let mut leaving = Leaving::default();
+        self.keep_host(usize::MAX)?;
+        for chunk in 0..self.held.save().chunk_count {
+            let (offset, len) = self.span(chunk);
+            if source.is_fetched(offset, len) {
+                leaving.chunks += 1;
+                leaving.bytes += len as u64;
+            }
+        }
+        self.spares = spares;
+        Ok((lists, leaving))
+    }
+
+    /// Copies what stands in host memory between a device's. False, and nothing is kept, where that is more than `most` bytes.
+    pub fn keep_host(&mut self, most: usize) -> Result<bool> {
+        let source = self.source()?;
+        let mut kept = 0;
         for chunk in 0..self.held.save().chunk_count {
             let (offset, len) = self.span(chunk);
             if !source.is_fetched(offset, len) {
                 continue;
             }
-            leaving.chunks += 1;
-            leaving.bytes += len as u64;
-            let fetched: usize = source.fetches(offset, len).map(|fetch| fetch.bytes).sum();
-            if fetched < len {
-                let mut between = vec![0; len];
-                source.copy_host(offset, &mut between)?;
+            let between = source.host_bytes(offset, len)?;
+            kept += between.len();
+            if kept > most {
+                self.kept.clear();
+                return Ok(false);
+            }
+            if !between.is_empty() {
                 self.kept.insert(chunk, between);
             }
         }
-        self.spares = spares;
-        Ok((lists, leaving))
+        Ok(true)
     }
 }

@@ -12,7 +12,9 @@
 //! | [`job`] | one save, as the pump sees it |
 //! | [`flight`] | copies that were enqueued, and the buffers that are lent to them |
 //! | [`lane`] | one device: its streams and its spare memory |
+//! | [`flags`] | streams of the program that wait for a flag |
 
+mod flags;
 mod flight;
 mod job;
 mod lane;
@@ -21,9 +23,12 @@ mod pump;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+pub(super) use flags::run_flags;
 pub(super) use pump::run_pump;
 
-use crate::cuda::{Event, Relaxed, UserStream};
+use flags::Flags;
+
+use crate::cuda::{Device, Event, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::DeviceSource;
@@ -51,6 +56,9 @@ pub struct DeviceOptions {
     pub stream: usize,
     /// Where the state goes first. Default: the staging pool.
     pub snapshot: Snapshot,
+    /// A stream that is made to wait for the copies waits for a flag in memory where they are not all enqueued yet, instead of
+    /// the calling thread: see [`Save::stream_wait_copied`](super::Save::stream_wait_copied). Default false.
+    pub flag_waits: bool,
     /// After so long without all of it having arrived the save fails: the device hangs, or its stream waits for
     /// something that never comes. Default 10 minutes.
     pub timeout: Duration,
@@ -58,8 +66,12 @@ pub struct DeviceOptions {
 
 impl DeviceOptions {
     /// What [`Default`] gives.
-    pub const DEFAULT: DeviceOptions =
-        DeviceOptions { stream: 0, snapshot: Snapshot::Staging, timeout: Duration::from_secs(600) };
+    pub const DEFAULT: DeviceOptions = DeviceOptions {
+        stream: 0,
+        snapshot: Snapshot::Staging,
+        flag_waits: false,
+        timeout: Duration::from_secs(600),
+    };
 }
 
 impl Default for DeviceOptions {
@@ -73,6 +85,7 @@ impl Default for DeviceOptions {
 pub(crate) struct DevicePart {
     pub source: Arc<DeviceSource>,
     pub snapshot: Snapshot,
+    pub flag_waits: bool,
     pub timeout: Duration,
     pub copies: Arc<Copies>,
 }
@@ -96,6 +109,7 @@ pub(crate) struct Exchange {
     jobs: Mutex<VecDeque<NewJob>>,
     pub work: Signal,
     arrived: Mutex<VecDeque<Arrived>>,
+    pub flags: Flags,
 }
 
 impl Exchange {
@@ -132,6 +146,8 @@ pub(crate) struct Copies {
 enum Enqueued {
     #[default]
     Pending,
+    /// Streams may wait for a flag meanwhile. The source's devices, and the deadline of the save.
+    Begun(Arc<[Arc<Device>]>, Option<Instant>),
     /// All are; they are done when these are reached.
     All(Arc<Vec<Event>>),
     /// They never will be: the save has failed.
@@ -144,6 +160,16 @@ impl Copies {
         self.changed.notify_all();
     }
 
+    pub(super) fn begun(&self, devices: Arc<[Arc<Device>]>, deadline: Option<Instant>) {
+        let mut state = self.state.lock();
+        // The save may have been ended meanwhile.
+        if matches!(*state, Enqueued::Pending) {
+            *state = Enqueued::Begun(devices, deadline);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
     pub(super) fn all_enqueued(&self, events: Vec<Event>) {
         self.set(Enqueued::All(Arc::new(events)));
     }
@@ -152,18 +178,21 @@ impl Copies {
         self.set(Enqueued::Failed);
     }
 
-    /// Waits until all copies are enqueued; none where the save has failed before.
-    fn wait(&self, deadline: Option<Instant>) -> Result<Option<Arc<Vec<Event>>>> {
+    /// Waits until all copies are enqueued, or, where `flags` may be waited for, they may; none where the save has failed before.
+    fn wait(&self, flags: bool, deadline: Option<Instant>) -> Result<Option<Ready>> {
         let mut state = self.state.lock();
         loop {
             match &*state {
-                Enqueued::All(events) => return Ok(Some(events.clone())),
+                Enqueued::All(events) => return Ok(Some(Ready::Enqueued(events.clone()))),
                 Enqueued::Failed => return Ok(None),
-                Enqueued::Pending => {}
+                Enqueued::Begun(devices, until) if flags => {
+                    return Ok(Some(Ready::Begun(devices.clone(), *until)));
+                }
+                Enqueued::Pending | Enqueued::Begun(..) => {}
             }
             let timed_out;
             (state, timed_out) = self.changed.wait_until(state, deadline);
-            if timed_out && matches!(*state, Enqueued::Pending) {
+            if timed_out && matches!(*state, Enqueued::Pending | Enqueued::Begun(..)) {
                 return Err(Error::new(
                     ErrorKind::TimedOut,
                     "wait for copied",
@@ -175,15 +204,32 @@ impl Copies {
     }
 }
 
+/// What a stream may wait for.
+enum Ready {
+    Begun(Arc<[Arc<Device>]>, Option<Instant>),
+    Enqueued(Arc<Vec<Event>>),
+}
+
 impl SaveCore {
     /// Makes a stream of the program wait until the state is copied: the calling thread waits only until all copies are
     /// enqueued, and what is in host memory is copied. Where the stream cannot be made to wait (it captures a graph, the
     /// driver refuses), the calling thread waits instead: whatever is returned but `TimedOut`, the memory is the caller's.
-    pub fn stream_wait_copied(&self, stream: UserStream, deadline: Option<Instant>) -> Result<()> {
+    pub fn stream_wait_copied(self: &Arc<Self>, stream: UserStream, deadline: Option<Instant>) -> Result<()> {
         let Some(copies) = &self.device else { return self.wait_copied(deadline) };
         self.wait_host_copied(deadline)?;
-        match copies.wait(deadline)? {
-            Some(events) => {
+        if self.check().is_err() {
+            // Copiers may still read host memory.
+            return self.wait_copied(deadline);
+        }
+        if let Some(Ready::Begun(devices, until)) = copies.wait(true, deadline)? {
+            if let (Ok(shared), Ok(_relaxed)) = (self.shared(), Relaxed::enter()) {
+                if shared.exchange.flags.wait_on(stream, &devices, self, until) {
+                    return Ok(());
+                }
+            }
+        }
+        match copies.wait(false, deadline)? {
+            Some(Ready::Enqueued(events)) => {
                 let wait = || -> Result<()> {
                     let _relaxed = Relaxed::enter()?;
                     events.iter().try_for_each(|event| stream.wait(event))
@@ -191,7 +237,7 @@ impl SaveCore {
                 wait().or_else(|_| self.wait_copied(deadline))
             }
             // It has failed: says why, once the memory is the caller's again.
-            None => self.wait_copied(deadline),
+            _ => self.wait_copied(deadline),
         }
     }
 }

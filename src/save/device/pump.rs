@@ -4,10 +4,10 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::flight::{Arrival, Flight, Leaving, Mark};
-use super::job::Job;
+use super::job::{late, Job};
 use super::lane::Lane;
 use super::{Arrived, Snapshot};
-use crate::cuda::{CopyList, DeviceBuffer, Relaxed};
+use crate::cuda::{Allocating, CopyList, DeviceBuffer, Relaxed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
@@ -20,6 +20,9 @@ const GROUP_SHARE: usize = 4;
 /// reach the copies.
 const LEFT_BUFFERS: usize = 4;
 const LEFT_SHARE: usize = 4;
+
+/// Streams may wait for flags where no more than so much host memory stands between that of devices.
+const KEPT_FOR_FLAGS: usize = 16 << 20;
 
 /// How long the thread sleeps while copies are on their way: a share of the time since something moved, within limits.
 const PAUSE_SHARE: u32 = 16;
@@ -90,7 +93,7 @@ impl Pump<'_> {
             return false;
         }
         let result = self.check(at).and_then(|()| match self.jobs[at].lanes.is_empty() {
-            true => self.begin(at).map(|()| true),
+            true => self.try_begin(at),
             false => Ok(false),
         });
         let result = result.and_then(|begun| Ok(self.enqueue_groups(at)? | begun));
@@ -104,17 +107,10 @@ impl Pump<'_> {
     fn check(&self, at: usize) -> Result<()> {
         let job = &self.jobs[at];
         job.held.save().check()?;
-        if !job.is_late() {
-            return Ok(());
+        match job.is_late() {
+            true => Err(late()),
+            false => Ok(()),
         }
-        Err(Error::new(
-            ErrorKind::TimedOut,
-            "copy GPU memory",
-            "the GPU has not finished copying the state in the time given at begin; the save has failed",
-        )
-        .advise(
-            "look for a stream that waits for something that never comes, or give a longer device timeout",
-        ))
     }
 
     fn fail(&mut self, at: usize, error: Error) {
@@ -122,6 +118,45 @@ impl Pump<'_> {
         job.failed = true;
         job.held.save().fail(error);
         job.copies.failed();
+    }
+
+    /// False where it would wait for a stream of the program that waits for the engine: where it allocates while one waits for a
+    /// flag, and where copies of an earlier save, for which a stream may wait, would come behind the wait for that stream or want for
+    /// buffers that this save has taken.
+    fn try_begin(&mut self, at: usize) -> Result<bool> {
+        let is_waited_for = |job: &mut Job| job.offers_flags && !job.failed && job.peek().is_some();
+        if self.jobs.iter_mut().take(at).any(is_waited_for) {
+            return Ok(false);
+        }
+        let job = &self.jobs[at];
+        let source = job.source()?;
+        let is_new = |device| !self.lanes.iter().any(|lane| lane.is_of(device));
+        let allocates = job.snapshot != Snapshot::Staging
+            || source.devices().iter().any(is_new)
+            || job.flag_waits && self.shared.exchange.flags.is_unprepared();
+        let allocating = if allocates { Allocating::begin() } else { None };
+        if allocates && allocating.is_none() {
+            return Ok(false);
+        }
+        self.begin(at)?;
+        drop(allocating);
+        self.offer_flags(at)?;
+        Ok(true)
+    }
+
+    /// Lets streams wait for a flag from now on, where the state is still to be fetched out of the caller's memory.
+    fn offer_flags(&mut self, at: usize) -> Result<()> {
+        let job = &mut self.jobs[at];
+        let source = job.source()?;
+        // Copies into memory that is not page-locked hold this thread up in the driver.
+        if !job.flag_waits || !job.spares.is_empty() || !job.locked {
+            return Ok(());
+        }
+        if self.shared.exchange.flags.is_ready() && job.keep_host(KEPT_FOR_FLAGS)? {
+            job.offers_flags = true;
+            job.copies.begun(source.devices().into(), job.deadline);
+        }
+        Ok(())
     }
 
     /// Finds the lanes, orders them after the caller's streams, and takes the snapshot, where one is to be taken.
@@ -144,6 +179,9 @@ impl Pump<'_> {
             lanes.push(lane);
         }
         self.jobs[at].lanes = lanes;
+        if let (true, Some(device)) = (self.jobs[at].flag_waits, source.devices().first()) {
+            self.shared.exchange.flags.prepare(device);
+        }
         match self.jobs[at].snapshot {
             Snapshot::Staging => Ok(()),
             Snapshot::Spare => self.take_spares(at, false).and_then(|spares| self.snapshot(at, spares)),
@@ -190,6 +228,9 @@ impl Pump<'_> {
 
     fn enqueue_groups(&mut self, at: usize) -> Result<bool> {
         let mut moved = false;
+        if self.jobs[at].lanes.is_empty() {
+            return Ok(false);
+        }
         while self.jobs[at].peek().is_some() && self.jobs[at].is_ready()? {
             let buffers = self.free_buffers();
             if buffers.is_empty() {
@@ -338,7 +379,8 @@ impl Pump<'_> {
             if job.flights > 0 {
                 // Copies may still use them, and giving them back would wait for those.
                 std::mem::forget(spares);
-            } else if !job.failed {
+            } else {
+                // Of a save that failed, too: freeing them could wait for a stream.
                 spares.into_iter().for_each(|(lane, spare)| self.lanes[lane].return_spare(spare));
             }
         }
@@ -355,5 +397,6 @@ impl Pump<'_> {
         // Giving streams and memory back could wait for the device.
         std::mem::forget(std::mem::take(&mut self.lanes));
         std::mem::forget(std::mem::take(&mut self.flights));
+        self.shared.exchange.flags.keep();
     }
 }
