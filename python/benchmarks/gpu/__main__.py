@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "gpt"))
 from arms import ARMS, Arm, Timed  # noqa: E402
+from direct import direct  # noqa: E402
 from model import GPT, Size  # noqa: E402
 from table import median, table  # noqa: E402
 
@@ -215,6 +216,20 @@ def restoring(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         return {"bytes": nbytes, "rounds": rounds[1:]}
 
 
+def storing(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """A save until it is durable beside GPUDirect Storage."""
+    arm = Arm(options.dir, bed.model, bed.optimizer)
+    return direct(options.disk or options.dir, sum(tensor.nbytes for tensor in untied(arm).values()), options.rounds)
+
+
+MEASURES: dict[str, Callable[[Bed, argparse.Namespace], Any]] = {
+    "copying": copying,
+    "restoring": restoring,
+    "direct": storing,
+    "training": training,
+}
+
+
 def untied(arm: Arm) -> dict[str, torch.Tensor]:
     """The state's tensors on the GPU, each memory once."""
     found = {tensor.data_ptr(): (name, tensor) for name, tensor in arm.tensors().items() if tensor.is_cuda}
@@ -248,6 +263,13 @@ def parse_arms(text: str) -> list[tuple[str, int]]:
     return arms
 
 
+def parse_measures(text: str) -> list[str]:
+    for item in text.split(","):
+        if item not in MEASURES:
+            raise argparse.ArgumentTypeError(f"{item!r}: expected some of {', '.join(MEASURES)}")
+    return text.split(",")
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gpu", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -259,13 +281,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--arms",
         type=parse_arms,
         metavar="A,B",
-        default="none/10,pccheck/10,pccheck-pool/10,pccheck-spare/10,pccheck-spare/1,checkfreq/10,dcp-pinned/10,gpm/10,"
+        default="none/10,pccheck/10,pccheck-flags/10,pccheck-pool/10,pccheck-spare/10,pccheck-spare/1,checkfreq/10,dcp-pinned/10,gpm/10,"
         "torch.save/10",
         help="(default: %(default)s)",
     )
     add("--rounds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     add("--iterations", type=int, default=40, metavar="N", help="per phase (default: %(default)s)")
-    add("--measure", default="copying,restoring,training", metavar="A,B", help="(default: %(default)s)")
+    add(
+        "--measure",
+        type=parse_measures,
+        default="copying,restoring,direct,training",
+        metavar="A,B",
+        help="(default: %(default)s)",
+    )
+    add("--disk", type=Path, metavar="DIR", help="for direct: a folder on a disk (default: that of --dir)")
     add("--batch", type=int, metavar="B", help="sequences per iteration")
     add("--json", action="store_true", help="print every measurement as JSON")
     add("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")
@@ -286,9 +315,9 @@ def main(arguments: list[str] | None = None) -> int:
         "dir": str(options.dir),
         "pccheck": pccheck.__version__,
     }
-    for what in options.measure.split(","):
+    for what in options.measure:
         say(f"{what} ...")
-        found[what] = {"copying": copying, "restoring": restoring, "training": training}[what](bed, options)
+        found[what] = MEASURES[what](bed, options)
         if options.output:
             # As far as it has come.
             options.output.write_text(json.dumps(found, indent=1))

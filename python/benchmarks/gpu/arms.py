@@ -54,6 +54,7 @@ class Pccheck(Arm):
     """pccheck.torch.Checkpointer."""
 
     snapshot = "staging"
+    flag_waits = False
     pool_bytes: int | None = None
     in_flight = 2
 
@@ -67,6 +68,7 @@ class Pccheck(Arm):
             model=self.model,
             optimizer=self.optimizer,
             snapshot=self.snapshot,
+            flag_waits=self.flag_waits,
             staging_bytes=pool,
             max_in_flight=self.in_flight,
             durability="process",
@@ -97,6 +99,12 @@ class PccheckSpare(Pccheck):
     """The same by way of spare memory of the GPU."""
 
     snapshot = "spare"
+
+
+class PccheckFlags(Pccheck):
+    """The same with its small pool; not the host waits for it before an update, but the stream."""
+
+    flag_waits = True
 
 
 class TorchSave(Arm):
@@ -247,6 +255,7 @@ ARMS: dict[str, Callable[..., Arm]] = {
     "pccheck": Pccheck,
     "pccheck-pool": PccheckPool,
     "pccheck-spare": PccheckSpare,
+    "pccheck-flags": PccheckFlags,
     "torch.save": TorchSave,
     "dcp-pinned": DcpPinned,
     "checkfreq": CheckFreq,

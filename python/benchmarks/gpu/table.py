@@ -20,6 +20,8 @@ def table(found: dict[str, Any]) -> str:
         lines += [*_copying(**found["copying"]), ""]
     if "restoring" in found:
         lines += [*_restoring(**found["restoring"]), ""]
+    if "direct" in found:
+        lines += [*_direct(**found["direct"]), ""]
     if "training" in found:
         lines += _training(found["training"])
     return "\n".join(lines)
@@ -49,6 +51,17 @@ def _restoring(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
     ratios = [max(row["read"], row["upload"]) / row["restore"] for row in rounds]
     yield f"  to host {read:.1f} GB/s, plain copy to the GPU {upload:.1f} GB/s, restore {restore:.1f} GB/s"
     yield f"  over the slower of the two: {_spread(ratios)}"
+
+
+def _direct(bytes: int, nvidia_fs: bool, rounds: list[dict[str, float]], error: str = "") -> Iterator[str]:
+    with_or_without = "with" if nvidia_fs else "without"
+    yield f"from GPU memory to durable: by cuFile (GPUDirect Storage, {with_or_without} nvidia-fs), and a save"
+    if error:
+        yield f"  cuFile does not work here: {error}"
+        return
+    cufile, save = (bytes / _column(rounds, name) / 1e9 for name in ("cufile", "save"))
+    ratios = [row["cufile"] / row["save"] for row in rounds]
+    yield f"  cuFile {cufile:.1f} GB/s, save {save:.1f} GB/s: ratio {_spread(ratios)}"
 
 
 _COLUMNS = ("iteration ms", "cost", "least", "most", "begin ms", "wait ms", "plain apart")

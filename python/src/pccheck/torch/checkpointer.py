@@ -75,6 +75,8 @@ class Checkpointer:
             the host does not wait before updates. "spare": spare memory of the GPU, as much as the state takes, at the
             speed of that memory, so that even a save per iteration hardly delays the update. "auto": spare where there
             is room.
+        flag_waits: where the staging pool is smaller than the state, not the host waits before updates, but the GPU's
+            stream; see :meth:`pccheck.Store.save` for what a program must not do meanwhile.
         durability, medium, staging_bytes, chunk_bytes, writers, lock_timeout: see :class:`pccheck.Store`.
         slot_timeout: seconds that :meth:`step` waits for a slot while N saves are in flight, and before the region
             grows.
@@ -109,6 +111,7 @@ class Checkpointer:
         on_sigterm: bool = True,
         debug: bool = False,
         snapshot: str = "staging",
+        flag_waits: bool = False,
         durability: str = "power",
         medium: str = "auto",
         staging_bytes: int | None = None,
@@ -152,6 +155,7 @@ class Checkpointer:
                 lock_timeout=lock_timeout,
                 drain_timeout=slot_timeout,
                 snapshot=snapshot,
+                flag_waits=flag_waits,
             ),
         )
         self._retention.adopt(self._home.store)

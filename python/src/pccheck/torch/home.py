@@ -44,6 +44,7 @@ class HomeOptions:
     lock_timeout: float | None = 10.0
     drain_timeout: float | None = 600.0
     snapshot: str = "staging"
+    flag_waits: bool = False
 
     def __post_init__(self) -> None:
         if self.snapshot not in ("staging", "spare", "auto"):
@@ -218,8 +219,16 @@ class Home:
         confirm: bool,
         timeout: float | None,
     ) -> Save:
-        snapshot = self._options.snapshot
-        return self.store.save(step, tensors, metadata, timeout=timeout, pin=pin, confirm=confirm, snapshot=snapshot)
+        return self.store.save(
+            step,
+            tensors,
+            metadata,
+            timeout=timeout,
+            pin=pin,
+            confirm=confirm,
+            snapshot=self._options.snapshot,
+            flag_waits=self._options.flag_waits,
+        )
 
     def _grow(self, slots: int, state_bytes: int) -> None:
         """Replaces the region by a larger one that holds the same checkpoints.
