@@ -105,6 +105,19 @@ def test_optimizers_wait_by_themselves(tmp_path: Path, make: Any, to_none: bool)
     iterate(ckpt, one, after=evaluate)
 
 
+def test_what_is_asked_of_gpus_changes_nothing_on_the_host(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ckpt = Checkpointer(tmp_path / "region", model=model, optimizer=optimizer, snapshot="auto", flag_waits=True, **POOL)
+
+    def one(i: int) -> None:
+        optimizer.zero_grad()
+        backward(model, i)
+        optimizer.step()
+
+    iterate(ckpt, one)
+
+
 def test_lbfgs_closures(tmp_path: Path) -> None:
     model = net()
     optimizer: Any = torch.optim.LBFGS(model.parameters(), max_iter=4, history_size=3, line_search_fn="strong_wolfe")
