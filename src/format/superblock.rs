@@ -201,13 +201,18 @@ impl Superblock {
                 Ok((b, Some(format!("superblock copy A was not used: {}", error.message()))))
             }
             (Err(a), Err(b)) => {
-                let (kind, advice) = if a.kind() == ErrorKind::NotARegion && b.kind() == ErrorKind::NotARegion
-                {
-                    (ErrorKind::NotARegion, "name a file that `pccheck format` made, or format this one")
-                } else if a.kind() == ErrorKind::Io && b.kind() == ErrorKind::Io {
-                    (ErrorKind::Io, "check the device")
-                } else {
-                    (ErrorKind::Corrupt, "restore the first 8192 bytes of the region from a copy")
+                let (kind, advice) = match (a.kind(), b.kind()) {
+                    (ErrorKind::NotARegion, ErrorKind::NotARegion) => {
+                        (ErrorKind::NotARegion, "name a file that `pccheck format` made, or format this one")
+                    }
+                    (ErrorKind::Io, ErrorKind::Io) => (ErrorKind::Io, "check the device"),
+                    // Power may have been lost while the first of them was being written.
+                    (ErrorKind::Corrupt, ErrorKind::NotARegion) => (
+                        ErrorKind::Corrupt,
+                        "if its formatting was interrupted, format it again with --force (nothing was saved yet); else \
+                         restore the first 8192 bytes of the region from a copy",
+                    ),
+                    _ => (ErrorKind::Corrupt, "restore the first 8192 bytes of the region from a copy"),
                 };
                 let message = format!("copy A: {}; copy B: {}", a.message(), b.message());
                 let errno = a.errno().or(b.errno());
@@ -288,6 +293,10 @@ mod tests {
         let error = Superblock::choose(&damaged, &zero).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.message().contains("copy A") && error.message().contains("copy B"), "{error}");
+        // Only the first of them is ever alone.
+        assert!(error.to_string().contains("formatting was interrupted"), "{error}");
+        let error = Superblock::choose(&zero, &damaged).unwrap_err();
+        assert!(!error.to_string().contains("formatting was interrupted"), "{error}");
     }
 
     #[test]
