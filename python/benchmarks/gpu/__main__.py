@@ -163,28 +163,28 @@ def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
             plain = min(
                 timed_gpu(partial(pinned.copy_, flat, non_blocking=True)), timed_gpu(partial(copy_each, views, tensors))
             )
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            save = store.save(index, named)
-            begun = time.perf_counter()
-            save.stream_wait_copied()
-            waited = time.perf_counter()
-            save.copied()
-            copied = time.perf_counter()
-            durable = save.durable().durable_seconds
-            rounds.append(
-                {
-                    "plain": plain,
-                    "begin": begun - began,
-                    "wait": waited - begun,
-                    "copied": copied - began,
-                    "durable": durable,
-                }
-            )
+            by_event = timed_save(store, 2 * index, named, flag_waits=False)
+            by_flag = timed_save(store, 2 * index + 1, named, flag_waits=True)
+            rounds.append({"plain": plain} | by_event | {f"{name}_flags": took for name, took in by_flag.items()})
         del pinned, views, flat
         gc.collect()
         torch.cuda.empty_cache()
         return {"bytes": nbytes, "rounds": rounds[1:]}
+
+
+def timed_save(
+    store: pccheck.Store, step: int, named: dict[str, torch.Tensor], *, flag_waits: bool
+) -> dict[str, float]:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    save = store.save(step, named, flag_waits=flag_waits)
+    begun = time.perf_counter()
+    save.stream_wait_copied()
+    waited = time.perf_counter()
+    save.copied()
+    copied = time.perf_counter()
+    durable = save.durable().durable_seconds
+    return {"begin": begun - began, "wait": waited - begun, "copied": copied - began, "durable": durable}
 
 
 def restoring(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:

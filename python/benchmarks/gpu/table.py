@@ -40,9 +40,10 @@ def _copying(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
     plain, copied = (bytes / _column(rounds, name) / 1e9 for name in ("plain", "copied"))
     ratios = [row["plain"] / row["copied"] for row in rounds]
     yield f"  plain copy {plain:.1f} GB/s, save {copied:.1f} GB/s: ratio {_spread(ratios)}"
-    begin, wait = (1e3 * _column(rounds, name) for name in ("begin", "wait"))
-    durable = bytes / _column(rounds, "durable") / 1e9
-    yield f"  begin {begin:.2f} ms, wait {wait:.2f} ms, durable {durable:.1f} GB/s"
+    for what, suffix in (("", ""), ("with flag_waits: ", "_flags")):
+        begin, wait = (1e3 * _column(rounds, name + suffix) for name in ("begin", "wait"))
+        copied, durable = (bytes / _column(rounds, name + suffix) / 1e9 for name in ("copied", "durable"))
+        yield f"  {what}begin {begin:.2f} ms, wait {wait:.2f} ms, copied {copied:.1f} GB/s, durable {durable:.1f} GB/s"
 
 
 def _restoring(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
