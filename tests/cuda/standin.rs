@@ -1,5 +1,6 @@
 //! The stand-in: built, loaded where the engine will look for the driver, and controlled.
 
+use std::collections::BTreeSet;
 use std::ffi::{c_char, c_void, CString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,15 +29,20 @@ pub const LEGACY: Stream = Stream(0);
 /// Set where the stand-in is to lack `cuMemcpyBatchAsync`.
 pub const WITHOUT_BATCH: &str = "PCC_STANDIN_WITHOUT_BATCH";
 
-/// Compiles `tests/standin/cuda.c`. Its name is the one that loaders of the driver ask for first, so that no real driver
+/// Compiles `tests/standin/cuda`. Its name is the one that loaders of the driver ask for first, so that no real driver
 /// is taken.
 pub fn build(folder: &str, flags: &[&str]) -> PathBuf {
     let flags: Vec<&str> = [&["-shared", "-fPIC", "-Wl,-soname,libcuda.so"], flags].concat();
-    compile(&format!("{folder}/libcuda.so"), "cuda.c", &flags)
+    compile(&format!("{folder}/libcuda.so"), "cuda", &flags)
 }
 
-/// Compiles a file of `tests/standin`.
-pub fn compile(target: &str, source: &str, flags: &[&str]) -> PathBuf {
+/// Compiles the files of a folder of `tests/standin` to a library or program. Others see only the names that are marked in
+/// it: the library is loaded for the whole process.
+pub fn compile(target: &str, sources: &str, flags: &[&str]) -> PathBuf {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin").join(sources);
+    let is_source = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "c");
+    let files = std::fs::read_dir(folder).expect("list").map(|entry| entry.expect("entry").path());
+    let files: BTreeSet<PathBuf> = files.filter(is_source).collect();
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin").join(target);
     std::fs::create_dir_all(target.parent().expect("a folder")).expect("folder");
     // Several tests may build it at once.
@@ -44,15 +50,15 @@ pub fn compile(target: &str, source: &str, flags: &[&str]) -> PathBuf {
     let number = BUILDS.fetch_add(1, Ordering::Relaxed);
     let beside = target.with_extension(format!("{}-{number}", std::process::id()));
     let built = Command::new("cc")
-        .args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"])
+        .args(["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread"])
         .args(flags)
         .arg("-o")
         .arg(&beside)
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin").join(source))
+        .args(files)
         .arg("-ldl")
         .status()
         .expect("cc");
-    assert!(built.success(), "{source} does not compile");
+    assert!(built.success(), "{sources} does not compile");
     std::fs::rename(&beside, &target).expect("rename");
     target
 }
