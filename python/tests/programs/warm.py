@@ -6,7 +6,6 @@ interpreter does, so that exits, signals and SIGKILL are real ones. Run as a scr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import runpy
@@ -28,7 +27,7 @@ class Program:
     """A process that runs one of the programs beside this file."""
 
     warm: Warm
-    pid: int
+    number: int
     out: Path
 
     def text(self) -> str:
@@ -43,7 +42,7 @@ class Program:
         """Waits until ``count`` of its lines begin with ``wanted``."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while sum(line.startswith(wanted) for line in self.lines()) < count:
-            ended = self.warm.ask(poll=self.pid)
+            ended = self.warm.ask(poll=self.number)
             found = sum(line.startswith(wanted) for line in self.lines())
             assert found >= count or ended is None, f"it ended ({ended}) before {wanted!r}:\n{self.text()}"
             assert time.monotonic() < deadline, f"no {wanted!r} in time:\n{self.text()}"
@@ -51,13 +50,12 @@ class Program:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal; one that has ended already is left alone."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        self.warm.ask(kill=self.number, signal=int(number))
 
     def wait(self) -> int:
         """How it ended: exit status, or minus the signal's number."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while (status := self.warm.ask(poll=self.pid)) is None:
+        while (status := self.warm.ask(poll=self.number)) is None:
             if time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError(f"it is stuck:\n{self.text()}")
@@ -83,7 +81,8 @@ class Warm:
         self._count += 1
         out = folder / f"{program}-{self._count}.out"
         out.touch()
-        return Program(self, self.ask(program=program, out=str(out), arguments=json.dumps(arguments)), out)
+        self.ask(start=self._count, program=program, out=str(out), arguments=json.dumps(arguments))
+        return Program(self, self._count, out)
 
     def ask(self, **request: Any) -> Any:
         assert self._server.stdin is not None and self._server.stdout is not None
@@ -104,18 +103,26 @@ def _serve() -> dict[str, str] | None:
 
     import pccheck.torch  # noqa: F401
 
+    # By the client's numbers: the system gives a process id again once its process has been waited for.
+    pids: dict[int, int] = {}
     ended: dict[int, int] = {}
+
+    def ending(number: int) -> int | None:
+        if number not in ended and (found := os.waitpid(pids[number], os.WNOHANG))[0]:
+            ended[number] = os.waitstatus_to_exitcode(found[1])
+        return ended.get(number)
+
     for line in sys.stdin:
         request = json.loads(line)
-        reply: int | None
+        reply = None
         if "poll" in request:
-            pid = request["poll"]
-            if pid not in ended and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                ended[pid] = os.waitstatus_to_exitcode(found[1])
-            reply = ended.get(pid)
+            reply = ending(request["poll"])
+        elif "kill" in request:
+            if ending(request["kill"]) is None:
+                os.kill(pids[request["kill"]], request["signal"])
         else:
-            reply = os.fork()
-            if reply == 0:
+            pids[request["start"]] = os.fork()
+            if pids[request["start"]] == 0:
                 return request  # type: ignore[no-any-return]
         print(json.dumps(reply), flush=True)
     return None
