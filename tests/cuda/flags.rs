@@ -28,6 +28,14 @@ pub fn warm(store: &Store, state: &mut State, stream: Stream) {
     state.standin.allocations_wait(true);
 }
 
+/// A store whose pool is too small, and a state that it has saved once.
+fn warmed(standin: &Standin, stream: Stream) -> (Store, State<'_>) {
+    let store = store(FEW, Faults::default());
+    let mut state = State::new(standin, MIXED);
+    warm(&store, &mut state, stream);
+    (store, state)
+}
+
 /// A save whose copies wait for a stream that is held, and which another stream waits for.
 fn begin_held(
     state: &State,
@@ -49,9 +57,7 @@ fn begin_held(
 fn the_stream_waits_for_a_pool_that_is_too_small_and_the_thread_does_not() {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let store = store(FEW, Faults::default());
-    let mut state = State::new(&standin, MIXED);
-    warm(&store, &mut state, stream);
+    let (store, mut state) = warmed(&standin, stream);
     for step in 2..5 {
         state.fill(|_| stream, step, 0);
         standin.synchronize(0, stream);
@@ -119,9 +125,7 @@ fn the_stream_goes_on_however_the_save_ends() {
     for end in [End::Cancelled, End::Dropped, End::Failed, End::Closed] {
         let standin = Standin::take();
         let (stream, other) = (standin.stream(0), standin.stream(0));
-        let store = store(FEW, Faults::default());
-        let mut state = State::new(&standin, MIXED);
-        warm(&store, &mut state, stream);
+        let (store, mut state) = warmed(&standin, stream);
         let save = begin_held(&state, &store, 2, other, stream, PROMPT);
         state.fill(|_| stream, 3, 0);
         let (mut save, mut store) = (Some(save), Some(store));
@@ -169,9 +173,7 @@ fn at_the_deadline_the_stream_goes_on() {
 fn the_stream_goes_on_at_the_deadline(stalls: bool) {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let store = store(FEW, Faults::default());
-    let mut state = State::new(&standin, MIXED);
-    warm(&store, &mut state, stream);
+    let (store, mut state) = warmed(&standin, stream);
     let began = Instant::now();
     let save = begin_held(&state, &store, 2, other, stream, Duration::from_millis(300));
     standin.stall("cuEventQuery", stalls);
@@ -215,9 +217,7 @@ fn nothing_is_allocated_while_a_stream_waits() {
 fn flags_are_used_again() {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let store = store(FEW, Faults::default());
-    let mut state = State::new(&standin, MIXED);
-    warm(&store, &mut state, stream);
+    let (store, mut state) = warmed(&standin, stream);
     // There are 128.
     for step in 2..200 {
         let save = begin_held(&state, &store, step, other, stream, PROMPT);
@@ -234,9 +234,7 @@ fn where_the_stream_cannot_wait_the_thread_does() {
     for call in ["cuStreamWaitValue32_v2", "cuMemHostGetDevicePointer_v2"] {
         let standin = Standin::take();
         let stream = standin.stream(0);
-        let store = store(FEW, Faults::default());
-        let mut state = State::new(&standin, MIXED);
-        warm(&store, &mut state, stream);
+        let (store, mut state) = warmed(&standin, stream);
         standin.delay_us(SLOW_US);
         state.fill(|_| stream, 2, 0);
         let save = state.begin(&store, 2, flagged(stream, PROMPT)).expect("begin");
@@ -257,9 +255,7 @@ fn where_the_stream_cannot_wait_the_thread_does() {
 fn saves_follow_each_other_on_the_stream_that_waits() {
     let standin = Standin::take();
     let stream = standin.stream(0);
-    let store = store(FEW, Faults::default());
-    let mut state = State::new(&standin, MIXED);
-    warm(&store, &mut state, stream);
+    let (store, mut state) = warmed(&standin, stream);
     standin.delay_us(SLOW_US / 30);
     let saves: Vec<Save> = (2..6)
         .map(|step| {
@@ -287,9 +283,7 @@ fn saves_follow_each_other_on_the_stream_that_waits() {
 fn a_stream_that_is_to_wait_after_the_store_was_closed_does_not_wait_for_ever() {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let store = store(FEW, Faults::default());
-    let mut state = State::new(&standin, MIXED);
-    warm(&store, &mut state, stream);
+    let (store, mut state) = warmed(&standin, stream);
     let save = begin_held(&state, &store, 2, other, stream, PROMPT);
     std::thread::scope(|scope| {
         let closing = scope.spawn(|| drop(store));
@@ -312,9 +306,7 @@ fn a_stream_that_is_to_wait_after_the_store_was_closed_does_not_wait_for_ever() 
 fn a_store_with_flags_is_closed_although_a_gpu_hangs() {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let store = store(FEW, Faults::default());
-    let mut state = State::new(&standin, MIXED);
-    warm(&store, &mut state, stream);
+    let (store, mut state) = warmed(&standin, stream);
     let save = begin_held(&state, &store, 2, other, stream, WAIT.expect("a limit"));
     standin.hold(true);
     let began = Instant::now();

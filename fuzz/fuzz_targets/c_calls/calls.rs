@@ -69,7 +69,7 @@ pub struct SaveArgs {
     confirm: u8,
     pin: u8,
     snapshot: u8,
-    reserved: u8,
+    flag_waits: u8,
 }
 
 #[derive(Arbitrary, Debug, Clone, Copy)]
@@ -325,7 +325,7 @@ impl SaveArgs {
             confirm: if self.confirm > 250 { 7 } else { (self.confirm % 2).into() },
             pin: if self.pin > 250 { 7 } else { u32::from(self.pin % 8 == 1) },
             snapshot: if self.snapshot > 240 { self.snapshot.into() } else { 0 },
-            flag_waits: u32::from(self.reserved / 100),
+            flag_waits: u32::from(self.flag_waits / 100),
             ..zeroed()
         }
     }
