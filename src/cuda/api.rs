@@ -107,7 +107,7 @@ api! {
     copy_to_host = c"cuMemcpyDtoHAsync_v2" (*mut c_void, CUdeviceptr, usize, CUstream);
     copy_to_device = c"cuMemcpyHtoDAsync_v2" (CUdeviceptr, *const c_void, usize, CUstream);
     copy_on_device = c"cuMemcpyDtoDAsync_v2" (CUdeviceptr, CUdeviceptr, usize, CUstream);
-    pointer_attribute = c"cuPointerGetAttribute" (*mut c_void, c_uint, CUdeviceptr);
+    pointer_attributes = c"cuPointerGetAttributes" (c_uint, *mut c_uint, *mut *mut c_void, CUdeviceptr);
     error_name = c"cuGetErrorName" (c_int, *mut *const c_char);
     error_text = c"cuGetErrorString" (c_int, *mut *const c_char);
 }

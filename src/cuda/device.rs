@@ -79,12 +79,12 @@ impl Device {
         Ok(Entered { device: self, _of_this_thread: PhantomData })
     }
 
-    /// In a forked child the driver cannot be used: what belongs to it is not given back there.
     /// Whether a context is its own.
     pub(super) fn owns(&self, context: CUcontext) -> bool {
         self.context == context
     }
 
+    /// In a forked child the driver cannot be used: what belongs to it is not given back there.
     pub(super) fn is_forked(&self) -> bool {
         self.stamp.is_forked()
     }

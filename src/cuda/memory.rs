@@ -1,9 +1,10 @@
 //! Page-locked host memory and device memory.
 #![expect(unsafe_code, reason = "calls of the driver")]
 
-use core::ffi::c_void;
+use core::ffi::{c_uint, c_void};
+use std::collections::BTreeMap;
 
-use super::api::{CUdeviceptr, SUCCESS};
+use super::api::CUdeviceptr;
 use super::device::Device;
 use super::stream::enter_to_drop;
 use crate::error::{Error, ErrorKind, Result};
@@ -11,9 +12,11 @@ use crate::sync::Arc;
 
 /// `CU_MEMHOSTREGISTER_PORTABLE` and `..._DEVICEMAP`: page-locked for all devices, which can address it.
 const PORTABLE: u32 = 1 | 2;
-/// `CU_POINTER_ATTRIBUTE_MEMORY_TYPE` and `..._DEVICE_ORDINAL`.
-const MEMORY_TYPE: u32 = 2;
-const DEVICE_ORDINAL: u32 = 9;
+/// `CU_POINTER_ATTRIBUTE_MEMORY_TYPE`, `..._DEVICE_ORDINAL`, `..._RANGE_START_ADDR` and `..._RANGE_SIZE`.
+const MEMORY_TYPE: c_uint = 2;
+const DEVICE_ORDINAL: c_uint = 9;
+const RANGE_START: c_uint = 11;
+const RANGE_BYTES: c_uint = 12;
 /// `CU_MEMORYTYPE_DEVICE`.
 const TYPE_DEVICE: u32 = 2;
 
@@ -112,19 +115,47 @@ pub fn free_memory(device: &Device) -> Result<(u64, u64)> {
     Ok((free as u64, total as u64))
 }
 
-/// Which device the memory at an address belongs to; none where it is no device's. Asked in the context of `device`, as the
-/// calling thread may have none.
-pub fn owner_of(device: &Device, address: u64) -> Result<Option<u32>> {
-    let _in_context = device.enter()?;
-    let api = device.api;
-    let ask = |attribute: u32| {
-        let mut value = 0_u32;
-        // SAFETY: both attributes are numbers of 32 bits; any address may be asked for.
-        let code = unsafe { (api.pointer_attribute)((&raw mut value).cast::<c_void>(), attribute, address) };
-        (code == SUCCESS).then_some(value)
-    };
-    match ask(MEMORY_TYPE) {
-        Some(TYPE_DEVICE) => Ok(ask(DEVICE_ORDINAL)),
-        _ => Ok(None),
+/// Whose memory addresses are. The driver is asked once for each allocation: tensors share them, and each question is a call.
+#[derive(Default)]
+pub struct Owners {
+    /// By their first bytes: the bytes behind the last, and whose they are.
+    allocations: BTreeMap<u64, (u64, Option<u32>)>,
+}
+
+impl Owners {
+    /// Which device the bytes from an address on belong to; none where they are no device's. Asked in the context of `device`, as
+    /// the calling thread may have none.
+    pub fn of(&mut self, device: &Device, address: u64, bytes: u64) -> Result<Option<u32>> {
+        let end = address.saturating_add(bytes);
+        let before = self.allocations.range(..=address).next_back();
+        if let Some((_, &(_, owner))) = before.filter(|(_, &(behind, _))| end <= behind) {
+            return Ok(owner);
+        }
+        let (owner, start, len) = ask(device, address)?;
+        // Where the driver does not tell the allocation, what is asked next is asked anew.
+        self.allocations.insert(start, (start.saturating_add(len), owner));
+        Ok(owner)
     }
+
+    /// What [`of`](Owners::of) found, for errors.
+    pub fn describe(owner: Option<u32>) -> String {
+        owner.map_or("no memory of a GPU".to_string(), |owner| format!("memory of GPU {owner}"))
+    }
+}
+
+/// Whose memory an address is, and the first byte and size of its allocation.
+fn ask(device: &Device, address: u64) -> Result<(Option<u32>, u64, u64)> {
+    let _in_context = device.enter()?;
+    let mut attributes = [MEMORY_TYPE, DEVICE_ORDINAL, RANGE_START, RANGE_BYTES];
+    let (mut kind, mut ordinal, mut start, mut bytes) = (0_u32, 0_u32, 0_u64, 0_usize);
+    let mut places: [*mut c_void; 4] =
+        [(&raw mut kind).cast(), (&raw mut ordinal).cast(), (&raw mut start).cast(), (&raw mut bytes).cast()];
+    let count = attributes.len() as c_uint;
+    // SAFETY: a place of its type for each attribute; any address may be asked for: of one that the driver does not know all are 0
+    // or invalid, and so is the type.
+    let code = unsafe {
+        (device.api.pointer_attributes)(count, attributes.as_mut_ptr(), places.as_mut_ptr(), address)
+    };
+    device.api.check("ask whose memory a tensor is", code)?;
+    Ok(((kind == TYPE_DEVICE).then_some(ordinal), start, bytes as u64))
 }

@@ -29,7 +29,7 @@ mod stream;
 pub use copies::{Copy, CopyList, Direction};
 pub use device::{Device, Entered};
 pub use gate::{Allocating, Pending};
-pub use memory::{free_memory, owner_of, DeviceBuffer, Registered};
+pub use memory::{free_memory, DeviceBuffer, Owners, Registered};
 pub use stream::{Event, Stream, UserStream, Waits};
 
 use crate::error::Result;

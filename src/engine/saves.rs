@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::Store;
 #[cfg(feature = "cuda")]
-use crate::cuda::{Device, Relaxed, UserStream};
+use crate::cuda::{Device, Owners, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::layout::check_chunk_count;
 use crate::format::{
@@ -222,9 +222,10 @@ unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin>
     let devices: Vec<_> = ordinals.iter().map(|&ordinal| Device::open(ordinal)).collect::<Result<_>>()?;
     let index_of = |owner: &Option<u32>| owner.and_then(|owner| ordinals.binary_search(&owner).ok());
     let owners: Vec<Option<usize>> = owners.iter().map(index_of).collect();
+    let mut known = Owners::default();
     for (segment, owner) in segments.iter().zip(&owners).filter(|(segment, _)| segment.len > 0) {
         if let Some(owner) = *owner {
-            check_owner(segment.ptr as u64, &devices[owner])?;
+            check_owner(segment, &devices[owner], &mut known)?;
         }
     }
     // SAFETY: the caller's promise.
@@ -253,13 +254,13 @@ unsafe fn device_origin(_placed: Placed, _options: &SaveOptions) -> Result<Origi
 
 /// Refuses memory of another device than was said, which copies would read without a word.
 #[cfg(feature = "cuda")]
-fn check_owner(address: u64, said: &Device) -> Result<()> {
-    let found = match crate::cuda::owner_of(said, address)? {
-        Some(found) if found == said.ordinal() => return Ok(()),
-        Some(found) => format!("memory of GPU {found}"),
-        None => "no memory of a GPU".to_string(),
-    };
-    let said = said.ordinal();
+fn check_owner(segment: &HostSegment, said: &Device, known: &mut Owners) -> Result<()> {
+    let address = segment.ptr as u64;
+    let found = known.of(said, address, segment.len as u64)?;
+    if found == Some(said.ordinal()) {
+        return Ok(());
+    }
+    let (said, found) = (said.ordinal(), Owners::describe(found));
     let message = format!("the tensor at {address:#x} is said to be on GPU {said}; that is {found}");
     Err(Error::new(ErrorKind::InvalidArgument, "begin save", message))
 }

@@ -13,7 +13,7 @@ impl Targets {
         }
     }
 
-    pub fn index_of(&self, ordinal: u32, _address: u64) -> Result<usize> {
+    pub fn index_of(&mut self, ordinal: u32, _address: u64, _bytes: usize) -> Result<usize> {
         Err(refusal(ordinal))
     }
 }

@@ -82,10 +82,11 @@ pub(super) unsafe fn read_parts(
         .map(|pieces| Job { chunk: pieces[0].chunk, pieces })
         .collect();
     let used = parts.iter().filter(|part| part.bytes > 0);
-    let targets = Targets::open(region, used.filter_map(|part| part.device))?;
+    let mut targets = Targets::open(region, used.filter_map(|part| part.device))?;
     let destination = |part: &PartAt| {
         let device = part.device.filter(|_| part.bytes > 0);
-        let device = device.map(|ordinal| targets.index_of(ordinal, part.ptr as u64)).transpose()?;
+        let device =
+            device.map(|ordinal| targets.index_of(ordinal, part.ptr as u64, part.bytes)).transpose()?;
         Ok(Destination { ptr: part.ptr, device })
     };
     let destinations = parts.iter().map(destination).collect::<Result<_>>()?;

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::cuda::{owner_of, Copy, CopyList, Device, Direction, Event, Relaxed, Stream};
+use crate::cuda::{Copy, CopyList, Device, Direction, Event, Owners, Relaxed, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Region;
 use crate::sync::{thread, Arc};
@@ -21,6 +21,7 @@ const OP: &str = "read to GPU";
 /// The GPUs that a read has destinations on.
 pub(super) struct Targets {
     devices: Vec<Arc<Device>>,
+    owners: Owners,
 }
 
 impl Targets {
@@ -35,21 +36,20 @@ impl Targets {
             // Where it is refused copies are slower.
             let _ = region.pool().register(device);
         }
-        Ok(Targets { devices })
+        Ok(Targets { devices, owners: Owners::default() })
     }
 
     /// The index of a destination's device. Refuses memory that is not that device's.
-    pub fn index_of(&self, ordinal: u32, address: u64) -> Result<usize> {
+    pub fn index_of(&mut self, ordinal: u32, address: u64, bytes: usize) -> Result<usize> {
         let at = self.devices.iter().position(|device| device.ordinal() == ordinal);
         let found = match at {
-            Some(at) => owner_of(&self.devices[at], address)?,
+            Some(at) => self.owners.of(&self.devices[at], address, bytes as u64)?,
             None => None,
         };
-        match (at, found) {
-            (Some(at), Some(owner)) if owner == ordinal => Ok(at),
-            (_, found) => {
-                let found =
-                    found.map_or("no memory of a GPU".to_string(), |found| format!("memory of GPU {found}"));
+        match at.filter(|_| found == Some(ordinal)) {
+            Some(at) => Ok(at),
+            None => {
+                let found = Owners::describe(found);
                 let message =
                     format!("the destination {address:#x} is said to be on GPU {ordinal}; that is {found}");
                 Err(Error::new(ErrorKind::InvalidArgument, OP, message))

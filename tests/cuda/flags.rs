@@ -173,7 +173,7 @@ fn at_the_deadline_the_stream_goes_on() {
 fn the_stream_goes_on_at_the_deadline(stalls: bool) {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let (store, mut state) = warmed(&standin, stream);
+    let (store, state) = warmed(&standin, stream);
     let began = Instant::now();
     let save = begin_held(&state, &store, 2, other, stream, Duration::from_millis(300));
     standin.stall("cuEventQuery", stalls);
@@ -217,7 +217,7 @@ fn nothing_is_allocated_while_a_stream_waits() {
 fn flags_are_used_again() {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let (store, mut state) = warmed(&standin, stream);
+    let (store, state) = warmed(&standin, stream);
     // There are 128.
     for step in 2..200 {
         let save = begin_held(&state, &store, step, other, stream, PROMPT);
@@ -283,7 +283,7 @@ fn saves_follow_each_other_on_the_stream_that_waits() {
 fn a_stream_that_is_to_wait_after_the_store_was_closed_does_not_wait_for_ever() {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let (store, mut state) = warmed(&standin, stream);
+    let (store, state) = warmed(&standin, stream);
     let save = begin_held(&state, &store, 2, other, stream, PROMPT);
     std::thread::scope(|scope| {
         let closing = scope.spawn(|| drop(store));
@@ -306,7 +306,7 @@ fn a_stream_that_is_to_wait_after_the_store_was_closed_does_not_wait_for_ever() 
 fn a_store_with_flags_is_closed_although_a_gpu_hangs() {
     let standin = Standin::take();
     let (stream, other) = (standin.stream(0), standin.stream(0));
-    let (store, mut state) = warmed(&standin, stream);
+    let (store, state) = warmed(&standin, stream);
     let save = begin_held(&state, &store, 2, other, stream, WAIT.expect("a limit"));
     standin.hold(true);
     let began = Instant::now();

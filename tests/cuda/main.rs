@@ -7,6 +7,7 @@ mod bed;
 mod failures;
 mod faults;
 mod flags;
+mod owners;
 mod restores;
 mod saves;
 mod standin;

@@ -73,7 +73,7 @@ fn a_call_that_fails_is_reported_and_the_next_read_succeeds() {
         "cuMemcpyBatchAsync",
         "cuEventRecord",
         "cuEventQuery",
-        "cuPointerGetAttribute",
+        "cuPointerGetAttributes",
     ];
     let mut failed = 0;
     for call in calls {

@@ -86,19 +86,34 @@ EXPORTED CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *memor
     return CUDA_SUCCESS;
 }
 
-EXPORTED CUresult cuPointerGetAttribute(void *value, int attribute, CUdeviceptr address) {
-    enum { CONTEXT = 1, MEMORY_TYPE = 2, DEVICE_ORDINAL = 9, HOST = 1, DEVICE = 2 };
-    ENTER(cuPointerGetAttribute);
+/* Of an address that is not known, too: all are 0 then, but the device, which is none. */
+EXPORTED CUresult cuPointerGetAttributes(uint32_t count, int *attributes, void **values, CUdeviceptr address) {
+    enum { CONTEXT = 1, MEMORY_TYPE = 2, DEVICE_ORDINAL = 9, RANGE_START = 11, RANGE_BYTES = 12, HOST = 1, DEVICE = 2, NONE = -2 };
+    ENTER(cuPointerGetAttributes);
+    NEED_VALID(attributes != NULL && values != NULL);
     struct range *range = overlapping(address, 1);
-    NEED_VALID(value != NULL && range != NULL);
-    if (attribute == CONTEXT)
-        *(CUcontext *)value = range->context;
-    else if (attribute == MEMORY_TYPE)
-        *(uint32_t *)value = range->shadow == NULL ? HOST : DEVICE;
-    else if (attribute == DEVICE_ORDINAL)
-        *(int *)value = range->context->device;
-    else
-        return CUDA_ERROR_INVALID_VALUE;
+    for (uint32_t at = 0; at < count; at++) {
+        NEED_VALID(values[at] != NULL);
+        switch (attributes[at]) {
+        case CONTEXT:
+            *(CUcontext *)values[at] = range == NULL ? NULL : range->context;
+            break;
+        case MEMORY_TYPE:
+            *(uint32_t *)values[at] = range == NULL ? 0 : range->shadow == NULL ? HOST : DEVICE;
+            break;
+        case DEVICE_ORDINAL:
+            *(int *)values[at] = range == NULL ? NONE : range->context->device;
+            break;
+        case RANGE_START:
+            *(CUdeviceptr *)values[at] = range == NULL ? 0 : range->start;
+            break;
+        case RANGE_BYTES:
+            *(size_t *)values[at] = range == NULL ? 0 : range->bytes;
+            break;
+        default:
+            return CUDA_ERROR_INVALID_VALUE;
+        }
+    }
     return CUDA_SUCCESS;
 }
 

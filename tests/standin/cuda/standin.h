@@ -82,7 +82,7 @@ enum { CODES(CODE_NUMBER) };
     X(cuStreamIsCapturing) X(cuStreamGetCtx) X(cuStreamQuery) X(cuStreamSynchronize) X(cuStreamWaitValue32_v2) \
     X(cuEventCreate) X(cuEventDestroy_v2) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)               \
     X(cuMemAlloc_v2) X(cuMemFree_v2) X(cuMemGetInfo_v2)                                                        \
-    X(cuMemHostRegister_v2) X(cuMemHostUnregister) X(cuMemHostGetDevicePointer_v2) X(cuPointerGetAttribute)    \
+    X(cuMemHostRegister_v2) X(cuMemHostUnregister) X(cuMemHostGetDevicePointer_v2) X(cuPointerGetAttributes)   \
     X(cuMemcpyDtoHAsync_v2) X(cuMemcpyHtoDAsync_v2) X(cuMemcpyDtoDAsync_v2) X(cuMemcpyBatchAsync)              \
     X(cuThreadExchangeStreamCaptureMode)
 

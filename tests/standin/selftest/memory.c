@@ -75,28 +75,48 @@ void registered_memory(void) {
     OK(cuMemHostRegister_v2(pinned, BYTES, PORTABLE));
 }
 
+struct pointer {
+    CUcontext context;
+    uint32_t type;
+    int device;
+    CUdeviceptr start;
+    size_t bytes;
+};
+
+static struct pointer pointer_at(CUdeviceptr address) {
+    struct pointer found;
+    int attributes[] = {POINTER_CONTEXT, POINTER_TYPE, POINTER_DEVICE, POINTER_START, POINTER_BYTES};
+    void *values[] = {&found.context, &found.type, &found.device, &found.start, &found.bytes};
+    OK(cuPointerGetAttributes(5, attributes, values, address));
+    return found;
+}
+
 void pointers(void) {
-    int number;
-    CUcontext found;
     CUdeviceptr there;
     enter(1);
     OK(cuMemAlloc_v2(&there, 10));
     leave();
-    OK(cuPointerGetAttribute(&number, POINTER_TYPE, memory + BYTES - 1));
-    SAME(number, TYPE_DEVICE);
-    OK(cuPointerGetAttribute(&number, POINTER_DEVICE, memory));
-    SAME(number, 0);
-    OK(cuPointerGetAttribute(&number, POINTER_DEVICE, there));
-    SAME(number, 1);
-    OK(cuPointerGetAttribute(&found, POINTER_CONTEXT, there));
-    CHECK(found == context[1]);
-    OK(cuPointerGetAttribute(&number, POINTER_TYPE, (uintptr_t)pinned));
-    SAME(number, TYPE_HOST);
-    SAME(cuPointerGetAttribute(&number, POINTER_TYPE, (uintptr_t)plain), INVALID_VALUE);
-    SAME(cuPointerGetAttribute(&number, POINTER_TYPE, memory + BYTES), INVALID_VALUE);
-    SAME(cuPointerGetAttribute(&number, 1000, memory), INVALID_VALUE);
+    struct pointer found = pointer_at(memory + BYTES - 1);
+    SAME(found.type, TYPE_DEVICE);
+    SAME(found.device, 0);
+    CHECK(found.start == memory && found.bytes == BYTES);
+    found = pointer_at(there);
+    SAME(found.device, 1);
+    CHECK(found.context == context[1]);
+    found = pointer_at((uintptr_t)pinned);
+    SAME(found.type, TYPE_HOST);
+    /* What is not known is no failure. */
+    CUdeviceptr unknown[] = {(uintptr_t)plain, memory + BYTES};
+    for (int at = 0; at < 2; at++) {
+        found = pointer_at(unknown[at]);
+        CHECK(found.type == 0 && found.device == -2 && found.start == 0 && found.bytes == 0 && found.context == NULL);
+    }
     OK(cuMemFree_v2(there));
-    SAME(cuPointerGetAttribute(&number, POINTER_TYPE, there), INVALID_VALUE);
+    SAME(pointer_at(there).type, 0);
+    int attribute = 1000;
+    void *value = &found;
+    SAME(cuPointerGetAttributes(1, &attribute, &value, memory), INVALID_VALUE);
+    SAME(cuPointerGetAttributes(1, &attribute, NULL, memory), INVALID_VALUE);
 }
 
 /* Memory is given back when the work of its context is done, and not before. */

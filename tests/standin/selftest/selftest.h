@@ -28,7 +28,8 @@ enum {
     CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905, CAPTURE_IMPLICIT = 906
 };
 enum { BLOCKING = 0, NON_BLOCKING = 1, PORTABLE = 1, NO_TIMING = 2, RELAXED = 2, GEQ = 0, EQ = 1 };
-enum { POINTER_CONTEXT = 1, POINTER_TYPE = 2, POINTER_DEVICE = 9, TYPE_HOST = 1, TYPE_DEVICE = 2 };
+enum { POINTER_CONTEXT = 1, POINTER_TYPE = 2, POINTER_DEVICE = 9, POINTER_START = 11, POINTER_BYTES = 12 };
+enum { TYPE_HOST = 1, TYPE_DEVICE = 2 };
 
 #define FUNCTIONS(F)                                                                                               \
     F(int, cuInit, (uint32_t))                                                                                     \
@@ -70,7 +71,7 @@ enum { POINTER_CONTEXT = 1, POINTER_TYPE = 2, POINTER_DEVICE = 9, TYPE_HOST = 1,
     F(int, cuMemcpyBatchAsync,                                                                                     \
       (CUdeviceptr *, CUdeviceptr *, size_t *, size_t, Attributes *, size_t *, size_t, size_t *, CUstream))        \
     F(int, cuThreadExchangeStreamCaptureMode, (uint32_t *))                                                        \
-    F(int, cuPointerGetAttribute, (void *, int, CUdeviceptr))                                                      \
+    F(int, cuPointerGetAttributes, (uint32_t, int *, void **, CUdeviceptr))                                        \
     F(int, cuGetErrorName, (int, const char **))                                                                   \
     F(int, cuGetErrorString, (int, const char **))                                                                 \
     F(void, standin_reset, (void))                                                                                 \
