@@ -100,6 +100,13 @@ def test_a_tensor_that_cannot_be_saved_any_more_is_refused(store: pccheck.Store)
     state["a"].untyped_storage().resize_(8)
     with pytest.raises(errors.InvalidArgument, match="resized"):
         store.save(4, state)
+    state["a"] = torch.ones(4, 5)
+    assert saved(store, 5, state) == expected(state)
+    # Elsewhere, and too small.
+    state["a"] = torch.ones(4, 5)
+    state["a"].untyped_storage().resize_(8)
+    with pytest.raises(errors.InvalidArgument, match="resized"):
+        store.save(6, state)
 
 
 def test_nothing_is_kept_alive_once_it_is_saved(store: pccheck.Store) -> None:

@@ -223,6 +223,7 @@ def _of_buffer(array: Any, write: bool) -> Memory:
 
 # struct pcc_tensor: struct_bytes, name, shape, data, bytes, dtype, rank, device, device_index
 _TENSOR = struct.Struct("=QQQQQIIII")
+_DATA, _DATA_AT = struct.Struct("=Q"), struct.calcsize("=QQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +277,11 @@ def _plain_types() -> tuple[Any, ...]:
     return () if torch is None else (torch.Tensor, torch.nn.Parameter)
 
 
+def _storage_bytes(tensor: Any) -> int:
+    """How many bytes the storage of a contiguous tensor must have."""
+    return int(tensor.storage_offset() * tensor.element_size() + tensor.nbytes)
+
+
 class _Table:
     """The ``pcc_tensor[]`` of some names, to be filled."""
 
@@ -286,8 +292,8 @@ class _Table:
         self._base = self._texts.address()
         self._bytes = bytearray(max(1, len(names)) * _TENSOR.size)
         self._gpus: list[int | None] = [None] * len(names)
-        #: per tensor of torch: address, shape, dtype, and bytes that its storage must have
-        self._known: list[tuple[int, Any, Any, int] | None] = [None] * len(names)
+        #: per tensor of torch: address, shape, dtype, bytes that its storage must have, and device
+        self._known: list[tuple[int, Any, Any, int, Any] | None] = [None] * len(names)
 
     def fill(self, memories: list[Memory]) -> None:
         """Enters one memory for each name."""
@@ -315,11 +321,10 @@ class _Table:
             self._note(at, array)
 
     def _note(self, at: int, array: Any) -> None:
-        self._known[at] = None
         # Other kinds of tensors are examined each time.
-        if type(array) in _plain_types():
-            needed = array.storage_offset() * array.element_size() + array.nbytes
-            self._known[at] = (array.data_ptr(), array.shape, array.dtype, needed)
+        plain = type(array) in _plain_types()
+        known = (array.data_ptr(), array.shape, array.dtype, _storage_bytes(array), array.device) if plain else None
+        self._known[at] = known
 
     def update(self, arrays: list[Any]) -> list[Any] | None:
         """Enters what does not look as before; returns what keeps each memory alive. None where a shape is another one:
@@ -329,19 +334,26 @@ class _Table:
         plain, strided = _plain_types(), getattr(sys.modules.get("torch"), "strided", None)
         for at, array in enumerate(arrays):
             known = self._known[at]
-            # Of that address, dtype and shape, contiguous and not lazy, it is described as before, whatever it is.
+            # Of that dtype and shape, on that device, contiguous and not lazy, it is described as before but for its
+            # address, whatever it is. An address is of one device.
             if (
                 known is not None
                 and type(array) in plain
                 and array.layout is strided
-                and array.data_ptr() == known[0]
+                and not array.is_nested
                 and array.shape == known[1]
                 and array.dtype is known[2]
                 and array.is_contiguous()
                 and not (array.is_conj() or array.is_neg())
             ):
-                storage = array.untyped_storage()
-                if storage.nbytes() >= known[3]:
+                address, storage = array.data_ptr(), array.untyped_storage()
+                if address == known[0]:
+                    if storage.nbytes() >= known[3]:
+                        owners.append(storage)
+                        continue
+                elif array.device == known[4] and storage.nbytes() >= (needed := _storage_bytes(array)):
+                    _DATA.pack_into(self._bytes, at * _TENSOR.size + _DATA_AT, address)
+                    self._known[at] = (address, *known[1:3], needed, known[4])
                     owners.append(storage)
                     continue
             memory = memory_of(array, self.names[at], gpu=True)

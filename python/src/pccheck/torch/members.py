@@ -10,7 +10,7 @@ import random
 import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -115,10 +115,9 @@ class OptimizerMember(Member):
     def state(self) -> Any:
         return self.target.state_dict()
 
-    def steady(self) -> Iterator[torch.Tensor]:
+    def steady(self) -> Iterable[torch.Tensor]:
         # Hyperparameters may be tensors too (capturable optimizers), but schedulers change those.
-        for state in self.target.state.values():
-            yield from _tensors(state)
+        return _tensors(self.target.state, [])
 
     def plan(self, saved: Any, plan: ReadPlan) -> Any:
         if not isinstance(saved, Mapping) or "param_groups" not in saved or "state" not in saved:
@@ -299,15 +298,17 @@ def _has_own_state(part: Any) -> bool:
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Adds the tensors in a value to ``found``."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
+        found.append(value)
+    elif isinstance(value, (dict, Mapping)):
         for part in value.values():
-            yield from _tensors(part)
+            _tensors(part, found)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from _tensors(part)
+            _tensors(part, found)
+    return found
 
 
 def _materialise(tensor: torch.Tensor, memory: torch.Tensor) -> None:

@@ -26,6 +26,8 @@ _CAPTURE_SHARE = 50
 _CAPTURE_BYTES = 4 << 20
 # Scalars, such as an optimizer's step counters, are not worth reading in place.
 _SCALAR_BYTES = 64
+# Types that are nothing but memory.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass
@@ -80,78 +82,97 @@ def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool) -> Snapshot
     addresses = {local_part(tensor).data_ptr() for tensor in steady}
     addresses.discard(0)
     snapshot = Snapshot(flat.json, {}, {})
-    total = sum(getattr(tensor, "nbytes", 0) for tensor in flat.tensors.values())
-    budget = max(_CAPTURE_BYTES, total // _CAPTURE_SHARE)
-    captured: dict[Any, torch.Tensor] = {}
-    keys: dict[str, Any] = {}
+    found: list[tuple[str, torch.Tensor, bool]] = []
     for name, value in flat.tensors.items():
         if not isinstance(value, torch.Tensor):
             snapshot.tensors[name] = _numpy_copy(value)
             continue
-        sharding = sharding_of(value)
+        sharding = None if type(value) in _PLAIN else sharding_of(value)
         if sharding is not None:
             snapshot.shardings[name] = sharding
-        tensor = local_part(value).detach()
-        _check(tensor, name)
-        readable = _is_read(tensor.device) and tensor.is_contiguous()
-        readable = readable and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-        if readable and tensor.nbytes > _SCALAR_BYTES and tensor.data_ptr() in addresses:
-            snapshot.tensors[name] = tensor
+        tensor = (value if type(value) in _PLAIN else local_part(value)).detach()
+        in_place = _is_readable(tensor)
+        if not in_place:
+            _check(tensor, name)
+        found.append((name, tensor, in_place))
+    total = sum(tensor.nbytes for _, tensor, _ in found)
+    budget = max(_CAPTURE_BYTES, total // _CAPTURE_SHARE)
+    captured = _Captured()
+    for name, tensor, in_place in found:
+        nbytes = tensor.nbytes
+        if in_place and nbytes > _SCALAR_BYTES and tensor.data_ptr() in addresses:
             snapshot.live.append(Live(name, tensor, tensor._version, _crc(tensor) if hashes else None))
-        elif readable and tensor.nbytes > max(budget, _SCALAR_BYTES):
-            snapshot.tensors[name] = tensor
+        elif in_place and nbytes > max(budget, _SCALAR_BYTES):
             snapshot.urgent = True
-        else:
-            # Tied tensors share one copy, so that they stay tied.
-            key: Any = (
-                tensor.data_ptr(),
-                tensor.shape,
-                tensor.dtype,
-                tensor.stride(),
-                tensor.is_conj(),
-                tensor.is_neg(),
-            )
-            if not tensor.nbytes:
-                key = name
-            if key not in captured:
-                captured[key] = tensor
-                # What cannot be read in place costs its memory anyhow.
-                budget -= tensor.nbytes if readable else 0
-            snapshot.tensors[name] = tensor
-            keys[name] = key
-    copies = _captured(captured)
-    for name, key in keys.items():
-        snapshot.tensors[name] = copies[key]
+        elif captured.add(name, tensor, in_place) and in_place:
+            # What cannot be read in place costs its memory anyhow.
+            budget -= nbytes
+        snapshot.tensors[name] = tensor
+    snapshot.tensors |= captured.copies()
     return snapshot
 
 
-def _captured(tensors: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
-    """Copies that the trainer does not know. Those of one kind are made at once: step counters come by the hundreds."""
-    kinds: dict[Any, list[Any]] = {}
-    for key, tensor in tensors.items():
-        plain = _is_read(tensor.device) and tensor.is_contiguous() and 0 < tensor.nbytes <= _SCALAR_BYTES
-        plain = plain and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-        kinds.setdefault((tensor.dtype, tensor.device) if plain else None, []).append(key)
-    copies = {key: _capture(tensors[key]) for key in kinds.pop(None, [])}
-    for (dtype, device), keys in kinds.items():
-        sources = [tensors[key] for key in keys]
-        sizes = [source.numel() for source in sources]
+def _is_readable(tensor: torch.Tensor) -> bool:
+    """Whether the engine can read a tensor where it is."""
+    return (
+        not _is_wrapper(tensor)
+        and (tensor.is_cpu or (tensor.is_cuda and torch.version.cuda is not None))
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+    )
+
+
+class _Captured:
+    """Tensors that are to be copied, each memory once: tied tensors share one copy, so that they stay tied."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Any, torch.Tensor] = {}
+        #: dtype, device, shape -> keys of those that fit together
+        self._small: dict[Any, list[Any]] = {}
+        self._keys: dict[str, Any] = {}
+
+    def add(self, name: str, tensor: torch.Tensor, in_place: bool) -> bool:
+        """Takes a tensor in. False where one with the same memory was."""
+        nbytes = tensor.nbytes
+        key: Any = name
+        if nbytes:
+            key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+            if not in_place:
+                key += (tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        self._keys[name] = key
+        if key in self._tensors:
+            return False
+        self._tensors[key] = tensor
+        if in_place and 0 < nbytes <= _SCALAR_BYTES:
+            self._small.setdefault((tensor.dtype, tensor.device, tensor.shape), []).append(key)
+        return True
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """Copies that the trainer does not know, by name. Small ones of a kind are made at once: step counters come by
+        the hundreds.
+        """
+        copies: dict[Any, torch.Tensor] = {}
         with torch.no_grad():
-            parts = torch.split(torch.empty(sum(sizes), dtype=dtype, device=device), sizes)
-            targets = [part.view(source.shape) for part, source in zip(parts, sources, strict=True)]
-            torch._foreach_copy_(targets, sources)
-        copies |= zip(keys, targets, strict=True)
-    return copies
+            for keys in self._small.values():
+                copies |= zip(keys, torch.stack([self._tensors[key] for key in keys]).unbind(), strict=True)
+        copies |= {key: _capture(tensor) for key, tensor in self._tensors.items() if key not in copies}
+        return {name: copies[key] for name, key in self._keys.items()}
 
 
 def _check(tensor: torch.Tensor, name: str) -> None:
     if tensor.is_meta:
         raise UnsupportedValue("a tensor on the meta device has no values; materialise it first", at=name)
-    wrapper = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    if tensor.layout is not torch.strided or tensor.is_quantized or wrapper:
-        raise UnsupportedValue(
-            f"a {type(tensor).__name__} of layout {tensor.layout} cannot be stored; save its plain parts", at=name
-        )
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or _is_wrapper(tensor):
+        kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
+        raise UnsupportedValue(f"a {kind} of layout {tensor.layout} cannot be stored; save its plain parts", at=name)
+
+
+def _is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether it has no memory of its own, but holds other tensors."""
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def _is_read(device: torch.device) -> bool:

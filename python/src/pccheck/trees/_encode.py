@@ -112,11 +112,11 @@ class Encoder:
 
     def _elements(self, value: Iterable[Any]) -> list[Json]:
         self._enter(value)
-        path = self._path
+        path, encoding = self._path, self._table.get
         elements = []
         for index, element in enumerate(value):
             path.append(index)
-            elements.append(self._value(element))
+            elements.append(encoding(type(element), Encoder._unknown)(self, element))
             path.pop()
         self._leave(value)
         return elements
@@ -146,7 +146,7 @@ class Encoder:
     def _mapping(self, value: dict[Any, Any]) -> dict[str, Json]:
         """The two forms of a mapping's contents: a JSON object for string keys, two lists for others."""
         self._enter(value)
-        path = self._path
+        path, encoding = self._path, self._table.get
         body: dict[str, Json]
         if {str}.issuperset(map(type, value)):
             members = {}
@@ -154,7 +154,7 @@ class Encoder:
                 if not key.isascii():
                     self._hashables((key,))
                 path.append(key)
-                members[key] = self._value(element)
+                members[key] = encoding(type(element), Encoder._unknown)(self, element)
                 path.pop()
             body = {"of": members}
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -37,11 +36,18 @@ class Names:
         self._prefix = [prefix] if prefix else []
         self._given: set[str] = set()
         self._last_number: dict[str, int] = {}
+        #: the container of the last tensor, as its path and as its part of a name: tensors stand side by side
+        self._container: list[Any] | None = None
+        self._head = ""
 
-    def name(self, path: Sequence[Any]) -> str:
+    def name(self, path: list[Any]) -> str:
         """A name for the tensor at `path`: fit for the engine, and not given before."""
-        base = ".".join(self._prefix + [key if type(key) is str else _part(key) for key in path])
-        base = base.replace("\0", "_") or "tensor"
+        container = path[:-1]
+        if self._container is None or container != self._container:
+            self._container = container
+            self._head = "".join(f"{part}." for part in [*self._prefix, *map(_part, container)])
+        # At the root there is the prefix alone.
+        base = (self._head + _part(path[-1]) if path else self._head[:-1]).replace("\0", "_") or "tensor"
         if base.startswith(_RESERVED_PREFIX) or base == _RESERVED_NAME:
             base = f"_{base}"
         if len(base) * 4 > NAME_LIMIT_BYTES:
