@@ -77,16 +77,14 @@ impl DeviceSource {
         })
     }
 
-    /// Copies what is in host memory of the payload bytes from `offset` on to its place in `dst`. True where there is any.
-    pub fn copy_host(&self, offset: u64, dst: &mut [u8]) -> Result<bool> {
-        let mut any = false;
+    /// Copies what is in host memory of the payload bytes from `offset` on to its place in `dst`.
+    pub fn copy_host(&self, offset: u64, dst: &mut [u8]) -> Result<()> {
         for (at, run, owner) in self.pieces(offset, dst.len()) {
             if owner.is_none() {
                 dst[at..at + run.len].copy_from_slice(self.host.bytes_of(&run)?);
-                any = true;
             }
         }
-        Ok(any)
+        Ok(())
     }
 
     /// What is in host memory of the payload bytes `offset..offset + len`, one piece behind the other.

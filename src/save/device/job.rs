@@ -63,6 +63,8 @@ pub(super) struct Job {
     /// between, that memory's bytes.
     kept: BTreeMap<u64, Vec<u8>>,
     next_chunk: u64,
+    /// A chunk that a device brings, as was found before.
+    peeked: Option<u64>,
     pub flights: u32,
     pub failed: bool,
     /// The staging pool is page-locked: copies into it do not hold up the thread that enqueues them.
@@ -92,6 +94,7 @@ impl Job {
             spares: Vec::new(),
             kept: BTreeMap::new(),
             next_chunk: 0,
+            peeked: None,
             flights: 0,
             failed: false,
             locked: true,
@@ -122,8 +125,9 @@ impl Job {
         let count = self.held.save().chunk_count;
         while self.next_chunk < count {
             let (offset, len) = self.span(self.next_chunk);
-            if source.is_fetched(offset, len) {
-                return Some(self.next_chunk);
+            if self.peeked == Some(self.next_chunk) || source.is_fetched(offset, len) {
+                self.peeked = Some(self.next_chunk);
+                return self.peeked;
             }
             self.next_chunk += 1;
         }
@@ -141,19 +145,20 @@ impl Job {
         let Some(chunk) = self.peek() else { return Ok(None) };
         let source = self.source()?;
         let (offset, len) = self.span(chunk);
-        let chunk_buffer = &mut buffer[..len];
-        match self.kept.remove(&chunk) {
-            Some(kept) => source.place_host(offset, chunk_buffer, &kept),
-            None if self.spares.is_empty() => drop(source.copy_host(offset, chunk_buffer)?),
-            None => {}
-        }
-        let to = buffer.as_ptr() as u64;
+        let (to, mut fetched) = (buffer.as_ptr() as u64, 0);
         for fetch in source.fetches(offset, len) {
             let from = self.addresses[&fetch.segment] + fetch.skip;
             let copy = Copy { to: to + fetch.at as u64, from, bytes: fetch.bytes };
             // A spare is one memory, whatever lies in it.
             let of = if self.spares.is_empty() { fetch.segment as u64 } else { 0 };
             lists[fetch.device].push(of, copy);
+            fetched += fetch.bytes;
+        }
+        if fetched < len {
+            match self.kept.remove(&chunk) {
+                Some(kept) => source.place_host(offset, &mut buffer[..len], &kept),
+                None => source.copy_host(offset, &mut buffer[..len])?,
+            }
         }
         self.next_chunk += 1;
         Ok(Some((chunk, len as u64)))

@@ -13,9 +13,13 @@ use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
 
 /// Chunks are enqueued in groups of so many bytes: long copies use the bus best.
-const GROUP_BYTES: u64 = 16 << 20;
+const GROUP_BYTES: usize = 16 << 20;
 /// No group takes more than this share of the pool, so that one can be on its way while another is written.
 const GROUP_SHARE: usize = 4;
+/// Of a large pool groups take this share, up to so many bytes: each costs calls of the driver, and until all are enqueued a
+/// trainer may wait.
+const LARGE_GROUP_SHARE: usize = 64;
+const LARGE_GROUP_BYTES: usize = 64 << 20;
 /// So many buffers, or that share of the pool, are left to others, who would else wait for as long as a stream takes to
 /// reach the copies.
 const LEFT_BUFFERS: usize = 4;
@@ -244,7 +248,7 @@ impl Pump<'_> {
 
     fn free_buffers(&self) -> Vec<StagingBuffer> {
         let pool = self.shared.region.pool();
-        let most = (GROUP_BYTES as usize / pool.buffer_bytes()).min(pool.buffer_count() / GROUP_SHARE).max(1);
+        let most = group_of(pool.buffer_bytes(), pool.buffer_count());
         let left = (pool.buffer_count() / LEFT_SHARE).clamp(1, LEFT_BUFFERS);
         let free = pool.free_count().saturating_sub(left);
         std::iter::from_fn(|| pool.try_acquire()).take(most.min(free)).collect()
@@ -398,5 +402,33 @@ impl Pump<'_> {
         std::mem::forget(std::mem::take(&mut self.lanes));
         std::mem::forget(std::mem::take(&mut self.flights));
         self.shared.exchange.flags.keep();
+    }
+}
+
+/// How many buffers of a pool a group may take.
+fn group_of(buffer_bytes: usize, buffer_count: usize) -> usize {
+    let bytes = (buffer_bytes * (buffer_count / LARGE_GROUP_SHARE)).clamp(GROUP_BYTES, LARGE_GROUP_BYTES);
+    (bytes / buffer_bytes).min(buffer_count / GROUP_SHARE).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::group_of;
+
+    #[test]
+    fn groups_are_long_and_leave_most_of_the_pool() {
+        const MIB: usize = 1 << 20;
+        for (buffer, count, expected) in [
+            (MIB, 256, 16),
+            (MIB, 8, 2),
+            (MIB, 2, 1),
+            (MIB, 2048, 32),
+            (MIB, 4200, 64),
+            (MIB, 100_000, 64),
+            (4 * MIB, 64, 4),
+            (128 * MIB, 100, 1),
+        ] {
+            assert_eq!(group_of(buffer, count), expected, "{count} of {buffer} bytes");
+        }
     }
 }
