@@ -7,16 +7,20 @@ Run by scripts/gpu where there is a GPU.
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import pccheck
 import pccheck.torch
-from pccheck import errors
+from pccheck import arrays, errors
 
 #: seconds after which a save that hangs fails
 PROMPT = 30
@@ -231,6 +235,27 @@ def test_damaged_arguments_are_errors(store):
     with pytest.raises(errors.InvalidArgument):
         store.save(1, {"w": torch.rand(100, 10, device="cuda").t()})
     store.save(2, state).durable()
+
+
+def test_memory_that_is_no_gpus_is_refused_and_nothing_is_read(store):
+    """The driver is asked: none of the engine's own book-keeping knows it."""
+    host = torch.zeros(1000, dtype=torch.uint8)
+    memory = arrays.Memory(host.data_ptr(), host.nbytes, "U8", (1000,), host, gpu=0)
+    with (
+        mock.patch.object(store, "_packer", mock.Mock(pack=lambda named: arrays.pack_tensors({"w": memory}))),
+        pytest.raises(errors.InvalidArgument, match="no memory of a GPU"),
+    ):
+        store.save(1, {})
+    store.save(2, {"w": host.cuda()}).durable()
+
+
+def test_memory_of_expandable_segments_is_like_any_other():
+    """Addresses that are reserved first and get their memory later, as large trainings use them."""
+    chosen = "what_is_saved or host_and_gpu or several_threads or fills_parameters"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_spare_memory_that_there_is_not_fails_the_save_alone(tmp_path):

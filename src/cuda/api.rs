@@ -12,8 +12,10 @@ pub use sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUmemcpyAttributes, CUs
 
 /// The driver's numbers of what is told apart here.
 pub const SUCCESS: c_int = 0;
+pub const INVALID_VALUE: c_int = 1;
 pub const OUT_OF_MEMORY: c_int = 2;
 pub const NO_DEVICE: c_int = 100;
+pub const INVALID_CONTEXT: c_int = 201;
 pub const NOT_READY: c_int = 600;
 
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`.

@@ -4,7 +4,7 @@
 use core::ffi::{c_uint, c_void};
 use std::collections::BTreeMap;
 
-use super::api::CUdeviceptr;
+use super::api::{CUdeviceptr, INVALID_CONTEXT, INVALID_VALUE};
 use super::device::Device;
 use super::stream::enter_to_drop;
 use crate::error::{Error, ErrorKind, Result};
@@ -151,11 +151,14 @@ fn ask(device: &Device, address: u64) -> Result<(Option<u32>, u64, u64)> {
     let mut places: [*mut c_void; 4] =
         [(&raw mut kind).cast(), (&raw mut ordinal).cast(), (&raw mut start).cast(), (&raw mut bytes).cast()];
     let count = attributes.len() as c_uint;
-    // SAFETY: a place of its type for each attribute; any address may be asked for: of one that the driver does not know all are 0
-    // or invalid, and so is the type.
+    // SAFETY: a place of its type for each attribute; any address may be asked for.
     let code = unsafe {
         (device.api.pointer_attributes)(count, attributes.as_mut_ptr(), places.as_mut_ptr(), address)
     };
+    // Of an address that it does not know the driver says so either by the type, which is none, or by these.
+    if matches!(code, INVALID_VALUE | INVALID_CONTEXT) {
+        return Ok((None, address, 0));
+    }
     device.api.check("ask whose memory a tensor is", code)?;
     Ok(((kind == TYPE_DEVICE).then_some(ordinal), start, bytes as u64))
 }
