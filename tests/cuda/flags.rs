@@ -1,12 +1,13 @@
 //! Streams that wait for a flag in memory: no thread waits for a pool that is too small, and nothing hangs.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pccheck::engine::Store;
 use pccheck::error::ErrorKind;
 use pccheck::save::{DeviceOptions, Faults, Save, SaveOptions, Snapshot};
 
-use super::bed::{on, store, stream_wait, State, MIXED, PROMPT, TWO_GPUS, WAIT};
+use super::bed::{on, store, stream_wait, until, State, MIXED, PROMPT, TWO_GPUS, WAIT};
 use super::standin::{Standin, Stream};
 
 /// Of a pool that takes the state in many portions.
@@ -317,4 +318,31 @@ fn a_store_with_flags_is_closed_although_a_gpu_hangs() {
     drop(save);
     standin.synchronize(0, stream);
     standin.synchronize(0, other);
+}
+
+/// A thread that comes between: it was told that its stream may wait, and by then nobody is left who would end that.
+#[test]
+fn a_stream_that_comes_to_wait_when_the_store_has_closed_goes_on() {
+    // The call between being told and having the stream wait.
+    const BETWEEN: &str = "cuThreadExchangeStreamCaptureMode";
+    let standin = Standin::take();
+    let (stream, other) = (standin.stream(0), standin.stream(0));
+    let (store, state) = warmed(&standin, stream);
+    standin.hold_stream(other, true);
+    let save = Arc::new(state.begin(&store, 2, flagged(other, PROMPT)).expect("begin"));
+    let before = standin.calls(BETWEEN);
+    standin.stall(BETWEEN, true);
+    let late = save.clone();
+    let waiting = std::thread::spawn(move || drop(stream_wait(&late, stream)));
+    until("the thread was told", || standin.calls(BETWEEN) > before);
+    let closing = std::thread::spawn(|| drop(store));
+    std::thread::sleep(Duration::from_millis(20));
+    standin.hold_stream(other, false);
+    // The pump leaves by the same call, once all saves have ended; the thread that raises flags has nothing to wait for then.
+    until("the pump ends", || standin.calls(BETWEEN) > before + 1);
+    std::thread::sleep(Duration::from_millis(100));
+    standin.stall(BETWEEN, false);
+    // Not joined: they would never end, nor the test.
+    until("both threads have ended", || waiting.is_finished() && closing.is_finished());
+    until("the stream goes on", || standin.is_idle(0, stream));
 }
