@@ -198,7 +198,7 @@ fn spec_of(step: u64, plan: &PayloadPlan, flags: u32, how: &SaveOptions) -> Save
 #[expect(unsafe_code, reason = "passes the caller's promise on")]
 unsafe fn origin_of(plan: PayloadPlan, tensors: &[TensorAt<'_>], options: &SaveOptions) -> Result<Origin> {
     let placed = Placed::new(plan, tensors);
-    if tensors.iter().any(|tensor| tensor.device.is_some()) {
+    if placed.owners.iter().any(Option::is_some) {
         // SAFETY: the caller's promise.
         return unsafe { device_origin(placed, options) };
     }
@@ -223,7 +223,7 @@ unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin>
     let index_of = |owner: &Option<u32>| owner.and_then(|owner| ordinals.binary_search(&owner).ok());
     let owners: Vec<Option<usize>> = owners.iter().map(index_of).collect();
     let mut known = Owners::default();
-    for (segment, owner) in segments.iter().zip(&owners).filter(|(segment, _)| segment.len > 0) {
+    for (segment, owner) in segments.iter().zip(&owners) {
         if let Some(owner) = *owner {
             check_owner(segment, &devices[owner], &mut known)?;
         }
@@ -270,7 +270,6 @@ struct Placed {
     header: Vec<u8>,
     segments: Vec<HostSegment>,
     /// The GPU of each segment.
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "without CUDA there are none"))]
     owners: Vec<Option<u32>>,
     /// What one of the segments points into.
     owned: Vec<u8>,
@@ -284,7 +283,8 @@ impl Placed {
             .map(|&index| {
                 let tensor = &tensors[index];
                 let segment = HostSegment { ptr: tensor.ptr, len: tensor.bytes as usize };
-                (plan.placements[index], segment, tensor.device)
+                // Where nothing is there is nothing to wait for either.
+                (plan.placements[index], segment, tensor.device.filter(|_| segment.len > 0))
             })
             .collect();
         let owned = plan.metadata_tensor.map_or(Vec::new(), |metadata| {

@@ -10,6 +10,7 @@ mod flags;
 mod owners;
 mod restores;
 mod saves;
+mod spares;
 mod standin;
 
 use std::process::Command;

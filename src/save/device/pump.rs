@@ -215,18 +215,31 @@ impl Pump<'_> {
     fn snapshot(&mut self, at: usize, spares: Vec<(usize, DeviceBuffer)>) -> Result<()> {
         let job = &mut self.jobs[at];
         let (lists, leaving) = job.move_to_spares(spares)?;
-        let (mut reached, mut kept) = (Vec::new(), Vec::new());
+        let mut flight = Flight::new(job.number(), Vec::new(), Vec::new(), leaving);
+        let (mut kept, mut failure) = (Vec::new(), None);
         for (&lane, copies) in job.lanes.iter().zip(&lists) {
-            let (event, for_streams) = self.lanes[lane].snapshot(copies)?;
-            reached.push((lane, Mark::Event(event)));
-            kept.push(for_streams);
+            match self.lanes[lane].snapshot(copies) {
+                Ok((event, for_streams)) => {
+                    flight.marks.push((lane, Mark::Event(event)));
+                    kept.push(for_streams);
+                }
+                Err(error) => {
+                    // Some of them may run all the same: until they are done the spare is no other save's.
+                    flight.marks.extend(self.lanes[lane].when_idle().map(|mark| (lane, mark)));
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        job.flights += 1;
+        self.flights.push_back(flight);
+        if let Some(error) = failure {
+            return Err(error);
         }
         if self.shared.faults.stream_waits_for_nothing() {
             kept.clear();
         }
         job.copies.all_enqueued(kept);
-        job.flights += 1;
-        self.flights.push_back(Flight::new(job.number(), reached, Vec::new(), leaving));
         Ok(())
     }
 

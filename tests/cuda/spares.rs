@@ -1,0 +1,64 @@
+//! Spare memory of a snapshot that failed: its copies may run all the same, and must not reach what is saved next.
+
+use pccheck::save::{Faults, Snapshot};
+use pccheck::ErrorKind;
+
+use super::bed::{on, store, stream_wait, State, WAIT};
+use super::standin::{Standin, Stream};
+
+/// A snapshot of which the driver refuses the nth call of a kind from its begin on, and the next one, which is quicker.
+fn the_next_snapshot_is_right(parts: &[(usize, Option<u32>)], call: &str, nth: u64) {
+    let what = format!("call {nth} of {call}");
+    let standin = Standin::take();
+    // Of each GPU.
+    let stream = Stream(0);
+    let store = store(16, Faults::default());
+    let mut slow = State::new(&standin, parts);
+    let mut quick = State::new(&standin, &[(80_000, Some(0))]);
+    slow.fill(|_| stream, 1, 0);
+    quick.fill(|_| stream, 2, 0);
+    (0..2).for_each(|device| standin.synchronize(device, stream));
+    standin.delay_us(100_000);
+    standin.fail(call, nth, 1, false);
+    let lost = slow.begin(&store, 1, on(stream, Snapshot::Spare)).expect("begin");
+    assert_eq!(lost.wait_durable(WAIT).expect_err("refused").kind(), ErrorKind::Device, "{what}");
+    let save = quick.begin(&store, 2, on(stream, Snapshot::Spare)).expect("begin");
+    stream_wait(&save, stream).expect("wait");
+    save.wait_durable(WAIT).expect("durable");
+    assert!(quick.is_saved(&store, 2), "{what}");
+}
+
+#[test]
+fn a_snapshot_that_fails_does_not_write_into_the_next_one() {
+    // Too few for one call for all of them.
+    let parts = &[(30_000, Some(0)), (30_000, Some(0)), (30_000, Some(0))];
+    the_next_snapshot_is_right(parts, "cuMemcpyDtoDAsync_v2", 3);
+    // The first is that of the caller's stream; then come the pump's and that for streams.
+    the_next_snapshot_is_right(parts, "cuEventRecord", 2);
+    the_next_snapshot_is_right(parts, "cuEventRecord", 3);
+    // Two streams of the engine are ordered after the caller's before.
+    the_next_snapshot_is_right(parts, "cuStreamWaitEvent", 3);
+}
+
+#[test]
+fn a_snapshot_that_another_gpu_refuses_does_not_write_into_the_next_one() {
+    let parts = &[(30_000, Some(0)), (30_000, Some(0)), (30_000, Some(0)), (20_000, Some(1))];
+    the_next_snapshot_is_right(parts, "cuMemcpyDtoDAsync_v2", 4);
+}
+
+#[test]
+fn a_stream_waits_for_nothing_where_all_tensors_on_gpus_are_empty() {
+    let standin = Standin::take();
+    let stream = standin.stream(0);
+    for snapshot in [Snapshot::Staging, Snapshot::Spare] {
+        for parts in [&[(0, Some(0)), (50_000, None)], &[(0, Some(1)), (50_000, Some(0))]] {
+            let store = store(16, Faults::default());
+            let mut state = State::new(&standin, parts);
+            state.fill(|_| stream, 1, 0);
+            let save = state.begin(&store, 1, on(stream, snapshot)).expect("begin");
+            stream_wait(&save, stream).expect("wait");
+            save.wait_durable(WAIT).expect("durable");
+            assert!(state.is_saved(&store, 1));
+        }
+    }
+}
