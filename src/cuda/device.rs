@@ -10,6 +10,9 @@ use crate::sync::{Arc, Mutex, Weak};
 
 const OP: &str = "open GPU";
 
+/// How many queues of a device the driver spreads streams over; some programs set it to 1, to order kernels.
+const CONNECTIONS: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+
 /// Devices in use, by ordinal: all stores of a process share them.
 static DEVICES: Mutex<Vec<Weak<Device>>> = Mutex::new(Vec::new());
 
@@ -19,6 +22,7 @@ pub struct Device {
     handle: CUdevice,
     context: CUcontext,
     pub(super) api: &'static Api,
+    one_queue: bool,
     stamp: ForkStamp,
 }
 
@@ -63,7 +67,14 @@ impl Device {
         let mut context: CUcontext = core::ptr::null_mut();
         // SAFETY: a place for a context, and a device.
         api.check(OP, unsafe { (api.context_retain)(&raw mut context, handle) })?;
-        Ok(Device { ordinal, handle, context, api, stamp: ForkStamp::now() })
+        // The driver has looked at it by now, too.
+        let one_queue = std::env::var_os(CONNECTIONS).is_some_and(|number| number == "1");
+        Ok(Device { ordinal, handle, context, api, one_queue, stamp: ForkStamp::now() })
+    }
+
+    /// All streams share one queue of the device: what one waits for must not be enqueued behind its wait.
+    pub fn has_one_queue(&self) -> bool {
+        self.one_queue
     }
 
     /// As CUDA counts devices in this process.

@@ -2,7 +2,8 @@
 //!
 //! A stream that waits for a flag goes on when the engine raises it. Allocating, freeing and page-locking may wait for all
 //! that runs on a device: were the engine to do that while a stream waits for it, each would wait for the other. So there is
-//! either the one or the other, in the whole process: stores share the devices.
+//! either the one or the other, in the whole process: stores share the devices. Not kept apart are restores and the closing of
+//! stores, which the program decides when to do.
 
 use crate::sync::Mutex;
 
@@ -10,6 +11,8 @@ use crate::sync::Mutex;
 struct State {
     flags: u32,
     allocating: u32,
+    /// How many are to allocate next.
+    turns: u32,
 }
 
 static STATE: Mutex<Option<State>> = Mutex::new(None);
@@ -22,10 +25,10 @@ fn with<T>(body: impl FnOnce(&mut State) -> T) -> T {
 pub struct Pending(());
 
 impl Pending {
-    /// None while something is being allocated.
+    /// None while something is being allocated, or is to be next.
     pub fn begin() -> Option<Pending> {
         with(|state| {
-            (state.allocating == 0).then(|| {
+            (state.allocating == 0 && state.turns == 0).then(|| {
                 state.flags += 1;
                 Pending(())
             })
@@ -57,5 +60,23 @@ impl Allocating {
 impl Drop for Allocating {
     fn drop(&mut self) {
         with(|state| state.allocating -= 1);
+    }
+}
+
+/// Somebody could not allocate: while this lives no further stream comes to wait for a flag, so that it can when those that do
+/// have gone on.
+pub struct Turn(());
+
+impl Turn {
+    /// Asks for it.
+    pub fn ask() -> Turn {
+        with(|state| state.turns += 1);
+        Turn(())
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        with(|state| state.turns -= 1);
     }
 }

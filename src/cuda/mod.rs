@@ -28,7 +28,7 @@ mod stream;
 
 pub use copies::{Copy, CopyList, Direction};
 pub use device::{Device, Entered};
-pub use gate::{Allocating, Pending};
+pub use gate::{Allocating, Pending, Turn};
 pub use memory::{free_memory, DeviceBuffer, Owners, Registered};
 pub use stream::{Event, Stream, UserStream, Waits};
 

@@ -40,6 +40,9 @@ pub struct Faults {
     /// Take copies of a GPU's memory for done as soon as they are enqueued.
     #[cfg(feature = "sim")]
     pub land_early: bool,
+    /// Have the thread that copies a GPU's memory die when a copy has arrived while a stream waits for a flag.
+    #[cfg(feature = "sim")]
+    pub die_at_arrival: bool,
     /// Let the caller's stream go on without waiting for the copies.
     #[cfg(feature = "sim")]
     pub stream_waits_for_nothing: bool,
@@ -61,4 +64,4 @@ macro_rules! fault {
 fault! { skip_writing_mark commit_before_payload free_before_commit commit_on_last_chunk pin_after_commit }
 fault! { remember_overwritten know_uncommitted join_after_flush wake_before_forgetting end_with_writes_under_way }
 #[cfg(feature = "cuda")]
-fault! { copy_before_the_event land_early stream_waits_for_nothing }
+fault! { copy_before_the_event land_early stream_waits_for_nothing die_at_arrival }

@@ -1,5 +1,8 @@
 //! Streams that wait for a flag in memory: no thread waits for a pool that is too small, and nothing hangs.
 
+use std::collections::VecDeque;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -345,4 +348,110 @@ fn a_stream_that_comes_to_wait_when_the_store_has_closed_goes_on() {
     // Not joined: they would never end, nor the test.
     until("both threads have ended", || waiting.is_finished() && closing.is_finished());
     until("the stream goes on", || standin.is_idle(0, stream));
+}
+
+/// The driver may hold up the copies because of the stream that waits for them, or of what the program enqueued behind that.
+#[test]
+fn copies_that_the_driver_holds_up_cost_their_save_and_not_the_deadline() {
+    let standin = Standin::take();
+    let (stream, other) = (standin.stream(0), standin.stream(0));
+    let (store, state) = warmed(&standin, stream);
+    let save = begin_held(&state, &store, 2, other, stream, PROMPT);
+    let began = Instant::now();
+    standin.stall("cuEventQuery", true);
+    standin.synchronize(0, stream);
+    assert!(began.elapsed() < PROMPT / 2, "{:?}", began.elapsed());
+    standin.stall("cuEventQuery", false);
+    standin.hold_stream(other, false);
+    let error = save.wait_durable(WAIT).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Device);
+    assert!(error.to_string().contains("held up"), "{error}");
+    // A GPU that takes its time is none.
+    let save = begin_held(&state, &store, 3, other, stream, PROMPT);
+    std::thread::sleep(Duration::from_secs(7));
+    standin.hold_stream(other, false);
+    save.wait_durable(WAIT).expect("durable");
+    standin.synchronize(0, stream);
+}
+
+/// Each save is begun before the last one is copied, so that some stream waits at any time.
+#[test]
+fn a_save_that_allocates_gets_its_turn() {
+    let standin = Standin::take();
+    let (stream, other) = (standin.stream(0), standin.stream(0));
+    let (busy, state) = warmed(&standin, stream);
+    let plain = store(FEW, Faults::default());
+    let small = State::new(&standin, &[(80_000, Some(0))]);
+    standin.delay_us(3_000);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut open = VecDeque::new();
+            for step in 2.. {
+                let save = state.begin(&busy, step, flagged(stream, PROMPT)).expect("begin");
+                stream_wait(&save, stream).expect("wait");
+                open.push_back(save);
+                if open.len() > 4 {
+                    open.pop_front().expect("one").wait_durable(WAIT).expect("durable");
+                }
+                // Relaxed: it only has to be seen some time.
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+            }
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        let save = small.begin(&plain, 1, on(other, Snapshot::Spare)).expect("begin");
+        let saved = save.wait_durable(Some(PROMPT / 2));
+        stop.store(true, Ordering::Relaxed);
+        saved.expect("durable");
+    });
+    standin.synchronize(0, stream);
+}
+
+/// Where streams share a queue of the GPU, copies could come behind the wait for them.
+#[test]
+fn where_streams_share_one_queue_the_thread_waits() {
+    const CONNECTIONS: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+    if std::env::var_os(CONNECTIONS).is_none() {
+        let mut again = Command::new(std::env::current_exe().expect("this test"));
+        again.args(["--exact", "flags::where_streams_share_one_queue_the_thread_waits"]);
+        let again = again.env(CONNECTIONS, "1").output().expect("run");
+        let said = String::from_utf8_lossy(&again.stdout);
+        assert!(again.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    let standin = Standin::take();
+    let stream = standin.stream(0);
+    let (store, mut state) = warmed(&standin, stream);
+    standin.delay_us(SLOW_US / 30);
+    state.fill(|_| stream, 2, 0);
+    let save = state.begin(&store, 2, flagged(stream, PROMPT)).expect("begin");
+    stream_wait(&save, stream).expect("wait");
+    state.fill(|_| stream, 3, 0);
+    save.wait_durable(WAIT).expect("durable");
+    assert!(state.is_saved(&store, 2));
+    assert_eq!(standin.calls("cuStreamWaitValue32_v2"), 0);
+    standin.synchronize(0, stream);
+}
+
+/// What that thread had would be given back while it dies, which waits for the stream.
+#[test]
+fn the_stream_goes_on_where_the_thread_that_copies_dies() {
+    let standin = Standin::take();
+    let (stream, other) = (standin.stream(0), standin.stream(0));
+    let mut faults = Faults::default();
+    faults.die_at_arrival = true;
+    let store = store(FEW, faults);
+    let state = State::new(&standin, MIXED);
+    for options in [flagged(stream, PROMPT), on(stream, Snapshot::Spare)] {
+        state.begin(&store, 1, options).and_then(|save| save.wait_durable(WAIT)).expect("durable");
+    }
+    standin.allocations_wait(true);
+    let save = begin_held(&state, &store, 2, other, stream, PROMPT);
+    let began = Instant::now();
+    standin.hold_stream(other, false);
+    standin.synchronize(0, stream);
+    assert!(began.elapsed() < PROMPT / 2, "{:?}", began.elapsed());
+    assert_eq!(save.wait_durable(WAIT).unwrap_err().kind(), ErrorKind::Internal);
 }

@@ -8,6 +8,7 @@
 use std::time::Instant;
 
 use super::job::late;
+use super::watch::{held_up, Watch, LOOK};
 use crate::cuda::{Device, Event, Pending, Relaxed, UserStream, Waits};
 use crate::save::core::SaveCore;
 use crate::save::saver::Shared;
@@ -195,10 +196,16 @@ impl Flags {
         (left, earliest)
     }
 
-    fn late(&self) -> Vec<Arc<SaveCore>> {
+    /// Some stream waits.
+    pub fn are_waited_for(&self) -> bool {
+        !self.waited_for(|_| true).is_empty()
+    }
+
+    /// Saves that streams wait for.
+    fn waited_for(&self, which: impl Fn(&Wait) -> bool) -> Vec<Arc<SaveCore>> {
         let state = self.state.lock();
         let waits = state.flags.iter().filter_map(|flag| flag.wait.as_ref());
-        waits.filter(|wait| wait.is_late()).map(|wait| wait.save.clone()).collect()
+        waits.filter(|wait| which(wait)).map(|wait| wait.save.clone()).collect()
     }
 }
 
@@ -222,17 +229,22 @@ impl Drop for Flags {
 /// The thread that raises flags. Should it or another thread of the engine die, [`Flags::end`] comes after the saves were ended.
 pub(in crate::save) fn run_flags(shared: &Shared) {
     let flags = &shared.exchange.flags;
+    let mut watch = Watch::new();
+    let mut left = 0;
     loop {
         let ticket = flags.changed.ticket();
         // Its own thread, as the pump may be held up in the driver: by the stream that waits.
-        for save in flags.late() {
-            save.doom(late());
+        flags.waited_for(Wait::is_late).iter().for_each(|save| save.doom(late()));
+        if watch.is_held_up(&shared.exchange.beats, left > 0) {
+            flags.waited_for(|_| true).iter().for_each(|save| save.doom(held_up()));
         }
         let early = shared.faults.stream_waits_for_nothing();
-        let (left, earliest) = flags.raise(|wait| early || wait.save.lets_update());
+        let earliest;
+        (left, earliest) = flags.raise(|wait| early || wait.save.lets_update());
         if left == 0 && shared.closing() && shared.all_ended() && flags.end_if_unused() {
             return;
         }
-        let _ = flags.changed.wait(ticket, earliest);
+        let next_look = (left > 0).then(|| now() + LOOK);
+        let _ = flags.changed.wait(ticket, earliest.into_iter().chain(next_look).min());
     }
 }

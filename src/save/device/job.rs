@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::flight::Leaving;
 use super::{Copies, DevicePart, NewJob, Snapshot};
-use crate::cuda::{Copy, CopyList, DeviceBuffer};
+use crate::cuda::{Copy, CopyList, DeviceBuffer, Turn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::{DeviceSource, Source};
@@ -51,6 +51,8 @@ pub(super) struct Job {
     pub flag_waits: bool,
     /// Streams may wait for a flag until its copies are done.
     pub offers_flags: bool,
+    /// It is to allocate, and cannot yet.
+    pub turn: Option<Turn>,
     /// None: never.
     pub deadline: Option<Instant>,
     /// Per device of the source, its lane. Empty: not begun.
@@ -88,6 +90,7 @@ impl Job {
             snapshot,
             flag_waits,
             offers_flags: false,
+            turn: None,
             deadline,
             lanes: Vec::new(),
             addresses,

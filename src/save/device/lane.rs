@@ -102,10 +102,19 @@ impl Lane {
         }
     }
 
+    /// An earlier save has left spare memory for so many bytes.
+    pub fn has_spare(&self, bytes: u64) -> bool {
+        self.spare_for(bytes).is_some()
+    }
+
+    fn spare_for(&self, bytes: u64) -> Option<usize> {
+        self.spares.iter().position(|spare| spare.len() >= bytes)
+    }
+
     /// Spare memory for so many bytes: what an earlier save has left, or new; `modest`: only where enough is left to the
     /// program.
     pub fn take_spare(&mut self, bytes: u64, modest: bool) -> Result<DeviceBuffer> {
-        if let Some(at) = self.spares.iter().position(|spare| spare.len() >= bytes) {
+        if let Some(at) = self.spare_for(bytes) {
             return Ok(self.spares.swap_remove(at));
         }
         // Too small for this state: room for the one that is needed.

@@ -13,12 +13,14 @@
 //! | [`flight`] | copies that were enqueued, and the buffers that are lent to them |
 //! | [`lane`] | one device: its streams and its spare memory |
 //! | [`flags`] | streams of the program that wait for a flag |
+//! | [`watch`] | whether the driver holds up the pump |
 
 mod flags;
 mod flight;
 mod job;
 mod lane;
 mod pump;
+mod watch;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -27,6 +29,7 @@ pub(super) use flags::run_flags;
 pub(super) use pump::run_pump;
 
 use flags::Flags;
+use watch::Beats;
 
 use crate::cuda::{Device, Event, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
@@ -110,6 +113,8 @@ pub(crate) struct Exchange {
     pub work: Signal,
     arrived: Mutex<VecDeque<Arrived>>,
     pub flags: Flags,
+    /// The pump's.
+    pub beats: Beats,
 }
 
 impl Exchange {

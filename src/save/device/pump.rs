@@ -7,10 +7,11 @@ use super::flight::{Arrival, Flight, Leaving, Mark};
 use super::job::{late, Job};
 use super::lane::Lane;
 use super::{Arrived, Snapshot};
-use crate::cuda::{Allocating, CopyList, DeviceBuffer, Relaxed};
+use crate::cuda::{Allocating, CopyList, Device, DeviceBuffer, Relaxed, Turn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
+use crate::sync::{thread, Arc};
 
 /// Chunks are enqueued in groups of so many bytes: long copies use the bus best.
 const GROUP_BYTES: usize = 16 << 20;
@@ -44,6 +45,7 @@ pub(in crate::save) fn run_pump(shared: &Shared) {
     let mut closing_since = None;
     loop {
         let ticket = shared.exchange.work.ticket();
+        shared.exchange.beats.beat();
         let moved = pump.step();
         if moved {
             moved_at = Instant::now();
@@ -132,20 +134,35 @@ impl Pump<'_> {
         if self.jobs.iter_mut().take(at).any(is_waited_for) {
             return Ok(false);
         }
-        let job = &self.jobs[at];
-        let source = job.source()?;
-        let is_new = |device| !self.lanes.iter().any(|lane| lane.is_of(device));
-        let allocates = job.snapshot != Snapshot::Staging
-            || source.devices().iter().any(is_new)
-            || job.flag_waits && self.shared.exchange.flags.is_unprepared();
-        let allocating = if allocates { Allocating::begin() } else { None };
-        if allocates && allocating.is_none() {
-            return Ok(false);
-        }
+        let allocating = if self.allocates(at)? {
+            match Allocating::begin() {
+                None => {
+                    self.jobs[at].turn.get_or_insert_with(Turn::ask);
+                    return Ok(false);
+                }
+                some => some,
+            }
+        } else {
+            None
+        };
+        self.jobs[at].turn = None;
         self.begin(at)?;
         drop(allocating);
         self.offer_flags(at)?;
         Ok(true)
+    }
+
+    /// Whether beginning takes calls that may wait for a device.
+    fn allocates(&self, at: usize) -> Result<bool> {
+        let job = &self.jobs[at];
+        let source = job.source()?;
+        let bytes = job.bytes_on_devices()?;
+        let is_prepared = |(device, &bytes): (&Arc<Device>, &u64)| {
+            let lane = self.lanes.iter().find(|lane| lane.is_of(device));
+            lane.is_some_and(|lane| job.snapshot == Snapshot::Staging || lane.has_spare(bytes))
+        };
+        let is_prepared = source.devices().iter().zip(&bytes).all(is_prepared);
+        Ok(!is_prepared || job.flag_waits && self.shared.exchange.flags.is_unprepared())
     }
 
     /// Lets streams wait for a flag from now on, where the state is still to be fetched out of the caller's memory.
@@ -154,6 +171,9 @@ impl Pump<'_> {
         let source = job.source()?;
         // Copies into memory that is not page-locked hold this thread up in the driver.
         if !job.flag_waits || !job.spares.is_empty() || !job.locked {
+            return Ok(());
+        }
+        if source.devices().iter().any(|device| device.has_one_queue()) {
             return Ok(());
         }
         if self.shared.exchange.flags.is_ready() && job.keep_host(KEPT_FOR_FLAGS)? {
@@ -363,6 +383,9 @@ impl Pump<'_> {
         }
         let Some(job) = self.jobs.iter_mut().find(|job| job.number() == number) else { return };
         job.flights -= 1;
+        if self.shared.faults.die_at_arrival() {
+            assert!(!self.shared.exchange.flags.are_waited_for(), "dies, as planted");
+        }
         if job.failed {
             return;
         }
@@ -410,11 +433,24 @@ impl Pump<'_> {
             let error = Error::new(ErrorKind::Device, "close", "the GPU did not finish its copies");
             self.fail(at, error);
         }
+        self.keep();
+    }
+
+    /// Giving streams and memory back could wait for the device: it stays its own.
+    fn keep(&mut self) {
         self.jobs.drain(..).for_each(|mut job| std::mem::forget(std::mem::take(&mut job.spares)));
-        // Giving streams and memory back could wait for the device.
         std::mem::forget(std::mem::take(&mut self.lanes));
         std::mem::forget(std::mem::take(&mut self.flights));
         self.shared.exchange.flags.keep();
+    }
+}
+
+impl Drop for Pump<'_> {
+    fn drop(&mut self) {
+        // A defect: giving anything back could wait for a stream that waits for this store, which goes on only after this.
+        if thread::panicking() {
+            self.keep();
+        }
     }
 }
 
