@@ -305,3 +305,21 @@ def test_options_of_the_engine_are_passed_on(tmp_path: Path) -> None:
         got = made.store.got()
         assert (got.max_in_flight, got.keep, got.chunk_bytes) == (3, 2, SMALL["chunk_bytes"])
         assert got.staging_bytes <= SMALL["staging_bytes"] and got.medium == "mmap"
+
+
+@pytest.mark.parametrize("flag_waits", [True, False])
+def test_where_a_stream_waits_the_engine_ends_that_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag_waits: bool
+) -> None:
+    """No thread waits then that could give the save up."""
+    seen: list[Any] = []
+    save = pccheck.Store.save
+
+    def noted(self: pccheck.Store, *arguments: Any, **options: Any) -> pccheck.Save:
+        seen.append(options["gpu_timeout"])
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(pccheck.Store, "save", noted)
+    with checkpointer(tmp_path / "r", state={"a": 1}, flag_waits=flag_waits, update_timeout=7.0) as made:
+        made.step(0)
+    assert seen == [7.0 if flag_waits else None]

@@ -173,6 +173,56 @@ def test_with_a_flag_the_host_does_not_wait_for_a_small_pool(tmp_path):
             assert host < stream / 4, (host, stream)
 
 
+def many_kernels(tensor: torch.Tensor) -> None:
+    """More than the driver queues."""
+    for _ in range(20_000):
+        tensor.add_(1)
+
+
+def one_value(tensor: torch.Tensor) -> None:
+    """Copied to pageable memory, behind all that is on the stream."""
+    tensor[0].item()
+
+
+def many_streams(tensor: torch.Tensor) -> None:
+    """More than the GPU has queues for."""
+    for stream in [torch.cuda.Stream() for _ in range(40)]:
+        with torch.cuda.stream(stream):
+            torch.zeros_like(tensor).add_(1)
+
+
+@pytest.mark.parametrize("work", [many_kernels, one_value, many_streams])
+def test_whatever_comes_behind_a_flag_nothing_hangs_and_nothing_wrong_is_saved(tmp_path, work):
+    """What the stand-in of the tests without a GPU does not have: queues with ends, and streams that share them."""
+    new, state = (torch.rand(64 << 20, device="cuda") for _ in range(2))
+    small = torch.zeros(1000, device="cuda")
+    work(small)
+    path = tmp_path / "region"
+    pccheck.format_region(path, slots=3, payload_bytes=pccheck.payload_bytes({"w": state}))
+    with pccheck.Store(path, durability="process", staging_bytes=16 << 20) as store:
+        flags = {"flag_waits": True, "gpu_timeout": PROMPT}
+        store.save(0, {"w": state}, **flags).durable()
+        state.copy_(new)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        save = store.save(1, {"w": state}, **flags)
+        save.stream_wait_copied()
+        state.zero_()
+        work(small)
+        torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        why = save.error()
+        if why is None:
+            save.durable()
+            assert_saved(store, 1, {"w": new})
+        print(f"{work.__name__}: {took:.2f} s, {why or 'durable'}")
+        assert took < PROMPT
+        # The next one is like any other.
+        state.copy_(new)
+        store.save(2, {"w": state}).durable()
+        assert_saved(store, 2, {"w": new})
+
+
 @in_each_mode
 def test_memory_that_the_program_lets_go_is_kept_until_it_is_copied(store, mode):
     expected = tensors(3)

@@ -224,9 +224,12 @@ class Store:
             snapshot: where tensors on GPUs go first: "staging" (the staging pool), "spare" (spare memory of the GPU, at
                 the speed of that memory: copied at once) or "auto" (spare where there is room for it).
             flag_waits: :meth:`Save.stream_wait_copied` does not wait for a staging pool that is smaller than the state:
-                the stream waits for a flag in memory. Until it goes on, calls that allocate, free or page-lock memory
-                of the GPU, or launch a kernel for the first time, may wait for it and hold up the copies until
-                ``gpu_timeout``.
+                the stream waits for a flag in memory. Until it goes on, what makes the driver wait for that stream
+                holds up the copies: allocating, freeing or page-locking memory of the GPU, creating streams, launching
+                a kernel for the first time or more of them (about a thousand) than the driver queues, copies to or from
+                pageable memory on that stream, restoring to the GPU, closing a store. The save fails then, and the
+                stream goes on, after 5 seconds in which the driver let nothing pass, or after ``gpu_timeout``. Ignored
+                under ``CUDA_DEVICE_MAX_CONNECTIONS=1``.
             gpu_timeout: seconds after which a save that a GPU has not finished copying fails (default 600).
 
         Raises:

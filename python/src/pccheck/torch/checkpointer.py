@@ -81,7 +81,7 @@ class Checkpointer:
         slot_timeout: seconds that :meth:`step` waits for a slot while N saves are in flight, and before the region
             grows.
         update_timeout: seconds that an update waits until the state is copied; then the save is cancelled, and counts
-            as failed.
+            as failed. With ``flag_waits`` they count from the call that saves.
         members: what is saved: modules, optimizers, anything with ``state_dict`` and ``load_state_dict``, dicts, lists,
             tensors, generators of torch, numpy and Python; or lists and dicts of stateful things.
 
@@ -156,6 +156,8 @@ class Checkpointer:
                 drain_timeout=slot_timeout,
                 snapshot=snapshot,
                 flag_waits=flag_waits,
+                # The stream waits then, and nobody who could give a save up.
+                gpu_timeout=update_timeout if flag_waits else None,
             ),
         )
         self._retention.adopt(self._home.store)

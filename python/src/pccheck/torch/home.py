@@ -45,6 +45,8 @@ class HomeOptions:
     drain_timeout: float | None = 600.0
     snapshot: str = "staging"
     flag_waits: bool = False
+    #: seconds after which a save that a GPU has not finished copying fails; None: the engine's default
+    gpu_timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.snapshot not in ("staging", "spare", "auto"):
@@ -228,6 +230,7 @@ class Home:
             confirm=confirm,
             snapshot=self._options.snapshot,
             flag_waits=self._options.flag_waits,
+            gpu_timeout=self._options.gpu_timeout,
         )
 
     def _grow(self, slots: int, state_bytes: int) -> None:
