@@ -463,3 +463,32 @@ fn on_file_systems_that_a_process_serves_the_engine_goes_by_threads() {
     assert_eq!(restored_step(bed.store()).expect("restore"), 2);
     bed.assert_as_good_as_new(10);
 }
+
+/// Half-filled chunks of a stream that wait in the page cache: what it could not write back is not there any more when it has
+/// dropped it. Hashing whatever came back would bless it.
+#[test]
+fn a_half_filled_chunk_that_the_page_cache_lost_fails_its_save() {
+    let bed = Bed::new(Way::Mmap);
+    let chunk_bytes = bed.store().region().options().chunk_bytes;
+    let raw = bed.store().begin_raw(2, STATE_BYTES as u64, &[], WAIT).expect("begin");
+    let piece = [7; 100];
+    for at in (0..STATE_BYTES as u64 - 100).step_by(chunk_bytes as usize) {
+        raw.write_at(at, &piece).expect("write");
+    }
+    let met = trouble(&bed.disk, Call::Write, 0, MANY, Trouble::Errno(libc::EIO));
+    let file = std::fs::File::open(bed.path()).expect("open");
+    file.sync_all().expect_err("cannot be written back");
+    assert!(met.load(Ordering::SeqCst) > 0);
+    bed.disk.stop_failing();
+    forget_cached(&bed);
+    let error = raw.write_at(100, &piece).expect_err("what was written before is lost");
+    assert_says(&error, ErrorKind::Corrupt, None, &bed.path());
+    drop(raw);
+    assert_eq!(restored_step(bed.store()).expect("restore"), 1);
+    // The region's own mapping hears of it at its next write-back.
+    let error = save(bed.store(), 3).expect_err("pages were lost");
+    assert_says(&error, ErrorKind::DurabilityUnknown, Some(libc::EIO), &bed.path());
+    assert_settled(bed.store(), 1);
+    assert_eq!(bed.store().repair(WAIT).expect("repair"), 1);
+    bed.assert_as_good_as_new(10);
+}

@@ -13,7 +13,7 @@ use pccheck::{ErrorKind, Result};
 use super::common::{save_bytes, WAIT};
 use super::content::{self, Random};
 use super::reports::Reports;
-use super::shape::{Orders, Planted};
+use super::shape::{Orders, Planted, Way};
 
 /// Of so many saves one is cancelled as soon as it is copied.
 const CANCEL_EVERY: u64 = 11;
@@ -26,6 +26,7 @@ struct Saver {
     next_step: AtomicU64,
     planted: Option<Planted>,
     fails: bool,
+    is_mapped: bool,
 }
 
 /// Saves until it is killed, if this process is a saver; returns at once if it is not.
@@ -49,6 +50,7 @@ pub fn run_if_saver() {
         next_step: AtomicU64::new(orders.first_step),
         planted: orders.shape.planted,
         fails: orders.shape.fails,
+        is_mapped: orders.shape.way == Way::Mmap,
     };
     thread::scope(|scope| {
         for nth in 0..orders.shape.in_flight {
@@ -72,13 +74,7 @@ impl Saver {
             };
             match outcome.map_err(|error| error.kind()) {
                 Ok(()) => {}
-                // What a failing device costs; all slots of a dead one are quarantined in the end.
-                Err(
-                    kind @ (ErrorKind::Io
-                    | ErrorKind::NoSpace
-                    | ErrorKind::DurabilityUnknown
-                    | ErrorKind::NoSlot),
-                ) if self.fails => {
+                Err(kind) if self.is_cost(kind) => {
                     self.reports.say(&format!("failed {kind:?}"));
                     if let Ok(repaired @ 1..) = self.store.repair(Some(Duration::from_secs(5))) {
                         self.reports.say(&format!("repaired {repaired}"));
@@ -86,6 +82,19 @@ impl Saver {
                 }
                 Err(kind) => return self.reports.say(&format!("error step {step}: {kind:?}")),
             }
+        }
+    }
+
+    /// What a failing device costs.
+    fn is_cost(&self, kind: ErrorKind) -> bool {
+        match kind {
+            // All slots of a dead one are quarantined in the end.
+            ErrorKind::Io | ErrorKind::NoSpace | ErrorKind::DurabilityUnknown | ErrorKind::NoSlot => {
+                self.fails
+            }
+            // A half-filled chunk of a stream, which the page cache could not write back and has dropped.
+            ErrorKind::Corrupt => self.fails && self.is_mapped,
+            _ => false,
         }
     }
 
