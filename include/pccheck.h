@@ -412,14 +412,14 @@ typedef struct pcc_save_options {
     uint32_t pin;
     // Where a state on GPUs goes first: PCC_SNAPSHOT_... Default PCC_SNAPSHOT_STAGING.
     uint32_t snapshot;
-    // 1: a stream that is given to `pcc_save_stream_wait_copied` before all copies are enqueued waits for a flag in memory, and
-    // the calling thread waits only until those of earlier saves are, and not even that long for its own. The flag is raised when the state
+    // 1: a stream that is given to `pcc_save_stream_wait_copied` before all copies are enqueued waits for a flag in memory, and the
+    // calling thread does not wait for them (only until those of earlier saves are enqueued). The flag is raised when the state
     // is copied, when the save has failed or its store is closed, and at `device_timeout_ms` at the latest. Until then the program
     // should do nothing that makes the driver wait for that stream, and so hold up the copies: allocate, free or page-lock
     // memory of that GPU, create streams, launch a kernel for the first time or enqueue more (about a thousand) than the driver
     // queues, copy from or to pageable memory on that stream, restore into GPU memory, close a store. Where the driver lets
-    // nothing pass for 5 seconds the save fails with PCC_DEVICE and the stream goes on. Ignored under
-    // CUDA_DEVICE_MAX_CONNECTIONS=1 and where tensors in host memory of more than 16 MiB stand between those of GPUs. Default 0.
+    // nothing pass for 5 seconds the save fails with PCC_DEVICE and the stream goes on. The thread waits all the same under
+    // CUDA_DEVICE_MAX_CONNECTIONS=1, and where more than 16 MiB in host memory stand between tensors of GPUs. Default 0.
     uint32_t flag_waits;
     // Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
     // 0 or default: 600000.
