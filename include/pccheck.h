@@ -1095,7 +1095,7 @@ uint64_t pcc_recovery_text(const struct pcc_store *store,
 // empty, duplicate or reserved names, wrong sizes, and options that are neither 0 nor 1;
 // PCC_IO where the region's file was deleted, replaced or cut short;
 // PCC_UNSUPPORTED for memory of a GPU where this system or this build has none; PCC_INVALID_ARGUMENT for memory that is
-// not that GPU's; PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
+// not that GPU's (what a save before was of is looked at later: then the save fails so); PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
 // PCC_BAD_POINTER.
 pcc_status pcc_save_begin(const struct pcc_store *store,
                           uint64_t step,
@@ -1157,7 +1157,7 @@ pcc_status pcc_save_stream_wait_copied(const struct pcc_save *save,
 // Ownership: `durable` is the caller's.
 // Errors: PCC_TIMED_OUT: it goes on; PCC_CANCELLED: cancelled, or the store was closed; PCC_IO, PCC_NO_SPACE,
 // PCC_DEVICE, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL: it failed, and earlier checkpoints are intact; PCC_INVALID_ARGUMENT: so it
-// did, as memory of the state was unmapped before it was copied; PCC_FORKED, PCC_BAD_POINTER.
+// did, as memory of the state was unmapped before it was copied, or is not that of its GPU any more; PCC_FORKED, PCC_BAD_POINTER.
 pcc_status pcc_save_wait_durable(const struct pcc_save *save,
                                  int64_t timeout_ms,
                                  struct pcc_durable *durable);

@@ -177,7 +177,7 @@ fn signal(event: &OwnedFd) {
 /// empty, duplicate or reserved names, wrong sizes, and options that are neither 0 nor 1;
 /// PCC_IO where the region's file was deleted, replaced or cut short;
 /// PCC_UNSUPPORTED for memory of a GPU where this system or this build has none; PCC_INVALID_ARGUMENT for memory that is
-/// not that GPU's; PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
+/// not that GPU's (what a save before was of is looked at later: then the save fails so); PCC_INVALID_STATE while the stream captures a graph; PCC_DEVICE; PCC_READ_ONLY, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL, PCC_FORKED,
 /// PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_save_begin(
@@ -291,7 +291,7 @@ pub unsafe extern "C" fn pcc_save_stream_wait_copied(
 /// Ownership: `durable` is the caller's.
 /// Errors: PCC_TIMED_OUT: it goes on; PCC_CANCELLED: cancelled, or the store was closed; PCC_IO, PCC_NO_SPACE,
 /// PCC_DEVICE, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL: it failed, and earlier checkpoints are intact; PCC_INVALID_ARGUMENT: so it
-/// did, as memory of the state was unmapped before it was copied; PCC_FORKED, PCC_BAD_POINTER.
+/// did, as memory of the state was unmapped before it was copied, or is not that of its GPU any more; PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_save_wait_durable(
     save: *const pcc_save,

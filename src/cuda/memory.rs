@@ -20,6 +20,9 @@ const RANGE_BYTES: c_uint = 12;
 /// `CU_MEMORYTYPE_DEVICE`.
 const TYPE_DEVICE: u32 = 2;
 
+/// More allocations than this are not remembered: a program that makes new ones for each save would add to them for ever.
+const ALLOCATIONS_MAX: usize = 1 << 16;
+
 /// Host memory that is page-locked for all devices, until this is dropped.
 pub struct Registered {
     base: *mut u8,
@@ -116,25 +119,50 @@ pub fn free_memory(device: &Device) -> Result<(u64, u64)> {
 }
 
 /// Whose memory addresses are. The driver is asked once for each allocation: tensors share them, and each question is a call.
-#[derive(Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Owners {
     /// By their first bytes: the bytes behind the last, and whose they are.
     allocations: BTreeMap<u64, (u64, Option<u32>)>,
 }
 
 impl Owners {
+    /// Which device the bytes from an address on belong to, as far as the driver was asked before.
+    pub fn known(&self, address: u64, bytes: u64) -> Option<Option<u32>> {
+        let end = address.saturating_add(bytes);
+        let before = self.allocations.range(..=address).next_back();
+        before.filter(|(_, &(behind, _))| end <= behind).map(|(_, &(_, owner))| owner)
+    }
+
     /// Which device the bytes from an address on belong to; none where they are no device's. Asked in the context of `device`, as
     /// the calling thread may have none.
     pub fn of(&mut self, device: &Device, address: u64, bytes: u64) -> Result<Option<u32>> {
-        let end = address.saturating_add(bytes);
-        let before = self.allocations.range(..=address).next_back();
-        if let Some((_, &(_, owner))) = before.filter(|(_, &(behind, _))| end <= behind) {
+        if let Some(owner) = self.known(address, bytes) {
             return Ok(owner);
         }
         let (owner, start, len) = ask(device, address)?;
         // Where the driver does not tell the allocation, what is asked next is asked anew.
         self.allocations.insert(start, (start.saturating_add(len), owner));
         Ok(owner)
+    }
+
+    /// Refuses bytes of a tensor that are not the memory of the device that they are said to be: copies would read them without a
+    /// word.
+    pub fn check(&mut self, said: &Device, address: u64, bytes: u64) -> Result<()> {
+        let found = self.of(said, address, bytes)?;
+        if found == Some(said.ordinal()) {
+            return Ok(());
+        }
+        let (said, found) = (said.ordinal(), Owners::describe(found));
+        let message = format!("the tensor at {address:#x} is said to be on GPU {said}; that is {found}");
+        Err(Error::new(ErrorKind::InvalidArgument, "begin save", message))
+    }
+
+    /// Takes over what another has found.
+    pub fn learn(&mut self, other: &Owners) {
+        if self.allocations.len() + other.allocations.len() > ALLOCATIONS_MAX {
+            self.allocations.clear();
+        }
+        self.allocations.extend(&other.allocations);
     }
 
     /// What [`of`](Owners::of) found, for errors.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::Store;
 #[cfg(feature = "cuda")]
-use crate::cuda::{Device, Owners, Relaxed, UserStream};
+use crate::cuda::{Device, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::layout::check_chunk_count;
 use crate::format::{
@@ -12,7 +12,7 @@ use crate::format::{
 };
 #[cfg(feature = "cuda")]
 use crate::save::DevicePart;
-use crate::save::{deadline_in, Origin, RawChunks, RawSave, Save, SaveOptions, SaveSpec};
+use crate::save::{deadline_in, Origin, RawChunks, RawSave, Save, SaveOptions, SaveSpec, Saver};
 #[cfg(feature = "cuda")]
 use crate::source::DeviceSource;
 use crate::source::{HostSegment, HostSource};
@@ -64,7 +64,7 @@ impl Store {
     /// # Errors
     ///
     /// For tensors on GPUs also: `Unsupported` where this system or this build has none; `InvalidArgument` where memory is
-    /// not that GPU's; `Device` where the driver reports a failure.
+    /// not that GPU's (where a save before was of the same memory, the save fails so); `Device` where the driver reports a failure.
     #[expect(unsafe_code, reason = "the caller promises that the memory outlives the copy")]
     pub unsafe fn begin_save(
         &self,
@@ -82,7 +82,7 @@ impl Store {
         let spec = spec_of(step, &plan, 0, &options);
         // SAFETY: the caller's promise is the one that is asked for: the source is dropped before `copied` is told, and
         // on failure before `wait_copied` returns.
-        let origin = unsafe { origin_of(plan, tensors, &options) }?;
+        let origin = unsafe { origin_of(saver, plan, tensors, &options) }?;
         let core = saver.begin(spec, origin, deadline_in(options.wait))?;
         Ok(Save::new(core))
     }
@@ -196,11 +196,16 @@ fn spec_of(step: u64, plan: &PayloadPlan, flags: u32, how: &SaveOptions) -> Save
 ///
 /// As [`Store::begin_save`].
 #[expect(unsafe_code, reason = "passes the caller's promise on")]
-unsafe fn origin_of(plan: PayloadPlan, tensors: &[TensorAt<'_>], options: &SaveOptions) -> Result<Origin> {
+unsafe fn origin_of(
+    saver: &Saver,
+    plan: PayloadPlan,
+    tensors: &[TensorAt<'_>],
+    options: &SaveOptions,
+) -> Result<Origin> {
     let placed = Placed::new(plan, tensors);
     if placed.owners.iter().any(Option::is_some) {
         // SAFETY: the caller's promise.
-        return unsafe { device_origin(placed, options) };
+        return unsafe { device_origin(saver, placed, options) };
     }
     let Placed { header, segments, owned, .. } = placed;
     // SAFETY: the tensors by the caller's promise; the metadata's buffer moves into the source, its bytes stay.
@@ -213,7 +218,7 @@ unsafe fn origin_of(plan: PayloadPlan, tensors: &[TensorAt<'_>], options: &SaveO
 /// As [`Store::begin_save`].
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "passes the caller's promise on")]
-unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin> {
+unsafe fn device_origin(saver: &Saver, placed: Placed, options: &SaveOptions) -> Result<Origin> {
     let Placed { header, segments, owners, owned } = placed;
     let _relaxed = Relaxed::enter()?;
     let mut ordinals: Vec<u32> = owners.iter().flatten().copied().collect();
@@ -222,12 +227,10 @@ unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin>
     let devices: Vec<_> = ordinals.iter().map(|&ordinal| Device::open(ordinal)).collect::<Result<_>>()?;
     let index_of = |owner: &Option<u32>| owner.and_then(|owner| ordinals.binary_search(&owner).ok());
     let owners: Vec<Option<usize>> = owners.iter().map(index_of).collect();
-    let mut known = Owners::default();
-    for (segment, owner) in segments.iter().zip(&owners) {
-        if let Some(owner) = *owner {
-            check_owner(segment, &devices[owner], &mut known)?;
-        }
-    }
+    let said = segments.iter().zip(&owners).filter_map(|(segment, owner)| {
+        owner.map(|owner| (&devices[owner], segment.ptr as u64, segment.len as u64))
+    });
+    let asked = saver.shared().exchange.check_owners(said)?;
     // SAFETY: the caller's promise.
     let stream = unsafe { UserStream::new(options.device.stream as *mut _) };
     let after = stream.marks(&devices)?;
@@ -238,6 +241,7 @@ unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin>
         snapshot: options.device.snapshot,
         flag_waits: options.device.flag_waits,
         timeout: options.device.timeout,
+        asked,
         copies: Arc::default(),
     }))
 }
@@ -247,22 +251,9 @@ unsafe fn device_origin(placed: Placed, options: &SaveOptions) -> Result<Origin>
 /// None is needed.
 #[cfg(not(feature = "cuda"))]
 #[expect(unsafe_code, reason = "has the signature of the one that it stands for")]
-unsafe fn device_origin(_placed: Placed, _options: &SaveOptions) -> Result<Origin> {
+unsafe fn device_origin(_saver: &Saver, _placed: Placed, _options: &SaveOptions) -> Result<Origin> {
     Err(Error::new(ErrorKind::Unsupported, "begin save", "this build of the library knows no GPUs")
         .advise("build it with the feature cuda"))
-}
-
-/// Refuses memory of another device than was said, which copies would read without a word.
-#[cfg(feature = "cuda")]
-fn check_owner(segment: &HostSegment, said: &Device, known: &mut Owners) -> Result<()> {
-    let address = segment.ptr as u64;
-    let found = known.of(said, address, segment.len as u64)?;
-    if found == Some(said.ordinal()) {
-        return Ok(());
-    }
-    let (said, found) = (said.ordinal(), Owners::describe(found));
-    let message = format!("the tensor at {address:#x} is said to be on GPU {said}; that is {found}");
-    Err(Error::new(ErrorKind::InvalidArgument, "begin save", message))
 }
 
 /// Header, tensors and any metadata that had no room in the header, in payload order.

@@ -17,6 +17,8 @@ pub struct DeviceSource {
     host: HostSource,
     /// Per segment, the index of its device in `devices`; none: host memory.
     owners: Vec<Option<usize>>,
+    /// Payload bytes of devices, first and behind the last, in order: every chunk of a save is looked up here.
+    runs: Vec<(u64, u64)>,
     devices: Vec<Arc<Device>>,
     after: Vec<Event>,
 }
@@ -56,7 +58,15 @@ impl DeviceSource {
     ) -> Self {
         // SAFETY: the caller's promise; what is a device's is never read through it: see `readable`.
         let host = unsafe { HostSource::new(header, segments, owned) };
-        DeviceSource { host, owners, devices, after }
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let of_devices = host.places().zip(&owners).filter(|(_, owner)| owner.is_some());
+        for ((first, behind), _) in of_devices {
+            match runs.last_mut().filter(|last| last.1 == first) {
+                Some(last) => last.1 = behind,
+                None => runs.push((first, behind)),
+            }
+        }
+        DeviceSource { host, owners, runs, devices, after }
     }
 
     /// The devices that hold parts of it.
@@ -75,6 +85,24 @@ impl DeviceSource {
         segments.filter_map(|(index, (segment, owner))| {
             owner.map(|device| (index, device, segment.ptr as u64, segment.len))
         })
+    }
+
+    /// Whose memory a segment of a device is: the device, address, bytes.
+    pub fn memory_of(&self, segment: usize) -> Option<(&Arc<Device>, u64, u64)> {
+        let HostSegment { ptr, len } = self.host.segments()[segment];
+        self.owners[segment].map(|device| (&self.devices[device], ptr as u64, len as u64))
+    }
+
+    /// How many segments there are, of devices and of the host.
+    pub fn segment_count(&self) -> usize {
+        self.owners.len()
+    }
+
+    /// What is in host memory: first bytes in the payload and bytes behind the last, in order.
+    pub fn in_host_memory(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let segments = self.host.places().zip(&self.owners);
+        let header = (0, self.host.header_bytes());
+        std::iter::once(header).chain(segments.filter(|(_, owner)| owner.is_none()).map(|(place, _)| place))
     }
 
     /// Copies what is in host memory of the payload bytes from `offset` on to its place in `dst`.
@@ -150,6 +178,8 @@ impl Source for DeviceSource {
     }
 
     fn is_fetched(&self, offset: u64, len: usize) -> bool {
-        self.fetches(offset, len).next().is_some()
+        let end = offset + len as u64;
+        let next = self.runs.partition_point(|&(_, behind)| behind <= offset);
+        self.runs.get(next).is_some_and(|&(first, _)| first < end)
     }
 }

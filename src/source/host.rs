@@ -94,6 +94,18 @@ impl HostSource {
         &self.segments
     }
 
+    /// Bytes of the header.
+    #[cfg(feature = "cuda")]
+    pub(super) fn header_bytes(&self) -> u64 {
+        self.header.len() as u64
+    }
+
+    /// Where the segments are in the payload: their first bytes, and the bytes behind their last.
+    #[cfg(feature = "cuda")]
+    pub(super) fn places(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.starts.iter().zip(&self.segments).map(|(&start, segment)| (start, start + segment.len as u64))
+    }
+
     /// The memory of a run of this source.
     pub(super) fn bytes_of(&self, run: &Run) -> Result<&[u8]> {
         if run.segment.is_some() {

@@ -2,7 +2,7 @@
 
 use pccheck::engine::{Store, TensorAt};
 use pccheck::format::Dtype;
-use pccheck::save::{Faults, Snapshot};
+use pccheck::save::{Faults, Save, Snapshot};
 use pccheck::{ErrorKind, Result};
 
 use super::bed::{on, store, WAIT};
@@ -12,6 +12,10 @@ const VIEW: u64 = 100;
 
 /// A save of tensors of `VIEW` bytes: their addresses, and the GPUs that they are said to be on.
 fn save(store: &Store, stream: Stream, places: &[(u64, u32)]) -> Result<()> {
+    save_by(store, stream, places, Snapshot::Staging)?.wait_durable(WAIT).map(drop)
+}
+
+fn save_by(store: &Store, stream: Stream, places: &[(u64, u32)], snapshot: Snapshot) -> Result<Save> {
     let names: Vec<String> = (0..places.len()).map(|at| format!("t{at:03}")).collect();
     let mut tensors = Vec::new();
     for (name, &(address, device)) in names.iter().zip(places) {
@@ -19,8 +23,7 @@ fn save(store: &Store, stream: Stream, places: &[(u64, u32)]) -> Result<()> {
         tensors.push(TensorAt { name, dtype: Dtype::U8, shape: &[VIEW], ptr, bytes: VIEW, device });
     }
     // SAFETY: the memory is that of the stand-in, which lives on; nobody changes it.
-    let save = unsafe { store.begin_save(1, &tensors, &[], on(stream, Snapshot::Staging)) }?;
-    save.wait_durable(WAIT).map(drop)
+    unsafe { store.begin_save(1, &tensors, &[], on(stream, snapshot)) }
 }
 
 #[test]
@@ -33,6 +36,37 @@ fn the_driver_is_asked_once_for_each_allocation() {
     let before = standin.calls("cuPointerGetAttributes");
     save(&store, stream, &places).expect("saved");
     assert_eq!(standin.calls("cuPointerGetAttributes") - before, 2);
+}
+
+/// The pump asks, before it copies; begin knows the memory from an earlier save.
+#[test]
+fn what_earlier_saves_were_of_is_asked_about_by_the_pump_alone() {
+    let standin = Standin::take();
+    let (stream, store) = (standin.stream(0), store(8, Faults::default()));
+    let allocations = [standin.allocate(0, 5000), standin.allocate(0, 5000)];
+    let places: Vec<(u64, u32)> =
+        (0..50).flat_map(|at| allocations.map(|start| (start + at * VIEW, 0))).collect();
+    save(&store, stream, &places).expect("saved");
+    let before = standin.calls("cuPointerGetAttributes");
+    save(&store, stream, &places).expect("saved");
+    assert_eq!(standin.calls("cuPointerGetAttributes") - before, 2);
+}
+
+#[test]
+fn memory_that_was_freed_since_an_earlier_save_fails_the_save_that_is_said_to_be_of_it() {
+    let standin = Standin::take();
+    for snapshot in [Snapshot::Staging, Snapshot::Spare] {
+        let (stream, store) = (standin.stream(0), store(8, Faults::default()));
+        let (stays, goes) = (standin.allocate(0, 1000), standin.allocate(0, 1000));
+        let both = [(stays, 0), (goes, 0)];
+        save_by(&store, stream, &both, snapshot).expect("begun").wait_durable(WAIT).expect("saved");
+        standin.free(0, goes);
+        let save = save_by(&store, stream, &both, snapshot).expect("begun: nobody has asked yet");
+        let error = save.wait_durable(WAIT).expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        assert!(error.to_string().contains("no memory of a GPU"), "{error}");
+        save_by(&store, stream, &[(stays, 0)], snapshot).expect("begun").wait_durable(WAIT).expect("saved");
+    }
 }
 
 #[test]

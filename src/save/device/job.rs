@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::flight::Leaving;
 use super::{Copies, DevicePart, NewJob, Snapshot};
-use crate::cuda::{Copy, CopyList, DeviceBuffer, Turn};
+use crate::cuda::{Copy, CopyList, DeviceBuffer, Owners, Turn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::{DeviceSource, Source};
@@ -57,8 +57,12 @@ pub(super) struct Job {
     pub deadline: Option<Instant>,
     /// Per device of the source, its lane. Empty: not begun.
     pub lanes: Vec<usize>,
-    /// Per segment of a device, where it is read: the caller's memory or the spare.
-    addresses: BTreeMap<usize, u64>,
+    /// Per segment, where it is read that is a device's: the caller's memory or the spare.
+    addresses: Vec<u64>,
+    /// Per segment, whether it is known to be its device's memory still.
+    checked: Vec<bool>,
+    /// Whose memory the driver was asked about for this save.
+    asked: Owners,
     /// Per lane that has one.
     pub spares: Vec<(usize, DeviceBuffer)>,
     /// With a snapshot in spare memory, and where streams may wait for flags: of chunks in which host memory stands
@@ -76,13 +80,14 @@ pub(super) struct Job {
 impl Job {
     /// None where the save has ended already.
     pub fn new(new: NewJob) -> Option<Job> {
-        let DevicePart { source, snapshot, flag_waits, timeout, copies } = new.part;
+        let DevicePart { source, snapshot, flag_waits, timeout, asked, copies } = new.part;
         let deadline = new.save.begun.checked_add(timeout);
         let Ok(held) = Held::new(new.save) else {
             copies.failed();
             return None;
         };
-        let addresses = source.on_devices().map(|(segment, _, address, _)| (segment, address)).collect();
+        let mut addresses = vec![0; source.segment_count()];
+        source.on_devices().for_each(|(segment, _, address, _)| addresses[segment] = address);
         Some(Job {
             held,
             source: Some(source),
@@ -93,7 +98,9 @@ impl Job {
             turn: None,
             deadline,
             lanes: Vec::new(),
+            checked: vec![false; addresses.len()],
             addresses,
+            asked,
             spares: Vec::new(),
             kept: BTreeMap::new(),
             next_chunk: 0,
@@ -115,6 +122,16 @@ impl Job {
     pub fn source(&self) -> Result<Arc<DeviceSource>> {
         let gone = || Error::new(ErrorKind::Internal, "save", "the source is gone before its copies");
         self.source.clone().ok_or_else(gone)
+    }
+
+    /// Fails where the memory of a segment is not its device's any more.
+    fn check_owner(&mut self, source: &DeviceSource, segment: usize) -> Result<()> {
+        if !std::mem::replace(&mut self.checked[segment], true) {
+            if let Some((device, address, bytes)) = source.memory_of(segment) {
+                self.asked.check(device, address, bytes)?;
+            }
+        }
+        Ok(())
     }
 
     fn span(&self, chunk: u64) -> (u64, usize) {
@@ -150,7 +167,8 @@ impl Job {
         let (offset, len) = self.span(chunk);
         let (to, mut fetched) = (buffer.as_ptr() as u64, 0);
         for fetch in source.fetches(offset, len) {
-            let from = self.addresses[&fetch.segment] + fetch.skip;
+            self.check_owner(&source, fetch.segment)?;
+            let from = self.addresses[fetch.segment] + fetch.skip;
             let copy = Copy { to: to + fetch.at as u64, from, bytes: fetch.bytes };
             // A spare is one memory, whatever lies in it.
             let of = if self.spares.is_empty() { fetch.segment as u64 } else { 0 };
@@ -198,7 +216,8 @@ impl Job {
         let mut ends: Vec<u64> = spares.iter().map(|(_, spare)| spare.address()).collect();
         for (segment, device, from, bytes) in source.on_devices() {
             lists[device].push(segment as u64, Copy { to: ends[device], from, bytes });
-            self.addresses.insert(segment, ends[device]);
+            self.check_owner(&source, segment)?;
+            self.addresses[segment] = ends[device];
             ends[device] += bytes as u64;
         }
         let mut leaving = Leaving::default();
@@ -217,20 +236,24 @@ impl Job {
     /// Copies what stands in host memory between a device's. False, and nothing is kept, where that is more than `most` bytes.
     pub fn keep_host(&mut self, most: usize) -> Result<bool> {
         let source = self.source()?;
-        let mut kept = 0;
-        for chunk in 0..self.held.save().chunk_count {
-            let (offset, len) = self.span(chunk);
-            if !source.is_fetched(offset, len) {
-                continue;
-            }
-            let between = source.host_bytes(offset, len)?;
-            kept += between.len();
-            if kept > most {
-                self.kept.clear();
-                return Ok(false);
-            }
-            if !between.is_empty() {
-                self.kept.insert(chunk, between);
+        let (mut kept, mut next) = (0, 0);
+        for (first, behind) in source.in_host_memory() {
+            let chunk_bytes = self.held.save().chunk_bytes;
+            for chunk in (first / chunk_bytes).max(next)..behind.div_ceil(chunk_bytes) {
+                next = chunk + 1;
+                let (offset, len) = self.span(chunk);
+                if !source.is_fetched(offset, len) {
+                    continue;
+                }
+                let between = source.host_bytes(offset, len)?;
+                kept += between.len();
+                if kept > most {
+                    self.kept.clear();
+                    return Ok(false);
+                }
+                if !between.is_empty() {
+                    self.kept.insert(chunk, between);
+                }
             }
         }
         Ok(true)

@@ -31,7 +31,7 @@ pub(super) use pump::run_pump;
 use flags::Flags;
 use watch::Beats;
 
-use crate::cuda::{Device, Event, Relaxed, UserStream};
+use crate::cuda::{Device, Event, Owners, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::DeviceSource;
@@ -90,6 +90,8 @@ pub(crate) struct DevicePart {
     pub snapshot: Snapshot,
     pub flag_waits: bool,
     pub timeout: Duration,
+    /// Whose memory the driver was asked about for it.
+    pub asked: Owners,
     pub copies: Arc<Copies>,
 }
 
@@ -115,6 +117,8 @@ pub(crate) struct Exchange {
     pub flags: Flags,
     /// The pump's.
     pub beats: Beats,
+    /// Whose memory saves have been of. It may have become another's since: the pump asks before it copies.
+    owners: Mutex<Owners>,
 }
 
 impl Exchange {
@@ -137,6 +141,25 @@ impl Exchange {
 
     pub fn has_arrived(&self) -> bool {
         !self.arrived.lock().is_empty()
+    }
+
+    /// Refuses memory (address, bytes) that is not that of the device that it is said to be of. The driver is asked about what no
+    /// earlier save was of; the answers are returned.
+    pub fn check_owners<'a>(
+        &self,
+        said: impl Iterator<Item = (&'a Arc<Device>, u64, u64)>,
+    ) -> Result<Owners> {
+        let mut asked = Owners::default();
+        // Out of the lock, which no call of the driver is made under. Who comes meanwhile asks for himself.
+        let mut known = std::mem::take(&mut *self.owners.lock());
+        for (device, address, bytes) in said {
+            if known.known(address, bytes) != Some(Some(device.ordinal())) {
+                asked.check(device, address, bytes)?;
+            }
+        }
+        known.learn(&asked);
+        *self.owners.lock() = known;
+        Ok(asked)
     }
 }
 
