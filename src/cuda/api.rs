@@ -8,7 +8,9 @@ use cudarc::driver::sys;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::OnceLock;
 
-pub use sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUmemcpyAttributes, CUstream};
+pub use sys::{
+    CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUmemcpyAttributes, CUmodule, CUstream,
+};
 
 /// The driver's numbers of what is told apart here.
 pub const SUCCESS: c_int = 0;
@@ -16,6 +18,10 @@ pub const INVALID_VALUE: c_int = 1;
 pub const OUT_OF_MEMORY: c_int = 2;
 pub const NO_DEVICE: c_int = 100;
 pub const INVALID_CONTEXT: c_int = 201;
+pub const NO_CODE_FOR_DEVICE: c_int = 209;
+pub const NO_COMPILER: c_int = 221;
+pub const NEWER_CODE: c_int = 222;
+pub const COMPILER_IS_OFF: c_int = 223;
 pub const NOT_READY: c_int = 600;
 
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
@@ -32,6 +38,8 @@ macro_rules! api {
             pub batch: Option<BatchCall>,
             /// A stream that waits for a number in memory: since CUDA 11.7.
             pub stream_wait_value: Option<WaitCall>,
+            /// Code that runs on devices. All drivers have it; what needs none of it does without.
+            pub kernels: Option<KernelCalls>,
         }
 
         impl Api {
@@ -56,6 +64,7 @@ macro_rules! api {
                         let found = unsafe { library.get::<WaitCall>(WAIT_VALUE) };
                         found.ok().map(|call| *call)
                     },
+                    kernels: KernelCalls::find(),
                 })
             }
         }
@@ -80,6 +89,41 @@ pub type BatchCall = unsafe extern "C" fn(
     *mut usize,
     CUstream,
 ) -> c_int;
+
+macro_rules! kernel_calls {
+    ($($(#[$doc:meta])* $name:ident = $symbol:literal ( $($arg:ty),* );)*) => {
+        /// The calls for code that runs on devices.
+        #[derive(Clone, Copy)]
+        pub struct KernelCalls {
+            $($(#[$doc])* pub $name: unsafe extern "C" fn($($arg),*) -> c_int,)*
+        }
+
+        impl KernelCalls {
+            /// None where one of them is not there. The library is.
+            fn find() -> Option<KernelCalls> {
+                // SAFETY: it is there, so that this does not panic.
+                let library = unsafe { sys::culib() };
+                Some(KernelCalls {
+                    $($name: {
+                        // SAFETY: as of the other calls.
+                        let found = unsafe { library.get::<unsafe extern "C" fn($($arg),*) -> c_int>($symbol) };
+                        *found.ok()?
+                    },)*
+                })
+            }
+        }
+    };
+}
+
+kernel_calls! {
+    load = c"cuModuleLoadData" (*mut CUmodule, *const c_void);
+    unload = c"cuModuleUnload" (CUmodule);
+    function = c"cuModuleGetFunction" (*mut CUfunction, CUmodule, *const c_char);
+    /// The function; the grid; a thread block; bytes of dynamic shared memory; the stream; the parameters.
+    launch = c"cuLaunchKernel" (
+        CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream, *mut *mut c_void, *mut *mut c_void
+    );
+}
 
 api! {
     init = c"cuInit" (c_uint);

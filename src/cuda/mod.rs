@@ -11,6 +11,7 @@
 //! | [`stream`] | streams and events |
 //! | [`memory`] | page-locked host memory, device memory |
 //! | [`copies`] | copies, alone or in batches |
+//! | [`kernels`] | code that runs on devices |
 //! | [`gate`] | what keeps allocations and waiting streams apart |
 //!
 //! # Why results are integers
@@ -23,12 +24,14 @@ mod api;
 mod copies;
 mod device;
 mod gate;
+mod kernels;
 mod memory;
 mod stream;
 
 pub use copies::{Copy, CopyList, Direction};
 pub use device::{Device, Entered};
 pub use gate::{Allocating, Pending, Turn};
+pub use kernels::Hasher;
 pub use memory::{free_memory, DeviceBuffer, Owners, Registered};
 pub use stream::{Event, Stream, UserStream, Waits};
 
