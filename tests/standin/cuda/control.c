@@ -28,20 +28,20 @@ EXPORTED void standin_reset(void) {
 }
 
 /* The nth piece of work that starts from now on is not done, and its context fails. Copies (a batch is one), fills,
- * waits for events and for values, and records count. */
+ * kernels, waits for events and for values, and records count. */
 EXPORTED void standin_fail_work(uint64_t nth, int32_t code) {
     LOCKED;
     work_to_fail = nth;
     work_code = code;
 }
 
-/* How long copies wait on their stream before they move a byte. */
+/* How long copies and kernels wait on their stream before they touch a byte. */
 EXPORTED void standin_delay_us(uint64_t us) {
     LOCKED;
     delay_us = us;
 }
 
-/* While on, allocating and page-locking wait for all that has been enqueued on any device. */
+/* While on, allocating, page-locking and loading code wait for all that has been enqueued on any device. */
 EXPORTED void standin_allocations_wait(uint32_t on) {
     LOCKED;
     allocations_wait = on != 0;
@@ -65,10 +65,10 @@ EXPORTED void standin_hold_stream(CUstream stream, uint32_t on) {
 }
 
 /* How many there are: "stream" and "event" (made and not destroyed), "memory" (allocations), "memory_bytes",
- * "registered" (ranges), "context" (retains that were not released). */
+ * "registered" (ranges), "module", "context" (retains that were not released). */
 EXPORTED uint64_t standin_live(const char *kind) {
-    enum { STREAM, EVENT, MEMORY, BYTES, REGISTERED, CONTEXT, KINDS };
-    static const char *const names[KINDS] = {"stream", "event", "memory", "memory_bytes", "registered", "context"};
+    enum { STREAM, EVENT, MEMORY, BYTES, REGISTERED, MODULE, CONTEXT, KINDS };
+    static const char *const names[KINDS] = {"stream", "event", "memory", "memory_bytes", "registered", "module", "context"};
     uint64_t live[KINDS] = {0};
     LOCKED;
     for (struct context *context = contexts; context < contexts + device_count; context++) {
@@ -79,6 +79,8 @@ EXPORTED uint64_t standin_live(const char *kind) {
     }
     for (struct event *event = events; event != NULL; event = event->next)
         live[EVENT]++;
+    for (struct module *module = modules; module != NULL; module = module->next)
+        live[MODULE]++;
     for (size_t i = 0; i < range_count; i++)
         live[ranges[i]->shadow != NULL ? MEMORY : REGISTERED]++;
     for (int i = 0; i < KINDS; i++)

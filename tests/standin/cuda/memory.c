@@ -41,8 +41,8 @@ static uint8_t *arena(struct context *context) {
     return context->arena;
 }
 
-/* The driver may wait for all that runs when it allocates or page-locks, as it does when it frees. */
-static void drain_to_allocate(void) {
+/* The driver may wait for all that runs when it allocates, page-locks or loads code, as it does when it frees. */
+void drain_to_allocate(void) {
     for (int i = 0; allocations_wait && i < device_count; i++)
         drain(&contexts[i]);
 }

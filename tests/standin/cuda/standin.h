@@ -37,6 +37,7 @@ typedef unsigned long long CUdeviceptr;
 typedef struct context *CUcontext;
 typedef struct lane *CUstream;
 typedef struct event *CUevent;
+typedef struct module *CUmodule, *CUfunction;
 
 typedef struct {
     int32_t srcAccessOrder;
@@ -54,8 +55,12 @@ typedef struct {
     X(CUDA_ERROR_NO_DEVICE, 100, "no CUDA-capable device is detected")                    \
     X(CUDA_ERROR_INVALID_DEVICE, 101, "invalid device ordinal")                           \
     X(CUDA_ERROR_INVALID_CONTEXT, 201, "invalid device context")                          \
+    X(CUDA_ERROR_NO_BINARY_FOR_GPU, 209, "no kernel image is available for execution on the device") \
     X(CUDA_ERROR_ECC_UNCORRECTABLE, 214, "uncorrectable ECC error encountered")           \
+    X(CUDA_ERROR_INVALID_PTX, 218, "a PTX JIT compilation failed")                        \
+    X(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, 222, "the PTX was compiled with an unsupported toolchain") \
     X(CUDA_ERROR_INVALID_HANDLE, 400, "invalid resource handle")                          \
+    X(CUDA_ERROR_NOT_FOUND, 500, "named symbol not found")                                \
     X(CUDA_ERROR_NOT_READY, 600, "device not ready")                                      \
     X(CUDA_ERROR_ILLEGAL_ADDRESS, 700, "an illegal memory access was encountered")        \
     X(CUDA_ERROR_CONTEXT_IS_DESTROYED, 709, "context is destroyed")                       \
@@ -84,6 +89,7 @@ enum { CODES(CODE_NUMBER) };
     X(cuMemAlloc_v2) X(cuMemFree_v2) X(cuMemGetInfo_v2)                                                        \
     X(cuMemHostRegister_v2) X(cuMemHostUnregister) X(cuMemHostGetDevicePointer_v2) X(cuPointerGetAttributes)   \
     X(cuMemcpyDtoHAsync_v2) X(cuMemcpyHtoDAsync_v2) X(cuMemcpyDtoDAsync_v2) X(cuMemcpyBatchAsync)              \
+    X(cuModuleLoadData) X(cuModuleGetFunction) X(cuModuleUnload) X(cuLaunchKernel)                             \
     X(cuThreadExchangeStreamCaptureMode)
 
 #define CALL_NUMBER(name) CALL_##name,
@@ -139,6 +145,20 @@ struct range {
     bool portable;
 };
 
+/* Code that is loaded on a device. */
+struct module {
+    struct module *next;
+    struct context *context;
+    bool has_entry;
+};
+
+struct launch {
+    uint32_t blocks, threads;
+    CUdeviceptr base;
+    uint64_t chunk_bytes, count;
+    CUdeviceptr out;
+};
+
 struct copy {
     CUdeviceptr to, from;
     size_t bytes;
@@ -146,7 +166,7 @@ struct copy {
     bool to_pageable, from_pageable;
 };
 
-enum kind { WORK_MARK, WORK_WAIT, WORK_POLL, WORK_FILL, WORK_COPIES };
+enum kind { WORK_MARK, WORK_WAIT, WORK_POLL, WORK_FILL, WORK_KERNEL, WORK_COPIES };
 enum { WAIT_GEQ, WAIT_EQ };
 
 struct work {
@@ -161,6 +181,7 @@ struct work {
     CUdeviceptr address;
     uint32_t value, flags;
     uint64_t bytes, seed, delay_us;
+    struct launch launch;
     size_t count;
     struct copy copies[];
 };
@@ -228,6 +249,10 @@ void add_range(struct range range);
 void remove_range(struct range *range);
 CUresult check_bytes(CUdeviceptr address, size_t bytes, enum side side, const struct context *context, bool *pageable);
 
+/* ---- kernel.c ---- */
+
+void run_kernel(const struct launch *launch, const uint8_t *chunks, uint8_t *hashes);
+
 /* ---- work.c ---- */
 
 extern uint64_t last_number, work_to_fail, delay_us, copied_bytes, copies_done;
@@ -256,9 +281,11 @@ extern uint32_t captures;
 CUresult check_no_capture(void);
 CUresult check_lane(const struct lane *lane);
 
-/* ---- events.c, memory.c ---- */
+/* ---- events.c, memory.c, modules.c ---- */
 
 extern struct event *events;
 extern bool allocations_wait;
+void drain_to_allocate(void);
+extern struct module *modules;
 
 #endif

@@ -112,6 +112,31 @@ static void fill(struct context *context, const struct work *work) {
     end_moving(context);
 }
 
+/* Memory of the device, or registered. */
+static uint8_t *reachable(const struct context *context, CUdeviceptr address, uint64_t bytes) {
+    struct range *range = containing(address, bytes);
+    return range == NULL || (range->shadow != NULL && range->context != context) ? NULL : bytes_at(address, bytes);
+}
+
+static void hash(struct context *context, const struct work *work) {
+    const struct launch *launch = &work->launch;
+    uint64_t count = launch->blocks < launch->count ? launch->blocks : launch->count, read, written;
+    sleep_unlocked(delay_us);
+    if (context->failed != 0 || count == 0)
+        return;
+    bool fit = !__builtin_mul_overflow(count, launch->chunk_bytes, &read) && !__builtin_mul_overflow(count, 16, &written);
+    const uint8_t *chunks = fit ? reachable(context, launch->base, read) : NULL;
+    uint8_t *hashes = fit ? reachable(context, launch->out, written) : NULL;
+    /* A load or store of 16 bytes that is not aligned fails, too. */
+    if (chunks == NULL || hashes == NULL || launch->base % 16 != 0 || launch->out % 8 != 0) {
+        fail_context(context, CUDA_ERROR_ILLEGAL_ADDRESS);
+        return;
+    }
+    begin_moving(context);
+    run_kernel(launch, chunks, hashes);
+    end_moving(context);
+}
+
 static void copy_all(struct context *context, struct work *work) {
     sleep_unlocked(delay_us);
     /* Somebody may have freed memory since the call without waiting. */
@@ -146,6 +171,8 @@ void run(struct lane *lane, struct work *work) {
         poll_value(context, work);
     else if (work->kind == WORK_FILL)
         fill(context, work);
+    else if (work->kind == WORK_KERNEL)
+        hash(context, work);
     else if (work->kind == WORK_COPIES)
         copy_all(context, work);
 }

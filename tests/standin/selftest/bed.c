@@ -93,7 +93,7 @@ void tear_down(void) {
     leave();
     OK(cuDevicePrimaryCtxRelease_v2(0));
     OK(cuDevicePrimaryCtxRelease_v2(1));
-    const char *const kinds[] = {"stream", "event", "memory", "memory_bytes", "registered", "context"};
+    const char *const kinds[] = {"stream", "event", "memory", "memory_bytes", "registered", "module", "context"};
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
         SAME(standin_live(kinds[i]), 0);
 }

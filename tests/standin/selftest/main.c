@@ -35,6 +35,9 @@ int main(int count, char **arguments) {
     RUN(copies_that_are_refused);
     RUN(giving_back_waits);
     RUN(batches);
+    RUN(modules);
+    RUN(hashes);
+    RUN(launches_that_are_refused);
     RUN(waits_for_values);
     RUN(faults);
     RUN(failing_work);

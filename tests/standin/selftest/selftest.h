@@ -14,7 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-typedef void *CUcontext, *CUstream, *CUevent;
+typedef void *CUcontext, *CUstream, *CUevent, *CUmodule, *CUfunction;
 typedef unsigned long long CUdeviceptr;
 
 typedef struct {
@@ -24,7 +24,7 @@ typedef struct {
 
 enum {
     INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
-    INVALID_HANDLE = 400, NOT_READY = 600, CONTEXT_IS_DESTROYED = 709, ALREADY_REGISTERED = 712, NOT_REGISTERED = 713,
+    INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, CONTEXT_IS_DESTROYED = 709, ALREADY_REGISTERED = 712, NOT_REGISTERED = 713,
     CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905, CAPTURE_IMPLICIT = 906
 };
 enum { BLOCKING = 0, NON_BLOCKING = 1, PORTABLE = 1, NO_TIMING = 2, RELAXED = 2, GEQ = 0, EQ = 1 };
@@ -70,6 +70,12 @@ enum { TYPE_HOST = 1, TYPE_DEVICE = 2 };
     F(int, cuMemcpyDtoDAsync_v2, (CUdeviceptr, CUdeviceptr, size_t, CUstream))                                     \
     F(int, cuMemcpyBatchAsync,                                                                                     \
       (CUdeviceptr *, CUdeviceptr *, size_t *, size_t, Attributes *, size_t *, size_t, size_t *, CUstream))        \
+    F(int, cuModuleLoadData, (CUmodule *, const void *))                                                           \
+    F(int, cuModuleGetFunction, (CUfunction *, CUmodule, const char *))                                            \
+    F(int, cuModuleUnload, (CUmodule))                                                                             \
+    F(int, cuLaunchKernel,                                                                                         \
+      (CUfunction, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, CUstream, void **,        \
+       void **))                                                                                                   \
     F(int, cuThreadExchangeStreamCaptureMode, (uint32_t *))                                                        \
     F(int, cuPointerGetAttributes, (uint32_t, int *, void **, CUdeviceptr))                                        \
     F(int, cuGetErrorName, (int, const char **))                                                                   \
@@ -147,6 +153,9 @@ void memory_of_devices(void), registered_memory(void), pointers(void), giving_ba
 
 /* copies.c */
 void copies(void), copies_that_are_refused(void), batches(void), many_threads(void);
+
+/* modules.c */
+void modules(void), hashes(void), launches_that_are_refused(void);
 
 /* control.c */
 void faults(void), failing_work(void), delays_and_holds(void), captures(void);
