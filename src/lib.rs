@@ -20,6 +20,7 @@
 //! slots, staging     slot words; bounded buffer pool
 //! format, cuda       media layout; the driver of GPUs
 //! persist, fork      non-temporal copies, hashing, flushes; forked children
+//! partial            calls that come back before all is done
 //! sync, error        atomics; errors
 //! ```
 #![deny(unsafe_code)]
@@ -42,6 +43,8 @@ pub mod load;
 pub mod medium;
 #[cfg(not(loom))]
 pub mod metrics;
+#[cfg(not(loom))]
+mod partial;
 #[cfg(not(loom))]
 pub mod persist;
 #[cfg(not(loom))]

@@ -8,10 +8,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::aligned::AlignedBuffer;
-use super::file::{available_bytes, disable_copy_on_write, sync_parent, SAFE_DIO_ALIGN};
+use super::file::{available_bytes, disable_copy_on_write, sync_parent};
 use super::io as transfer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BLOCK_BYTES;
+use crate::partial::{Fruitless, SAFE_DIO_ALIGN};
 
 /// Bytes of zeros written at a time.
 const ZEROS_BYTES: usize = 4 << 20;
@@ -97,7 +98,7 @@ pub(super) fn fill(fd: RawFd, bytes: u64, prewrite: Option<Progress<'_>>) -> Res
 fn preallocate(fd: RawFd, bytes: u64) -> Result<bool> {
     // First, because a file system may fill itself up before it finds that it has too little.
     require_space(fd, bytes)?;
-    let mut fruitless = transfer::Fruitless::default();
+    let mut fruitless = Fruitless::default();
     loop {
         // SAFETY: touches no memory. The caller checked that `bytes` fits.
         if unsafe { libc::fallocate64(fd, 0, 0, bytes as i64) } == 0 {

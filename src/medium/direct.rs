@@ -1,12 +1,13 @@
 //! `direct`: O_DIRECT reads and writes, asynchronous by io_uring where the kernel allows it.
 
 use super::aligned::AlignedBuffer;
-use super::file::{RegionFile, SAFE_DIO_ALIGN};
+use super::file::RegionFile;
 use super::threads::ThreadEngine;
 use super::uring::UringEngine;
 use super::{check_io, io as transfer, refuse, Barrier, Io, IoOp, Medium, MediumInfo, MediumKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BLOCK_BYTES;
+use crate::partial::SAFE_DIO_ALIGN;
 use crate::staging::StagingPool;
 use crate::sync::Arc;
 

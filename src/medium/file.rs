@@ -19,6 +19,7 @@ use super::site::STAT_BLOCK_BYTES;
 use super::{io as transfer, lock, Durability};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::{without_forks, ChildClosedFd, ForkStamp};
+use crate::partial::SAFE_DIO_ALIGN;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::Arc;
 
@@ -37,9 +38,6 @@ const BCACHEFS_MAGIC: i64 = 0xca45_1a4e;
 const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
 /// Layers that hide the file system beneath.
 const OVERLAYFS_MAGIC: i64 = 0x794c_7630;
-
-/// Alignment that suffices for O_DIRECT on every device with sectors up to 4 KiB.
-pub(super) const SAFE_DIO_ALIGN: usize = 4096;
 
 /// How long a device's claim is waited for at least: the kernel gives it up a little after its holder closed.
 const CLAIM_GRACE: Duration = Duration::from_millis(100);

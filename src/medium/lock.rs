@@ -7,8 +7,8 @@ use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use super::file::{identity, RegionFile};
-use super::io::Fruitless;
 use crate::error::{Error, ErrorKind, Result};
+use crate::partial::Fruitless;
 use crate::sync::thread;
 
 /// First pause between two attempts; doubled each time.

@@ -20,10 +20,11 @@ use std::os::fd::AsRawFd;
 use io_uring::{opcode, squeue, types, IoUring};
 
 use super::file::RegionFile;
-use super::io::{op_name, progress, short, BUSY_PAUSE, FRUITLESS_MAX, TRANSFER_MAX_BYTES};
+use super::io::{op_name, short};
 use super::{Io, IoOp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::{without_forks, ChildClosedGuard};
+use crate::partial::{progress, BUSY_PAUSE, FRUITLESS_MAX, TRANSFER_MAX_BYTES};
 use crate::staging::StagingPool;
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard};

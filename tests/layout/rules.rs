@@ -5,7 +5,7 @@ use super::text::Text;
 /// Modules by level: a module may import from lower levels and from itself. The one table of the direction.
 pub const LEVELS: &[&[&str]] = &[
     &["error", "sync"],
-    &["fork", "persist"],
+    &["fork", "persist", "partial"],
     &["format", "cuda"],
     &["slots", "staging"],
     &["medium"],
