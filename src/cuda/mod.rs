@@ -13,6 +13,7 @@
 //! | [`copies`] | copies, alone or in batches |
 //! | [`kernels`] | code that runs on devices |
 //! | [`gate`] | what keeps allocations and waiting streams apart |
+//! | [`gds`] | cuFile: from a GPU to a file |
 //!
 //! # Why results are integers
 //!
@@ -24,6 +25,7 @@ mod api;
 mod copies;
 mod device;
 mod gate;
+pub mod gds;
 mod kernels;
 mod memory;
 mod stream;
