@@ -22,6 +22,8 @@ pub struct Stats {
     pub durable_bytes: u64,
     /// Those of them that were in their places already, and were not written.
     pub unchanged_bytes: u64,
+    /// Those of them that cuFile wrote from the memory of a GPU, past host memory.
+    pub direct_bytes: u64,
     /// Nanoseconds in which at least one save was in flight.
     pub busy_ns: u64,
     /// Sum over durable saves of the nanoseconds from begin to copied.
@@ -38,6 +40,14 @@ pub struct Stats {
     pub newest_generation: u64,
 }
 
+/// Of a durable save: bytes of its payload, those of them that were not written, and those that cuFile wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SavedBytes {
+    pub payload: u64,
+    pub unchanged: u64,
+    pub direct: u64,
+}
+
 /// The live counters. Relaxed throughout: each stands alone and orders nothing.
 #[derive(Default)]
 pub(crate) struct Metrics {
@@ -48,6 +58,7 @@ pub(crate) struct Metrics {
     cancelled: AtomicU64,
     durable_bytes: AtomicU64,
     unchanged_bytes: AtomicU64,
+    direct_bytes: AtomicU64,
     copied_ns: AtomicU64,
     durable_ns: AtomicU64,
     busy: Mutex<Busy>,
@@ -85,14 +96,14 @@ impl Metrics {
         }
     }
 
-    /// `bytes`: of the payload, and those of them that were not written.
-    pub fn saves_durable(&self, bytes: (u64, u64), superseded: bool, copied: Duration, durable: Duration) {
+    pub fn saves_durable(&self, bytes: SavedBytes, superseded: bool, copied: Duration, durable: Duration) {
         self.copied_ns.fetch_add(ns(copied), Ordering::Relaxed);
         self.durable_ns.fetch_add(ns(durable), Ordering::Relaxed);
         self.durable.fetch_add(1, Ordering::Relaxed);
         self.superseded.fetch_add(u64::from(superseded), Ordering::Relaxed);
-        self.durable_bytes.fetch_add(bytes.0, Ordering::Relaxed);
-        self.unchanged_bytes.fetch_add(bytes.1, Ordering::Relaxed);
+        self.durable_bytes.fetch_add(bytes.payload, Ordering::Relaxed);
+        self.unchanged_bytes.fetch_add(bytes.unchanged, Ordering::Relaxed);
+        self.direct_bytes.fetch_add(bytes.direct, Ordering::Relaxed);
     }
 
     pub fn saves_failed(&self) {
@@ -113,6 +124,7 @@ impl Metrics {
             saves_cancelled: self.cancelled.load(Ordering::Relaxed),
             durable_bytes: self.durable_bytes.load(Ordering::Relaxed),
             unchanged_bytes: self.unchanged_bytes.load(Ordering::Relaxed),
+            direct_bytes: self.direct_bytes.load(Ordering::Relaxed),
             busy_ns: ns(self.busy.lock().now()),
             copied_ns: self.copied_ns.load(Ordering::Relaxed),
             durable_ns: self.durable_ns.load(Ordering::Relaxed),

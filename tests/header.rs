@@ -229,7 +229,8 @@ layouts! {
         struct_bytes, read_only, medium, backend, required_durability, max_in_flight, keep, hold, writers, readers,
         queue_depth, lock_memory, rewrite_every, run_id, staging_bytes, chunk_bytes, lock_wait_ms
     }
-    pcc_save_options { struct_bytes, wait_ms, stream, confirm, pin, snapshot, flag_waits, device_timeout_ms }
+    pcc_save_options { struct_bytes, wait_ms, stream, confirm, pin, snapshot, flag_waits, device_timeout_ms, direct_storage,
+        reserved }
     pcc_tensor { struct_bytes, name, shape, data, bytes, dtype, rank, device, device_index }
     pcc_pair { key, value }
     pcc_select_options { struct_bytes, value, select, verify }
@@ -248,7 +249,7 @@ layouts! {
     pcc_stats_info {
         struct_bytes, saves_begun, saves_durable, saves_superseded, saves_failed, saves_cancelled, durable_bytes,
         busy_ns, copied_ns, durable_ns, newest_generation, in_flight, quarantined_slots, claimable_slots, reserved,
-        unchanged_bytes
+        unchanged_bytes, direct_bytes
     }
     pcc_got_info {
         struct_bytes, path_text, notes_text, region_uuid, slot_bytes, staging_bytes, staging_huge_bytes, chunk_bytes,

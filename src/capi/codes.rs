@@ -89,6 +89,17 @@ pub const PCC_SNAPSHOT_AUTO: u32 = 1;
 /// takes there is allocated by the first such save and kept; where there is not so much, the save fails.
 pub const PCC_SNAPSHOT_SPARE: u32 = 2;
 
+/// All of a state goes through the staging pool.
+pub const PCC_DIRECT_OFF: u32 = 0;
+/// Chunks of a state on a GPU go from spare memory of it to the file by GPUDirect Storage, past host memory, where that is possible: the
+/// snapshot is in spare memory, all of the state's GPU memory is on one GPU, the region is one file on the direct medium,
+/// and cuFile (libcufile.so.0) is there and does not itself go through host memory. Else, and for chunks that are partly in
+/// host memory, as PCC_DIRECT_OFF. `direct_bytes` of `pcc_stats` tells.
+pub const PCC_DIRECT_AUTO: u32 = 1;
+/// The same, but where it is not possible the save fails with PCC_UNSUPPORTED and says why; and cuFile is used also where it itself
+/// goes through host memory (its compatibility mode).
+pub const PCC_DIRECT_REQUIRED: u32 = 2;
+
 /// The checkpoint with the highest generation; falls back to the next newest where it is damaged.
 pub const PCC_SELECT_NEWEST: u32 = 0;
 /// The newest of those with a generation below `value`, with the same fall-back.

@@ -131,6 +131,7 @@ pub unsafe extern "C" fn pcc_stats(store: *const pcc_store, stats: *mut pcc_stat
             claimable_slots: now.claimable_slots,
             reserved: 0,
             unchanged_bytes: now.unchanged_bytes,
+            direct_bytes: now.direct_bytes,
         };
         caller.fill(stats, value)
     };

@@ -144,6 +144,8 @@ pub struct pcc_stats_info {
     pub reserved: u32,
     /// Those of durable_bytes that were in their places already, and were not written.
     pub unchanged_bytes: u64,
+    /// Those of durable_bytes that cuFile wrote from the memory of a GPU: see PCC_DIRECT_AUTO.
+    pub direct_bytes: u64,
 }
 
 /// What was got at open, as opposed to what was asked for. Texts live as long as the store.

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind};
 use crate::format::{DEFAULT_UNIT_BYTES, MAX_MEMBERS};
 use crate::save::SaveOptions;
 #[cfg(feature = "cuda")]
-use crate::save::{DeviceOptions, Snapshot};
+use crate::save::{DeviceOptions, DirectStorage, Snapshot};
 use crate::store::{FormatOptions, OpenOptions};
 
 /// How a region is formatted. Initialise with `pcc_format_options_init`.
@@ -122,6 +122,10 @@ pub struct pcc_save_options {
     /// Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
     /// 0 or default: 600000.
     pub device_timeout_ms: u64,
+    /// Whether chunks go from a GPU to the file past host memory: PCC_DIRECT_... Default PCC_DIRECT_OFF.
+    pub direct_storage: u32,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
 /// One tensor: what a save reads, and what `pcc_restore` writes. The same array serves both. In an array every
@@ -403,9 +407,20 @@ impl Caller {
                 return Err(self.invalid(format!("snapshot is {code}, expected PCC_SNAPSHOT_... (0 to 2)")))
             }
         };
+        let direct_storage = match options.direct_storage {
+            PCC_DIRECT_OFF => DirectStorage::Off,
+            PCC_DIRECT_AUTO => DirectStorage::Auto,
+            PCC_DIRECT_REQUIRED => DirectStorage::Required,
+            code => {
+                let message = format!("direct_storage is {code}, expected PCC_DIRECT_... (0 to 2)");
+                return Err(self.invalid(message));
+            }
+        };
+        self.reserved("reserved", options.reserved.into())?;
         let mut device = DeviceOptions {
             stream: options.stream as usize,
             snapshot,
+            direct_storage,
             flag_waits: self.flag("flag_waits", options.flag_waits)?,
             ..DeviceOptions::default()
         };
@@ -418,10 +433,11 @@ impl Caller {
     #[cfg(not(feature = "cuda"))]
     fn no_device_options(&self, options: &pcc_save_options) -> Outcome<()> {
         let flag_waits = self.flag("flag_waits", options.flag_waits)?;
-        if options.stream.is_null() && options.snapshot == PCC_SNAPSHOT_STAGING && !flag_waits {
+        let plain = options.snapshot == PCC_SNAPSHOT_STAGING && options.direct_storage == PCC_DIRECT_OFF;
+        if options.stream.is_null() && plain && !flag_waits {
             return Ok(());
         }
-        let message = "stream, snapshot or flag_waits is given: this build knows no GPUs";
+        let message = "stream, snapshot, flag_waits or direct_storage is given: this build knows no GPUs";
         Err(Error::new(ErrorKind::Unsupported, self.op(), message).into())
     }
 

@@ -10,9 +10,9 @@ use crate::format::layout::check_chunk_count;
 use crate::format::{
     chunk_hash, plan, plan_raw, Dtype, Layout, PayloadPlan, TensorSpec, HEADER_HASHED, RAW_STREAM,
 };
-#[cfg(feature = "cuda")]
-use crate::save::DevicePart;
 use crate::save::{deadline_in, Origin, RawChunks, RawSave, Save, SaveOptions, SaveSpec, Saver};
+#[cfg(feature = "cuda")]
+use crate::save::{DevicePart, DirectStorage, Snapshot};
 #[cfg(feature = "cuda")]
 use crate::source::DeviceSource;
 use crate::source::{HostSegment, HostSource};
@@ -219,6 +219,13 @@ unsafe fn origin_of(
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "passes the caller's promise on")]
 unsafe fn device_origin(saver: &Saver, placed: Placed, options: &SaveOptions) -> Result<Origin> {
+    if options.device.direct_storage == DirectStorage::Required
+        && options.device.snapshot == Snapshot::Staging
+    {
+        let message = "direct_storage is required, and the snapshot is not to go into spare memory";
+        return Err(Error::new(ErrorKind::InvalidArgument, "begin save", message)
+            .advise("have the snapshot go into spare memory (spare or auto)"));
+    }
     let Placed { header, segments, owners, owned } = placed;
     let _relaxed = Relaxed::enter()?;
     let mut ordinals: Vec<u32> = owners.iter().flatten().copied().collect();
@@ -239,6 +246,7 @@ unsafe fn device_origin(saver: &Saver, placed: Placed, options: &SaveOptions) ->
     Ok(Origin::Device(DevicePart {
         source: Arc::new(source),
         snapshot: options.device.snapshot,
+        direct_storage: options.device.direct_storage,
         flag_waits: options.device.flag_waits,
         timeout: options.device.timeout,
         asked,

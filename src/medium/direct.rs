@@ -1,5 +1,8 @@
 //! `direct`: O_DIRECT reads and writes, asynchronous by io_uring where the kernel allows it.
 
+#[cfg(feature = "cuda")]
+use std::os::fd::AsRawFd;
+
 use super::aligned::AlignedBuffer;
 use super::file::RegionFile;
 use super::threads::ThreadEngine;
@@ -138,6 +141,12 @@ impl Medium for Direct {
 
     fn len_bytes(&self) -> u64 {
         self.file.len_bytes()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn direct_file(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
+        // A process that serves it may know nothing of a GPU's memory.
+        (!self.file.is_served_by_a_process()).then(|| self.file.clone() as Arc<_>)
     }
 
     fn read(&self, offset: u64, dst: &mut [u8]) -> Result<()> {

@@ -72,6 +72,12 @@ pub(super) enum Undo {
     Remove,
 }
 
+impl AsRawFd for RegionFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.raw_fd()
+    }
+}
+
 impl RegionFile {
     /// Opens the region at `path`.
     ///

@@ -27,6 +27,9 @@
 //! A `persist` or `write_durable` that fails leaves durability unknown for all that was written since the last
 //! one that succeeded; it must never be retried into success (the kernel may have dropped the dirty state).
 
+#[cfg(feature = "cuda")]
+use std::os::fd::AsRawFd;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::BLOCK_BYTES;
 use crate::staging::StagingBuffer;
@@ -178,6 +181,13 @@ pub trait Medium: Send + Sync {
 
     /// The region's bytes as memory, where they are: then copying into a staging buffer first would be one copy too many.
     fn memory(&self) -> Option<&dyn MediumMemory> {
+        None
+    }
+
+    /// The region's file, open with O_DIRECT, where others may write to it beside [`Medium::start`]: every byte of the region is at its
+    /// own offset, and what persists those of `start` persists theirs.
+    #[cfg(feature = "cuda")]
+    fn direct_file(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
         None
     }
 

@@ -12,7 +12,7 @@ use crate::format::BLOCK_BYTES;
 use crate::persist::ChunkHasher;
 use crate::save::core::{internal, ChunkWork, SaveCore};
 #[cfg(feature = "cuda")]
-use crate::save::device::Arrived;
+use crate::save::device::{write_from_device, Arrived, Bytes};
 use crate::save::saver::Shared;
 #[cfg(feature = "cuda")]
 use crate::source::copy_and_hash;
@@ -63,11 +63,20 @@ pub(super) fn run_copier(shared: &Shared) {
 /// Sees to a chunk that a device has brought; false where there is none.
 #[cfg(feature = "cuda")]
 pub(super) fn take_arrived(shared: &Shared) -> bool {
-    let Some(Arrived { save, chunk, buffer }) = shared.exchange.next_arrived() else { return false };
+    let Some(Arrived { save, bytes }) = shared.exchange.next_arrived() else { return false };
     let _at_work = save.at_work();
     if flushing_has_failed(shared, &save) {
+        // Before the save is told that nobody is at work on it.
+        drop(bytes);
         return true;
     }
+    let (chunk, buffer) = match bytes {
+        Bytes::Staged { chunk, buffer } => (chunk, buffer),
+        Bytes::OnDevice(chunks) => {
+            write_from_device(shared, &save, chunks);
+            return true;
+        }
+    };
     let mut placing = false;
     let hash = || hash_arrived(shared, &save, chunk, &buffer, &mut placing);
     let copied = catch_unwind(AssertUnwindSafe(hash));

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 pub use self::core::{Durable, Progress};
 #[cfg(feature = "cuda")]
-pub use device::{DeviceOptions, Snapshot};
+pub use device::{DeviceOptions, DirectStorage, Snapshot};
 pub use faults::Faults;
 pub use raw::RawSave;
 

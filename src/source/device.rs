@@ -93,6 +93,16 @@ impl DeviceSource {
         self.owners[segment].map(|device| (&self.devices[device], ptr as u64, len as u64))
     }
 
+    /// What devices hold of the payload: first bytes and the bytes behind the last, in order.
+    pub fn runs(&self) -> &[(u64, u64)] {
+        &self.runs
+    }
+
+    /// Where a segment begins in the payload.
+    pub fn start_of(&self, segment: usize) -> u64 {
+        self.host.start_of(segment)
+    }
+
     /// How many segments there are, of devices and of the host.
     pub fn segment_count(&self) -> usize {
         self.owners.len()

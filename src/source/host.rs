@@ -100,6 +100,12 @@ impl HostSource {
         self.header.len() as u64
     }
 
+    /// Where a segment begins in the payload.
+    #[cfg(feature = "cuda")]
+    pub(super) fn start_of(&self, segment: usize) -> u64 {
+        self.starts[segment]
+    }
+
     /// Where the segments are in the payload: their first bytes, and the bytes behind their last.
     #[cfg(feature = "cuda")]
     pub(super) fn places(&self) -> impl Iterator<Item = (u64, u64)> + '_ {

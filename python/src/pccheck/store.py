@@ -34,6 +34,7 @@ __all__ = ["Got", "Stats", "Store", "Verified"]
 _DURABILITIES = {"process": 1, "power": 2}
 _BACKENDS = {"auto": 0, "uring": 1, "threads": 2}
 _SNAPSHOTS = {"staging": 0, "auto": 1, "spare": 2}
+_DIRECT = {"off": 0, "auto": 1, "required": 2}
 
 # Longest wait for the saves in flight when a `with` block ends by an exception.
 _DRAIN_AFTER_ERROR_S = 60.0
@@ -53,6 +54,8 @@ class Stats:
     durable_bytes: int
     #: those of durable_bytes that were in their places already, and were not written
     unchanged_bytes: int
+    #: those of durable_bytes that cuFile wrote from the memory of a GPU, past host memory
+    direct_bytes: int
     #: in which at least one save was in flight: durable_bytes over this is the bandwidth got
     busy_ns: int
     #: sums over durable saves, from begin
@@ -202,6 +205,7 @@ class Store:
         pin: bool = False,
         stream: Any = None,
         snapshot: str = "staging",
+        direct_storage: str = "off",
         flag_waits: bool = False,
         gpu_timeout: float | None = None,
     ) -> Save:
@@ -223,6 +227,10 @@ class Store:
             stream: a ``torch.cuda.Stream`` or the number of a CUDA stream; None: torch's current streams.
             snapshot: where tensors on GPUs go first: "staging" (the staging pool), "spare" (spare memory of the GPU, at
                 the speed of that memory: copied at once) or "auto" (spare where there is room for it).
+            direct_storage: with "auto", chunks of a state on one GPU go from its spare memory to the file by GPUDirect
+                Storage, past host memory, where cuFile is there and really does that, and the region is one file on the
+                direct medium; :attr:`Stats.direct_bytes` tells. "required": the save fails with Unsupported where that is
+                not so, and cuFile is used also where it goes through host memory itself.
             flag_waits: :meth:`Save.stream_wait_copied` does not wait for a staging pool that is smaller than the state:
                 the stream waits for a flag in memory. Until it goes on, what makes the driver wait for that stream
                 holds up the copies: allocating, freeing or page-locking memory of the GPU, creating streams, launching
@@ -241,6 +249,7 @@ class Store:
         packed, pairs = self._packer.pack(tensors), arrays.pack_pairs(metadata)
         chosen, step, save = _save_options(confirm, pin), whole("step", step), Save.handle(packed.owners)
         chosen.snapshot = number_of("snapshot", snapshot, _SNAPSHOTS)
+        chosen.direct_storage = number_of("direct_storage", direct_storage, _DIRECT)
         chosen.flag_waits = int(bool(flag_waits))
         if gpu_timeout is not None:
             chosen.device_timeout_ms = max(1, deadline_ms(gpu_timeout))

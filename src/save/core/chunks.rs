@@ -6,6 +6,7 @@ use super::{ChunkWork, Mark, Parked, SaveCore, SaveState};
 use crate::error::Result;
 use crate::format::encode_table;
 use crate::medium::{Barrier, Io, IoOp, IoSink};
+use crate::metrics::SavedBytes;
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
 use crate::store::Content;
@@ -136,6 +137,30 @@ impl SaveCore {
         }
     }
 
+    /// Whether the place of a chunk, whose hash a device has found, holds it already; then that is all there was to do for it.
+    #[cfg(feature = "cuda")]
+    pub fn is_in_place(&self, chunk: u64, hash: u128) -> bool {
+        let all_hashed = {
+            let mut state = self.state.lock();
+            if state.content.known(chunk) != Some(hash) {
+                return false;
+            }
+            state.content.compared(chunk, true);
+            self.note_hashed(&mut state, chunk, hash, true)
+        };
+        if all_hashed {
+            self.finish_chunks();
+        }
+        true
+    }
+
+    /// As [`chunk_placed`](SaveCore::chunk_placed), of a chunk that cuFile has written.
+    #[cfg(feature = "cuda")]
+    pub fn chunk_written_directly(&self, shared: &Shared, chunk: u64, hash: u128, before: Option<u128>) {
+        self.state.lock().direct_bytes += self.chunk_len(chunk) as u64;
+        self.chunk_placed(shared, chunk, hash, before);
+    }
+
     /// Waits for the writing mark, for no longer than persistent memory takes: where it takes longer, copying into staging
     /// meanwhile is better. True if payload bytes may reach the medium.
     pub fn marked_soon(&self) -> bool {
@@ -253,9 +278,14 @@ impl SaveCore {
         }
     }
 
-    /// Bytes of the payload, and those of them that were not written.
-    pub fn bytes(&self) -> (u64, u64) {
-        (self.spec.payload_bytes, self.state.lock().unchanged_bytes)
+    /// What became of the payload's bytes.
+    pub fn bytes(&self) -> SavedBytes {
+        let state = self.state.lock();
+        SavedBytes {
+            payload: self.spec.payload_bytes,
+            unchanged: state.unchanged_bytes,
+            direct: state.direct_bytes,
+        }
     }
 
     /// Something is about to be written in the chunk's place.

@@ -138,6 +138,8 @@ pub(crate) struct SaveState {
     content: Content,
     /// Payload bytes that were found in their places.
     unchanged_bytes: u64,
+    /// Payload bytes that cuFile wrote.
+    direct_bytes: u64,
     committing: bool,
     copied_at: Option<Instant>,
     failure: Option<Error>,
@@ -237,6 +239,7 @@ impl SaveCore {
                 hashes: vec![0; chunk_count as usize],
                 content,
                 unchanged_bytes: 0,
+                direct_bytes: 0,
                 committing: false,
                 copied_at: None,
                 failure: None,

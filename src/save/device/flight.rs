@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::direct::Hashing;
 use crate::cuda::{Event, Stream};
 use crate::error::{Error, Result};
 use crate::staging::StagingBuffer;
@@ -49,6 +50,8 @@ pub(super) struct Flight {
     pub chunks: Chunks,
     /// What leaves the caller's memory with it.
     pub leaving: Leaving,
+    /// It brings no chunk but the hashes of these, in its one buffer.
+    pub hashing: Option<Hashing>,
     /// The device has reported nothing but errors since.
     lost_since: Option<Instant>,
 }
@@ -67,7 +70,7 @@ pub(super) enum Arrival {
 
 impl Flight {
     pub fn new(job: u64, marks: Marks, chunks: Chunks, leaving: Leaving) -> Self {
-        Flight { job, marks, chunks, leaving, lost_since: None }
+        Flight { job, marks, chunks, leaving, hashing: None, lost_since: None }
     }
 
     pub fn look(&mut self) -> Arrival {

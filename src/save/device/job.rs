@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use super::direct::{DirectStorage, Hashing, Layout, HASH_BYTES};
 use super::flight::Leaving;
+use super::spare::Spare;
 use super::{Copies, DevicePart, NewJob, Snapshot};
-use crate::cuda::{Copy, CopyList, DeviceBuffer, Owners, Turn};
+use crate::cuda::gds::GdsFile;
+use crate::cuda::{Copy, CopyList, Owners, Turn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::{DeviceSource, Source};
@@ -64,7 +67,14 @@ pub(super) struct Job {
     /// Whose memory the driver was asked about for this save.
     asked: Owners,
     /// Per lane that has one.
-    pub spares: Vec<(usize, DeviceBuffer)>,
+    pub spares: Vec<(usize, Arc<Spare>)>,
+    pub direct_storage: DirectStorage,
+    /// How its spare is laid out where chunks go directly from there; before it has one, how it would be.
+    pub layout: Option<Layout>,
+    /// Where they go then.
+    pub file: Option<Arc<GdsFile>>,
+    /// How many of them are hashed, or are being hashed.
+    pub hashed: u64,
     /// With a snapshot in spare memory, and where streams may wait for flags: of chunks in which host memory stands
     /// between, that memory's bytes.
     kept: BTreeMap<u64, Vec<u8>>,
@@ -78,9 +88,9 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// None where the save has ended already.
-    pub fn new(new: NewJob) -> Option<Job> {
-        let DevicePart { source, snapshot, flag_waits, timeout, asked, copies } = new.part;
+    /// None where the save has ended already. `allows`: chunks can go directly, as far as is known.
+    pub fn new(new: NewJob, allows: impl Fn(DirectStorage) -> bool) -> Option<Job> {
+        let DevicePart { source, snapshot, direct_storage, flag_waits, timeout, asked, copies } = new.part;
         let deadline = new.save.begun.checked_add(timeout);
         let Ok(held) = Held::new(new.save) else {
             copies.failed();
@@ -88,6 +98,10 @@ impl Job {
         };
         let mut addresses = vec![0; source.segment_count()];
         source.on_devices().for_each(|(segment, _, address, _)| addresses[segment] = address);
+        let wanted = direct_storage != DirectStorage::Off && snapshot != Snapshot::Staging;
+        let layout = (wanted && allows(direct_storage))
+            .then(|| Layout::of(&source, held.save().chunk_bytes).ok())
+            .flatten();
         Some(Job {
             held,
             source: Some(source),
@@ -102,6 +116,10 @@ impl Job {
             addresses,
             asked,
             spares: Vec::new(),
+            direct_storage,
+            layout,
+            file: None,
+            hashed: 0,
             kept: BTreeMap::new(),
             next_chunk: 0,
             peeked: None,
@@ -139,13 +157,14 @@ impl Job {
         (chunk * save.chunk_bytes, save.chunk_len(chunk))
     }
 
-    /// The next chunk that a device brings, if there is one.
+    /// The next chunk that a device brings into the staging pool, if there is one.
     pub fn peek(&mut self) -> Option<u64> {
         let source = self.source.as_ref()?;
         let count = self.held.save().chunk_count;
         while self.next_chunk < count {
             let (offset, len) = self.span(self.next_chunk);
-            if self.peeked == Some(self.next_chunk) || source.is_fetched(offset, len) {
+            let known = self.peeked == Some(self.next_chunk);
+            if known || source.is_fetched(offset, len) && !self.goes_directly(self.next_chunk) {
                 self.peeked = Some(self.next_chunk);
                 return self.peeked;
             }
@@ -154,9 +173,19 @@ impl Job {
         None
     }
 
-    /// All copies are enqueued.
+    fn goes_directly(&self, chunk: u64) -> bool {
+        !self.spares.is_empty() && self.layout.as_ref().is_some_and(|layout| layout.holds(chunk))
+    }
+
+    /// The next chunks that go directly and are to be hashed, as many as have their hashes in so many bytes.
+    pub fn next_to_hash(&self, bytes: usize) -> Option<Hashing> {
+        let layout = self.layout.as_ref().filter(|_| !self.spares.is_empty())?;
+        layout.next_to_hash(self.hashed, bytes as u64 / HASH_BYTES)
+    }
+
+    /// All copies are enqueued, and all hashing.
     pub fn is_enqueued(&mut self) -> bool {
-        !self.lanes.is_empty() && self.peek().is_none()
+        !self.lanes.is_empty() && self.peek().is_none() && self.next_to_hash(usize::MAX).is_none()
     }
 
     /// Puts what is in host memory of the next chunk into `buffer`, and adds what is to be copied to the lists, one for
@@ -198,8 +227,11 @@ impl Job {
         source.after().iter().try_fold(true, |ready, event| Ok(ready && event.reached()?))
     }
 
-    /// Bytes that the source has on each of its devices.
-    pub fn bytes_on_devices(&self) -> Result<Vec<u64>> {
+    /// Bytes of spare memory that a snapshot takes on each of the source's devices.
+    pub fn spare_bytes(&self) -> Result<Vec<u64>> {
+        if let Some(layout) = &self.layout {
+            return Ok(vec![layout.spare_bytes()]);
+        }
         let source = self.source()?;
         let mut bytes = vec![0; source.devices().len()];
         for (_, device, _, len) in source.on_devices() {
@@ -210,15 +242,23 @@ impl Job {
 
     /// From now on the segments are read in spare memory, one for each device, which the returned copies fill; what stands
     /// in host memory between them is copied at once. Also returns what leaves the caller's memory so.
-    pub fn move_to_spares(&mut self, spares: Vec<(usize, DeviceBuffer)>) -> Result<(Vec<CopyList>, Leaving)> {
+    pub fn move_to_spares(&mut self, spares: Vec<(usize, Spare)>) -> Result<(Vec<CopyList>, Leaving)> {
         let source = self.source()?;
         let mut lists = vec![CopyList::default(); spares.len()];
         let mut ends: Vec<u64> = spares.iter().map(|(_, spare)| spare.address()).collect();
+        // At once: however this ends they are given back with the job.
+        self.spares = spares.into_iter().map(|(lane, spare)| (lane, Arc::new(spare))).collect();
         for (segment, device, from, bytes) in source.on_devices() {
-            lists[device].push(segment as u64, Copy { to: ends[device], from, bytes });
+            let to = match &self.layout {
+                Some(layout) => ends[device] + layout.place(source.start_of(segment)),
+                None => ends[device],
+            };
+            lists[device].push(segment as u64, Copy { to, from, bytes });
             self.check_owner(&source, segment)?;
-            self.addresses[segment] = ends[device];
-            ends[device] += bytes as u64;
+            self.addresses[segment] = to;
+            if self.layout.is_none() {
+                ends[device] += bytes as u64;
+            }
         }
         let mut leaving = Leaving::default();
         self.keep_host(usize::MAX)?;
@@ -229,7 +269,6 @@ impl Job {
                 leaving.bytes += len as u64;
             }
         }
-        self.spares = spares;
         Ok((lists, leaving))
     }
 

@@ -1,8 +1,10 @@
 //! One device as the pump uses it: two streams, events to use again, and spare memory.
 #![expect(unsafe_code, reason = "buffers are lent to a device's copy engines")]
 
+use super::direct::{Hashing, HASH_BYTES};
 use super::flight::{Flight, Mark};
-use crate::cuda::{free_memory, CopyList, Device, DeviceBuffer, Direction, Event, Stream};
+use super::spare::Spare;
+use crate::cuda::{free_memory, Copy, CopyList, Device, Direction, Event, Hasher, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 
@@ -18,14 +20,15 @@ pub(super) struct Lane {
     streams: Vec<Arc<Stream>>,
     turn: usize,
     events: Vec<Event>,
-    spares: Vec<DeviceBuffer>,
+    spares: Vec<Spare>,
+    hasher: Option<Hasher>,
 }
 
 impl Lane {
     pub fn new(device: &Arc<Device>) -> Result<Lane> {
         let streams = (0..STREAMS).map(|_| Stream::new(device).map(Arc::new)).collect::<Result<_>>()?;
         let device = device.clone();
-        Ok(Lane { device, streams, turn: 0, events: Vec::new(), spares: Vec::new() })
+        Ok(Lane { device, streams, turn: 0, events: Vec::new(), spares: Vec::new(), hasher: None })
     }
 
     pub fn is_of(&self, device: &Arc<Device>) -> bool {
@@ -56,6 +59,46 @@ impl Lane {
         kept.record(&self.streams[self.turn])?;
         self.wait(std::slice::from_ref(&event))?;
         Ok((event, kept))
+    }
+
+    /// Enqueues the hashing of chunks of a spare that a snapshot was taken into, and the copying of the hashes to a flight's one
+    /// buffer; the event is reached when they are there. After an error some of it may run.
+    pub fn hash(
+        &mut self,
+        spare: &Spare,
+        hashing: &Hashing,
+        chunk_bytes: u64,
+        lent: &Flight,
+    ) -> Result<Event> {
+        let lacking = || Error::new(ErrorKind::Internal, "save", "no code to hash with was loaded");
+        let event = self.event()?;
+        self.turn = (self.turn + 1) % STREAMS;
+        let (stream, hasher) = (&self.streams[self.turn], self.hasher.as_ref().ok_or_else(lacking)?);
+        let (chunks, hashes) = (spare.address() + hashing.at, spare.address() + hashing.hashes);
+        // SAFETY: parts of the spare that the layout keeps apart; the job keeps it as long as it has flights, and the lane is
+        // dropped only when none is left, and forgotten where that is not sure. The snapshot came before.
+        unsafe { hasher.hash(stream, chunks, chunk_bytes, hashing.count(), hashes) }?;
+        let buffers = lent.chunks.iter().map(|(_, buffer)| buffer.as_ptr() as u64);
+        let fetch: Vec<Copy> = buffers
+            .map(|to| Copy { to, from: hashes, bytes: (HASH_BYTES * hashing.count()) as usize })
+            .collect();
+        // SAFETY: the flight keeps its buffer, in which the hashes fit, until the event is reached, or for ever.
+        unsafe { stream.copy(Direction::ToHost, &fetch) }?;
+        event.record(stream)?;
+        Ok(event)
+    }
+
+    /// It can hash.
+    pub fn has_hasher(&self) -> bool {
+        self.hasher.is_some()
+    }
+
+    /// Loads the code that hashes, once.
+    pub fn load_hasher(&mut self) -> Result<()> {
+        if self.hasher.is_none() {
+            self.hasher = Some(Hasher::new(&self.device)?);
+        }
+        Ok(())
     }
 
     /// Enqueues copies on the next stream.
@@ -102,9 +145,9 @@ impl Lane {
         }
     }
 
-    /// An earlier save has left spare memory for so many bytes.
-    pub fn has_spare(&self, bytes: u64) -> bool {
-        self.spare_for(bytes).is_some()
+    /// Spare memory for so many bytes that an earlier save has left.
+    pub fn spare(&self, bytes: u64) -> Option<&Spare> {
+        self.spare_for(bytes).map(|at| &self.spares[at])
     }
 
     fn spare_for(&self, bytes: u64) -> Option<usize> {
@@ -113,7 +156,7 @@ impl Lane {
 
     /// Spare memory for so many bytes: what an earlier save has left, or new; `modest`: only where enough is left to the
     /// program.
-    pub fn take_spare(&mut self, bytes: u64, modest: bool) -> Result<DeviceBuffer> {
+    pub fn take_spare(&mut self, bytes: u64, modest: bool) -> Result<Spare> {
         if let Some(at) = self.spare_for(bytes) {
             return Ok(self.spares.swap_remove(at));
         }
@@ -126,10 +169,10 @@ impl Lane {
                 return Err(Error::new(ErrorKind::OutOfMemory, "allocate GPU memory", message));
             }
         }
-        DeviceBuffer::new(&self.device, bytes)
+        Spare::new(&self.device, bytes)
     }
 
-    pub fn return_spare(&mut self, spare: DeviceBuffer) {
+    pub fn return_spare(&mut self, spare: Spare) {
         self.spares.push(spare);
     }
 }

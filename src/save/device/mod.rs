@@ -14,18 +14,26 @@
 //! | [`lane`] | one device: its streams and its spare memory |
 //! | [`flags`] | streams of the program that wait for a flag |
 //! | [`watch`] | whether the driver holds up the pump |
+//! | [`spare`] | spare memory of a device |
+//! | [`direct`] | which chunks go from there to the file by cuFile |
+//! | [`on_device`] | writing them |
 
+mod direct;
 mod flags;
 mod flight;
 mod job;
 mod lane;
+mod on_device;
 mod pump;
+mod spare;
 mod watch;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+pub use direct::DirectStorage;
 pub(super) use flags::run_flags;
+pub(super) use on_device::{write_from_device, OnDevice};
 pub(super) use pump::run_pump;
 
 use flags::Flags;
@@ -59,6 +67,8 @@ pub struct DeviceOptions {
     pub stream: usize,
     /// Where the state goes first. Default: the staging pool.
     pub snapshot: Snapshot,
+    /// Whether chunks go from spare memory to the file past host memory. Default: not.
+    pub direct_storage: DirectStorage,
     /// A stream that is made to wait for the copies waits for a flag in memory where they are not all enqueued yet, instead of
     /// the calling thread: see [`Save::stream_wait_copied`](super::Save::stream_wait_copied). Default false.
     pub flag_waits: bool,
@@ -72,6 +82,7 @@ impl DeviceOptions {
     pub const DEFAULT: DeviceOptions = DeviceOptions {
         stream: 0,
         snapshot: Snapshot::Staging,
+        direct_storage: DirectStorage::Off,
         flag_waits: false,
         timeout: Duration::from_secs(600),
     };
@@ -88,6 +99,7 @@ impl Default for DeviceOptions {
 pub(crate) struct DevicePart {
     pub source: Arc<DeviceSource>,
     pub snapshot: Snapshot,
+    pub direct_storage: DirectStorage,
     pub flag_waits: bool,
     pub timeout: Duration,
     /// Whose memory the driver was asked about for it.
@@ -101,11 +113,17 @@ pub(crate) struct NewJob {
     pub part: DevicePart,
 }
 
-/// A chunk that has arrived and is to be hashed. Its save was told of one more at work on it.
+/// What has come from a device, for the copiers. Its save was told of one more at work on it.
 pub(crate) struct Arrived {
     pub save: Arc<SaveCore>,
-    pub chunk: u64,
-    pub buffer: StagingBuffer,
+    pub bytes: Bytes,
+}
+
+pub(crate) enum Bytes {
+    /// A chunk, which is to be hashed.
+    Staged { chunk: u64, buffer: StagingBuffer },
+    /// Hashes of chunks, which are to be written from the device's memory.
+    OnDevice(OnDevice),
 }
 
 /// What pump, copiers and the savers' threads share.

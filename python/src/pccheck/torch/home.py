@@ -44,6 +44,7 @@ class HomeOptions:
     lock_timeout: float | None = 10.0
     drain_timeout: float | None = 600.0
     snapshot: str = "staging"
+    direct_storage: str = "off"
     flag_waits: bool = False
     #: seconds after which a save that a GPU has not finished copying fails; None: the engine's default
     gpu_timeout: float | None = None
@@ -51,6 +52,8 @@ class HomeOptions:
     def __post_init__(self) -> None:
         if self.snapshot not in ("staging", "spare", "auto"):
             raise errors.InvalidArgument(f"snapshot={self.snapshot!r}: expected 'staging', 'spare' or 'auto'")
+        if self.direct_storage not in ("off", "auto", "required"):
+            raise errors.InvalidArgument(f"direct_storage={self.direct_storage!r}: expected 'off', 'auto' or 'required'")
         for name, number in (("max_in_flight", self.max_in_flight), ("keep", self.keep)):
             if not isinstance(number, int) or number < 1:
                 raise errors.InvalidArgument(f"{name}={number!r}: expected a number of checkpoints, 1 or more")
@@ -229,6 +232,7 @@ class Home:
             pin=pin,
             confirm=confirm,
             snapshot=self._options.snapshot,
+            direct_storage=self._options.direct_storage,
             flag_waits=self._options.flag_waits,
             gpu_timeout=self._options.gpu_timeout,
         )

@@ -1,13 +1,17 @@
 //! The thread that enqueues copies and looks at how far they are.
 
+mod direct;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::direct::{DirectFile, DirectStorage};
 use super::flight::{Arrival, Flight, Leaving, Mark};
 use super::job::{late, Job};
 use super::lane::Lane;
-use super::{Arrived, Snapshot};
-use crate::cuda::{Allocating, CopyList, Device, DeviceBuffer, Relaxed, Turn};
+use super::spare::Spare;
+use super::{Arrived, Bytes, Snapshot};
+use crate::cuda::{Allocating, CopyList, Device, Relaxed, Turn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
@@ -40,7 +44,14 @@ const CLOSE_GRACE: Duration = Duration::from_secs(10);
 pub(in crate::save) fn run_pump(shared: &Shared) {
     // Where it cannot be set, programs that capture graphs meanwhile must do so in their thread's own mode.
     let _relaxed = Relaxed::enter();
-    let mut pump = Pump { shared, lanes: Vec::new(), jobs: VecDeque::new(), flights: VecDeque::new() };
+    let mut pump = Pump {
+        shared,
+        lanes: Vec::new(),
+        jobs: VecDeque::new(),
+        flights: VecDeque::new(),
+        lent: Vec::new(),
+        file: DirectFile::default(),
+    };
     let mut moved_at = Instant::now();
     let mut closing_since = None;
     loop {
@@ -74,14 +85,19 @@ struct Pump<'a> {
     jobs: VecDeque<Job>,
     /// In the order of their enqueuing. Those of jobs that have gone only wait for their buffers.
     flights: VecDeque<Flight>,
+    /// Spare memory of jobs that have gone, which is still being written from, with its lane.
+    lent: Vec<(usize, Arc<Spare>)>,
+    /// Where chunks go that do not pass through the staging pool.
+    file: DirectFile,
 }
 
 impl Pump<'_> {
     /// True where something moved.
     fn step(&mut self) -> bool {
+        self.take_back();
         let mut moved = false;
         while let Some(new) = self.shared.exchange.next_job() {
-            self.jobs.extend(Job::new(new));
+            self.jobs.extend(Job::new(new, |how| !self.file.is_refused(how)));
             moved = true;
         }
         moved |= self.land();
@@ -102,7 +118,8 @@ impl Pump<'_> {
             true => self.try_begin(at),
             false => Ok(false),
         });
-        let result = result.and_then(|begun| Ok(self.enqueue_groups(at)? | begun));
+        let result =
+            result.and_then(|begun| Ok(self.enqueue_hashing(at)? | self.enqueue_groups(at)? | begun));
         result.unwrap_or_else(|error| {
             self.fail(at, error);
             true
@@ -156,10 +173,10 @@ impl Pump<'_> {
     fn allocates(&self, at: usize) -> Result<bool> {
         let job = &self.jobs[at];
         let source = job.source()?;
-        let bytes = job.bytes_on_devices()?;
+        let bytes = job.spare_bytes()?;
         let is_prepared = |(device, &bytes): (&Arc<Device>, &u64)| {
             let lane = self.lanes.iter().find(|lane| lane.is_of(device));
-            lane.is_some_and(|lane| job.snapshot == Snapshot::Staging || lane.has_spare(bytes))
+            lane.is_some_and(|lane| job.snapshot == Snapshot::Staging || self.has_spare(job, lane, bytes))
         };
         let is_prepared = source.devices().iter().zip(&bytes).all(is_prepared);
         Ok(!is_prepared || job.flag_waits && self.shared.exchange.flags.is_unprepared())
@@ -206,19 +223,21 @@ impl Pump<'_> {
         if let (true, Some(device)) = (self.jobs[at].flag_waits, source.devices().first()) {
             self.shared.exchange.flags.prepare(device);
         }
+        self.prepare_direct(at)?;
+        let required = self.jobs[at].direct_storage == DirectStorage::Required;
         match self.jobs[at].snapshot {
             Snapshot::Staging => Ok(()),
             Snapshot::Spare => self.take_spares(at, false).and_then(|spares| self.snapshot(at, spares)),
             Snapshot::Auto => match self.take_spares(at, true) {
                 Ok(spares) => self.snapshot(at, spares),
-                Err(error) if error.kind() == ErrorKind::OutOfMemory => Ok(()),
+                Err(error) if error.kind() == ErrorKind::OutOfMemory && !required => Ok(()),
                 Err(error) => Err(error),
             },
         }
     }
 
-    fn take_spares(&mut self, at: usize, modest: bool) -> Result<Vec<(usize, DeviceBuffer)>> {
-        let bytes = self.jobs[at].bytes_on_devices()?;
+    fn take_spares(&mut self, at: usize, modest: bool) -> Result<Vec<(usize, Spare)>> {
+        let bytes = self.jobs[at].spare_bytes()?;
         let mut spares = Vec::with_capacity(bytes.len());
         for (&lane, &bytes) in self.jobs[at].lanes.iter().zip(&bytes) {
             match self.lanes[lane].take_spare(bytes, modest) {
@@ -232,7 +251,8 @@ impl Pump<'_> {
         Ok(spares)
     }
 
-    fn snapshot(&mut self, at: usize, spares: Vec<(usize, DeviceBuffer)>) -> Result<()> {
+    fn snapshot(&mut self, at: usize, spares: Vec<(usize, Spare)>) -> Result<()> {
+        let spares = self.register(at, spares)?;
         let job = &mut self.jobs[at];
         let (lists, leaving) = job.move_to_spares(spares)?;
         let mut flight = Flight::new(job.number(), Vec::new(), Vec::new(), leaving);
@@ -269,7 +289,7 @@ impl Pump<'_> {
             return Ok(false);
         }
         while self.jobs[at].peek().is_some() && self.jobs[at].is_ready()? {
-            let buffers = self.free_buffers();
+            let buffers = self.free_buffers(usize::MAX);
             if buffers.is_empty() {
                 return Ok(moved);
             }
@@ -279,9 +299,10 @@ impl Pump<'_> {
         Ok(moved)
     }
 
-    fn free_buffers(&self) -> Vec<StagingBuffer> {
+    /// As many as a group takes, at most `most`, where others are left enough.
+    fn free_buffers(&self, most: usize) -> Vec<StagingBuffer> {
         let pool = self.shared.region.pool();
-        let most = group_of(pool.buffer_bytes(), pool.buffer_count());
+        let most = group_of(pool.buffer_bytes(), pool.buffer_count()).min(most);
         let left = (pool.buffer_count() / LEFT_SHARE).clamp(1, LEFT_BUFFERS);
         let free = pool.free_count().saturating_sub(left);
         std::iter::from_fn(|| pool.try_acquire()).take(most.min(free)).collect()
@@ -375,8 +396,8 @@ impl Pump<'_> {
         if let Some(error) = &lost {
             self.lose(at, error.clone());
         }
-        let Some(flight) = self.flights.remove(at) else { return };
-        let (number, leaving) = (flight.job, flight.leaving);
+        let Some(mut flight) = self.flights.remove(at) else { return };
+        let (number, leaving, hashing) = (flight.job, flight.leaving, flight.hashing.take());
         let (chunks, marks) = flight.land();
         if lost.is_none() {
             marks.into_iter().for_each(|(lane, mark)| self.lanes[lane].recycle(mark));
@@ -390,11 +411,15 @@ impl Pump<'_> {
             return;
         }
         let save = job.held.save().clone();
-        for (chunk, buffer) in chunks {
+        let came = match &hashing {
+            Some(hashing) => direct::hashed(job, hashing, &chunks),
+            None => chunks.into_iter().map(|(chunk, buffer)| Bytes::Staged { chunk, buffer }).collect(),
+        };
+        for bytes in came {
             let Ok(at_work) = save.enter() else { return };
             // Taken over by the copier.
             std::mem::forget(at_work);
-            self.shared.exchange.arrive(Arrived { save: save.clone(), chunk, buffer });
+            self.shared.exchange.arrive(Arrived { save: save.clone(), bytes });
         }
         if job.flights == 0 && job.is_enqueued() {
             // Before `copied` is told.
@@ -421,7 +446,8 @@ impl Pump<'_> {
                 std::mem::forget(spares);
             } else {
                 // Of a save that failed, too: freeing them could wait for a stream.
-                spares.into_iter().for_each(|(lane, spare)| self.lanes[lane].return_spare(spare));
+                self.lent.extend(spares);
+                self.take_back();
             }
         }
         before != self.jobs.len()
@@ -439,6 +465,7 @@ impl Pump<'_> {
     /// Giving streams and memory back could wait for the device: it stays its own.
     fn keep(&mut self) {
         self.jobs.drain(..).for_each(|mut job| std::mem::forget(std::mem::take(&mut job.spares)));
+        std::mem::forget(std::mem::take(&mut self.lent));
         std::mem::forget(std::mem::take(&mut self.lanes));
         std::mem::forget(std::mem::take(&mut self.flights));
         self.shared.exchange.flags.keep();

@@ -1,0 +1,145 @@
+//! What the pump does for chunks that go from spare memory to the file by cuFile.
+
+use super::{Flight, Job, Lane, Leaving, Mark, Pump};
+use crate::cuda::gds::GdsFile;
+use crate::error::Result;
+use crate::save::device::direct::{unsupported, DirectStorage, Hashing, Layout};
+use crate::save::device::flight::Chunks;
+use crate::save::device::spare::Spare;
+use crate::save::device::{Bytes, OnDevice, Snapshot};
+use crate::sync::Arc;
+
+/// A copier has so many bytes written by one call.
+const PIECE_BYTES: u64 = 16 << 20;
+
+impl Pump<'_> {
+    /// An earlier save has left spare memory that a job can use as it is.
+    pub(super) fn has_spare(&self, job: &Job, lane: &Lane, bytes: u64) -> bool {
+        let spare = lane.spare(bytes);
+        if job.layout.is_none() {
+            return spare.is_some();
+        }
+        spare.is_some_and(|spare| self.file.is_open() && lane.has_hasher() && spare.is_registered())
+    }
+
+    /// Opens the file and loads the code that hashes, where a job's chunks are to go directly. Where that cannot be, they go through
+    /// the staging pool, or the save fails.
+    pub(super) fn prepare_direct(&mut self, at: usize) -> Result<()> {
+        let job = &self.jobs[at];
+        let how = job.direct_storage;
+        if how == DirectStorage::Off {
+            return Ok(());
+        }
+        let prepared = self.try_prepare_direct(at);
+        let job = &mut self.jobs[at];
+        match prepared {
+            Ok(file) => job.file = Some(file),
+            Err(error) if how == DirectStorage::Required => return Err(error),
+            Err(_) => job.layout = None,
+        }
+        Ok(())
+    }
+
+    fn try_prepare_direct(&mut self, at: usize) -> Result<Arc<GdsFile>> {
+        let job = &self.jobs[at];
+        if job.snapshot == Snapshot::Staging {
+            return Err(unsupported("no snapshot is taken into spare memory"));
+        }
+        Layout::of(&*job.source()?, job.held.save().chunk_bytes)?;
+        if !job.locked {
+            return Err(unsupported("the staging pool could not be page-locked"));
+        }
+        let (how, lane) = (job.direct_storage, &mut self.lanes[job.lanes[0]]);
+        let file = self.file.open(&self.shared.region, how).and_then(|file| {
+            lane.load_hasher()?;
+            Ok(file)
+        });
+        file.inspect_err(|_| self.file.refuse(how))
+    }
+
+    /// Makes spares known to cuFile, where chunks are to go directly from them. Where that cannot be, they do not, or the save fails.
+    pub(super) fn register(
+        &mut self,
+        at: usize,
+        mut spares: Vec<(usize, Spare)>,
+    ) -> Result<Vec<(usize, Spare)>> {
+        let job = &mut self.jobs[at];
+        if job.layout.is_some() {
+            if let Err(error) = spares.iter_mut().try_for_each(|(_, spare)| spare.register()) {
+                if job.direct_storage == DirectStorage::Required {
+                    spares.into_iter().for_each(|(lane, spare)| self.lanes[lane].return_spare(spare));
+                    return Err(error);
+                }
+                job.layout = None;
+                self.file.refuse(DirectStorage::Auto);
+            }
+        }
+        Ok(spares)
+    }
+
+    /// Enqueues the hashing of chunks in a job's spare, as there are buffers for the hashes.
+    pub(super) fn enqueue_hashing(&mut self, at: usize) -> Result<bool> {
+        let mut moved = false;
+        let buffer_bytes = self.shared.region.pool().buffer_bytes();
+        while let Some(hashing) = self.jobs[at].next_to_hash(buffer_bytes) {
+            let Some(buffer) = self.free_buffers(1).pop() else { break };
+            moved = true;
+            let job = &mut self.jobs[at];
+            let Some((lane, spare)) = job.spares.first().cloned() else { break };
+            job.hashed += hashing.count();
+            let chunk_bytes = job.held.save().chunk_bytes;
+            let lent = vec![(hashing.chunks.start, buffer)];
+            let mut flight = Flight::new(job.number(), Vec::new(), lent, Leaving::default());
+            let enqueued = self.lanes[lane].hash(&spare, &hashing, chunk_bytes, &flight);
+            flight.hashing = Some(hashing);
+            let failure = match enqueued {
+                Ok(event) => {
+                    flight.marks.push((lane, Mark::Event(event)));
+                    None
+                }
+                Err(error) => {
+                    // Some of it may run all the same.
+                    flight.marks.extend(self.lanes[lane].when_idle().map(|mark| (lane, mark)));
+                    Some(error)
+                }
+            };
+            job.flights += 1;
+            self.flights.push_back(flight);
+            if let Some(error) = failure {
+                return Err(error);
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Spare memory that nobody writes from any more is there for other saves.
+    pub(super) fn take_back(&mut self) {
+        for (lane, spare) in std::mem::take(&mut self.lent) {
+            match Arc::try_unwrap(spare) {
+                Ok(spare) => self.lanes[lane].return_spare(spare),
+                Err(spare) => self.lent.push((lane, spare)),
+            }
+        }
+    }
+}
+
+/// Chunks whose hashes have come, in pieces for the copiers.
+pub(super) fn hashed(job: &Job, hashing: &Hashing, brought: &Chunks) -> Vec<Bytes> {
+    let (Some((_, buffer)), Some((_, spare)), Some(file)) = (brought.first(), job.spares.first(), &job.file)
+    else {
+        return Vec::new();
+    };
+    let chunk_bytes = job.held.save().chunk_bytes;
+    let most = (PIECE_BYTES / chunk_bytes).max(1) as usize;
+    let piece = |(at, hashes): (usize, &[u128])| {
+        let skip = (at * most) as u64;
+        Bytes::OnDevice(OnDevice {
+            first: hashing.chunks.start + skip,
+            hashes: hashes.to_vec(),
+            spare: spare.clone(),
+            at: hashing.at + skip * chunk_bytes,
+            file: file.clone(),
+        })
+    };
+    hashing.parse(buffer).chunks(most).enumerate().map(piece).collect()
+}

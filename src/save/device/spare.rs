@@ -1,0 +1,57 @@
+//! Spare memory of a device, which snapshots go to.
+#![expect(unsafe_code, reason = "cuFile reads memory of the device")]
+
+use crate::cuda::gds::{GdsBuffer, GdsFile};
+use crate::cuda::{Device, DeviceBuffer};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Arc;
+
+/// Memory of a device that belongs to the engine, and to one save at a time.
+pub(crate) struct Spare {
+    // Before the memory: dropped first.
+    registered: Option<GdsBuffer>,
+    memory: DeviceBuffer,
+}
+
+impl Spare {
+    pub fn new(device: &Arc<Device>, bytes: u64) -> Result<Spare> {
+        Ok(Spare { registered: None, memory: DeviceBuffer::new(device, bytes)? })
+    }
+
+    /// First byte, on the device.
+    pub fn address(&self) -> u64 {
+        self.memory.address()
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.memory.len()
+    }
+
+    /// cuFile knows it.
+    pub fn is_registered(&self) -> bool {
+        self.registered.is_some()
+    }
+
+    /// Makes it known to cuFile, once.
+    pub fn register(&mut self) -> Result<()> {
+        if self.registered.is_none() {
+            let bytes = usize::try_from(self.len()).unwrap_or(usize::MAX);
+            // SAFETY: the memory lives as long as the field, which goes first.
+            let buffer = unsafe { GdsBuffer::register(self.memory.device(), self.address(), bytes) }?;
+            self.registered = Some(buffer);
+        }
+        Ok(())
+    }
+
+    /// Has cuFile write `bytes` of it from `at` on to a file.
+    ///
+    /// # Safety
+    ///
+    /// They have been copied there, in no stream's order any more, and stay as they are during the call.
+    pub unsafe fn write(&self, at: u64, bytes: usize, file: &GdsFile, file_offset: u64) -> Result<()> {
+        let unknown = || Error::new(ErrorKind::Internal, "save", "spare memory that cuFile does not know");
+        // SAFETY: the caller's promise.
+        unsafe { self.registered.as_ref().ok_or_else(unknown)?.write(at, bytes, file, file_offset) }
+    }
+}
