@@ -17,7 +17,7 @@ pub struct Standin {
 }
 
 /// Kinds of objects that are counted.
-const KINDS: [&str; 4] = ["event", "memory", "registered", "context"];
+const KINDS: [&str; 5] = ["event", "memory", "registered", "module", "context"];
 
 /// A stream of the program under test.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -26,8 +26,8 @@ pub struct Stream(pub usize);
 /// The driver's name for the legacy default stream.
 pub const LEGACY: Stream = Stream(0);
 
-/// Set where the stand-in is to lack `cuMemcpyBatchAsync`.
-pub const WITHOUT_BATCH: &str = "PCC_STANDIN_WITHOUT_BATCH";
+/// Set where the stand-in is to lack `cuMemcpyBatchAsync` and the calls for kernels.
+pub const LACKING: &str = "PCC_STANDIN_LACKING";
 
 /// Compiles `tests/standin/cuda`. Its name is the one that loaders of the driver ask for first, so that no real driver
 /// is taken.
@@ -66,8 +66,8 @@ pub fn compile(target: &str, sources: &str, flags: &[&str]) -> PathBuf {
 fn library() -> usize {
     static LIBRARY: OnceLock<usize> = OnceLock::new();
     *LIBRARY.get_or_init(|| {
-        let path = match std::env::var_os(WITHOUT_BATCH) {
-            Some(_) => build("without-batch", &["-DSTANDIN_WITHOUT_BATCH"]),
+        let path = match std::env::var_os(LACKING) {
+            Some(_) => build("lacking", &["-DSTANDIN_WITHOUT_BATCH", "-DSTANDIN_WITHOUT_KERNELS"]),
             None => build("whole", &[]),
         };
         let path = CString::new(path.to_str().expect("UTF-8")).expect("no NUL");
@@ -184,6 +184,14 @@ impl Standin {
         assert!(!shadow.is_null(), "{address:#x} is no device memory");
         // SAFETY: the stand-in's memory behind that address; nothing is running.
         unsafe { std::slice::from_raw_parts(shadow, bytes) }.to_vec()
+    }
+
+    /// Puts bytes into device memory.
+    pub fn write(&self, address: u64, bytes: &[u8]) {
+        let shadow = call!("standin_shadow"(address => u64) -> *mut u8);
+        assert!(!shadow.is_null(), "{address:#x} is no device memory");
+        // SAFETY: as of `bytes`, and the caller's allocation is as large.
+        unsafe { std::slice::from_raw_parts_mut(shadow, bytes.len()) }.copy_from_slice(bytes);
     }
 
     pub fn fail(&self, function: &str, nth: u64, code: i32, sticky: bool) {
