@@ -4,10 +4,12 @@
 #![cfg(all(feature = "sim", feature = "cuda"))]
 
 mod bed;
+mod cufile;
 mod failures;
 mod faults;
 mod flags;
 mod kernels;
+mod gds;
 mod owners;
 mod restores;
 mod saves;

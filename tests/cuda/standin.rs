@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::ffi::{c_char, c_void, CString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
-use std::{mem, ptr};
 
 /// Exclusive use of the stand-in, whose state is the process's.
 pub struct Standin {
@@ -70,25 +70,36 @@ fn library() -> usize {
             Some(_) => build("lacking", &["-DSTANDIN_WITHOUT_BATCH", "-DSTANDIN_WITHOUT_KERNELS"]),
             None => build("whole", &[]),
         };
-        let path = CString::new(path.to_str().expect("UTF-8")).expect("no NUL");
-        // SAFETY: our own library, whose constructor does nothing.
-        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-        assert!(!handle.is_null(), "the stand-in does not load");
-        handle as usize
+        load(&path)
     })
 }
 
-/// A function of the stand-in.
-macro_rules! call {
-    ($name:literal($($value:expr => $type:ty),*) -> $result:ty) => {{
-        let name: CString = CString::new($name).expect("no NUL");
+/// Loads a library for the whole process, where the engine finds it by its soname.
+pub fn load(path: &Path) -> usize {
+    let path = CString::new(path.to_str().expect("UTF-8")).expect("no NUL");
+    // SAFETY: our own library, whose constructor does nothing.
+    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    assert!(!handle.is_null(), "the stand-in does not load");
+    handle as usize
+}
+
+/// A function of a library that is loaded.
+macro_rules! call_in {
+    ($library:expr, $name:literal($($value:expr => $type:ty),*) -> $result:ty) => {{
+        let name = std::ffi::CString::new($name).expect("no NUL");
         // SAFETY: the library is loaded.
-        let found = unsafe { libc::dlsym(library() as *mut c_void, name.as_ptr()) };
+        let found = unsafe { libc::dlsym($library as *mut std::ffi::c_void, name.as_ptr()) };
         assert!(!found.is_null(), "the stand-in lacks {}", $name);
         // SAFETY: the function of that name has this signature.
-        let function: extern "C" fn($($type),*) -> $result = unsafe { mem::transmute(found) };
+        let function: extern "C" fn($($type),*) -> $result = unsafe { std::mem::transmute(found) };
         function($($value),*)
     }};
+}
+pub(crate) use call_in;
+
+/// A function of the stand-in.
+macro_rules! call {
+    ($($called:tt)*) => { call_in!(library(), $($called)*) };
 }
 
 fn check(what: &str, code: i32) {

@@ -170,7 +170,7 @@ impl Gds {
 pub fn check(op: &'static str, status: Status) -> Result<()> {
     match status.err {
         0 => Ok(()),
-        code => Err(codes::error(op, code, status.cu_err)),
+        code => Err(codes::error(op, code, Some(status.cu_err))),
     }
 }
 

@@ -56,8 +56,8 @@ const CODES: &[(c_int, &str, &str, ErrorKind)] = &[
     (48, "NVFS_INTERNAL_DRIVER_ERROR", "an internal error of nvidia-fs", Io),
 ];
 
-/// The error for a result that is no success; `driver` is the CUDA driver's number beside it.
-pub fn error(op: &'static str, code: c_int, driver: c_int) -> Error {
+/// The error for a result that is no success; `driver` is the CUDA driver's number beside it, where there is one.
+pub fn error(op: &'static str, code: c_int, driver: Option<c_int>) -> Error {
     let known = CODES.iter().find(|(number, ..)| BASE + number == code);
     let (name, words, kind) = match known {
         Some(&(_, name, words, kind)) => (format!("CU_FILE_{name}"), words, kind),
@@ -65,7 +65,7 @@ pub fn error(op: &'static str, code: c_int, driver: c_int) -> Error {
     };
     let colon = if words.is_empty() { "" } else { ": " };
     let message = format!("cuFile reports {name} ({code}){colon}{words}");
-    if code == CUDA_DRIVER {
+    if let (CUDA_DRIVER, Some(driver)) = (code, driver) {
         // Its own words, where it is there to be asked.
         if let Ok(api) = Api::get() {
             return api.error(op, driver).within(&message);

@@ -85,7 +85,7 @@ impl GdsFile {
                 }
                 Err(_) => {
                     let code = c_int::try_from(moved.unsigned_abs()).unwrap_or(c_int::MAX);
-                    let error = codes::error(OP_WRITE, code, 0).with_kind(ErrorKind::Io);
+                    let error = codes::error(OP_WRITE, code, None).with_kind(ErrorKind::Io);
                     return Err(about(error, done, len).at_offset(to as u64));
                 }
             }
