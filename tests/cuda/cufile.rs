@@ -44,8 +44,13 @@ fn name(text: &str) -> CString {
 impl<'a> Cufile<'a> {
     /// Loads it where it is not, and takes back all that tests set.
     pub fn take(standin: &'a Standin) -> Cufile<'a> {
+        let cufile = Cufile { _standin: standin };
+        cufile.reset();
+        cufile
+    }
+
+    pub fn reset(&self) {
         call!("cufile_reset"() -> ());
-        Cufile { _standin: standin }
     }
 
     /// The nth call from now on returns the code, with the driver's beside it.
