@@ -18,6 +18,10 @@ use crate::sync::{share, Arc, Condvar, Mutex};
 /// Reads kept in flight by each thread.
 const WINDOW: usize = 4;
 
+/// Most buffers that each thread leaves to their uploads while it goes on: enough for a GPU to have the next copy when one
+/// ends, and for the thread to find the oldest done when it looks.
+const LATE: usize = 3;
+
 /// Piece in which a chunk is hashed and then copied out of the first-level cache.
 const PIECE_BYTES: usize = 16 << 10;
 
@@ -46,6 +50,8 @@ struct Work<'a> {
     jobs: Vec<Job<'a>>,
     destinations: Vec<Destination>,
     targets: Targets,
+    /// Buffers that each thread may leave to their uploads.
+    late: usize,
     next: AtomicUsize,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
@@ -123,7 +129,9 @@ fn run<'a>(
     destinations: Vec<Destination>,
     targets: Targets,
 ) -> Result<()> {
-    let threads = (region.options().readers as usize).min(jobs.len()).max(1);
+    // A thread needs a buffer to have anything to do.
+    let buffers = region.pool().buffer_count();
+    let threads = (region.options().readers as usize).min(jobs.len()).min(buffers).max(1);
     let work = Work {
         region,
         record,
@@ -131,6 +139,8 @@ fn run<'a>(
         jobs,
         destinations,
         targets,
+        // Half of the pool at most: reads go on in the rest, which is also what is left should the uploads hang.
+        late: LATE.min(buffers / (2 * threads)),
         next: AtomicUsize::new(0),
         failed: AtomicBool::new(false),
         failure: Mutex::new(None),
@@ -185,7 +195,8 @@ impl Course<'_> {
     }
 }
 
-/// One thread: keep up to `WINDOW` reads in flight; verify and copy out what arrives.
+/// One thread: keep up to `WINDOW` reads in flight; verify and copy out what arrives; wait for uploads only when too many
+/// are on their way, or for want of anything else to do.
 fn read_jobs(work: &Work<'_>) {
     let arrivals = Arc::new(Arrivals { queue: Mutex::new(VecDeque::new()), arrived: Condvar::new() });
     let persister = Persister::detect();
@@ -197,7 +208,8 @@ fn read_jobs(work: &Work<'_>) {
         while flights.len() < WINDOW && !work.failed.load(Ordering::Relaxed) {
             // Blocks for a buffer only while it holds none, so that readers never starve one another.
             let pool = work.region.pool();
-            let buffer = if flights.is_empty() { pool.acquire(None) } else { pool.try_acquire() };
+            let holds_none = flights.is_empty() && uploads.late() == 0;
+            let buffer = if holds_none { pool.acquire(None) } else { pool.try_acquire() };
             let Some(buffer) = buffer else { break };
             let Some(stretch) = course.next() else { break };
             let chunk_offset = work.jobs[stretch.job].chunk * work.record.chunk_bytes;
@@ -212,22 +224,26 @@ fn read_jobs(work: &Work<'_>) {
                 sink: arrivals.clone(),
             });
         }
-        if flights.is_empty() {
+        if flights.is_empty() && uploads.late() == 0 {
             return;
         }
-        let (stretch, buffer, result) = next_arrival(&arrivals, &mut flights);
-        let result = match work.failed.load(Ordering::Relaxed) {
-            // Of a chunk that failed before its end, the rest has nothing to add to.
-            true => Ok(()),
-            false => result
-                .and_then(|()| read_stretch(work, stretch, &buffer, &mut large, &persister, &mut uploads)),
+        let result = match next_arrival(&arrivals, &mut flights, uploads.late() == 0) {
+            Some((stretch, buffer, result)) => {
+                let result = match work.failed.load(Ordering::Relaxed) {
+                    // Of a chunk that failed before its end, the rest has nothing to add to.
+                    true => Ok(()),
+                    false => result.and_then(|()| {
+                        read_stretch(work, stretch, &buffer, &mut large, &persister, &mut uploads)
+                    }),
+                };
+                // Also after an error: what was enqueued reads the buffer.
+                uploads.keep(buffer);
+                let settled = if uploads.late() > work.late { uploads.settle() } else { Ok(()) };
+                settled.and(result)
+            }
+            // Nothing has arrived, or no buffer was free to read into: an upload that ends gives one back.
+            None => uploads.settle(),
         };
-        // Also after an error: what was enqueued reads the buffer.
-        let result = uploads.finish().and(result);
-        match uploads.hang() {
-            true => std::mem::forget(buffer),
-            false => drop(buffer),
-        }
         if let Err(error) = result {
             work.failure.lock().get_or_insert(error);
             work.failed.store(true, Ordering::Relaxed);
@@ -235,8 +251,13 @@ fn read_jobs(work: &Work<'_>) {
     }
 }
 
-/// Waits for the next stretch that can be verified: any whole chunk, but the parts of a larger one in their order.
-fn next_arrival(arrivals: &Arrivals, flights: &mut VecDeque<Flight>) -> (Stretch, StagingBuffer, Result<()>) {
+/// The next stretch that can be verified: any whole chunk, but the parts of a larger one in their order. None where it would
+/// have to be waited for and is not to be.
+fn next_arrival(
+    arrivals: &Arrivals,
+    flights: &mut VecDeque<Flight>,
+    wait: bool,
+) -> Option<(Stretch, StagingBuffer, Result<()>)> {
     let mut queue = arrivals.queue.lock();
     loop {
         while let Some((token, buffer, result)) = queue.pop_front() {
@@ -251,7 +272,10 @@ fn next_arrival(arrivals: &Arrivals, flights: &mut VecDeque<Flight>) -> (Stretch
         if let Some(Flight { stretch, arrived: Some((buffer, result)) }) =
             ready.and_then(|at| flights.remove(at))
         {
-            return (stretch, buffer, result);
+            return Some((stretch, buffer, result));
+        }
+        if !wait {
+            return None;
         }
         queue = arrivals.arrived.wait_until(queue, None).0;
     }

@@ -17,19 +17,28 @@ pub const CHUNK: u64 = 8192;
 pub const PROMPT: Duration = Duration::from_secs(30);
 pub const WAIT: Option<Duration> = Some(PROMPT);
 
-/// A store with 3 slots for 2 saves in flight.
-pub fn store(buffers: u64, faults: Faults) -> Store {
+/// A region with 3 slots.
+pub fn medium() -> Arc<SimMedium> {
     let sim = Arc::new(SimMedium::new(8 << 21, SimModel::Ssd { torn: false }));
     format_medium(&*sim, &FormatOptions::new(3, 1 << 21)).expect("format");
+    sim
+}
+
+/// A store on it for 2 saves in flight, with 2 threads that read and so many buffers, each of a chunk.
+pub fn open(sim: &Arc<SimMedium>, chunk_bytes: u64, buffers: u64, faults: Faults) -> Store {
     let options = OpenOptions {
         max_in_flight: 2,
-        chunk_bytes: CHUNK,
-        staging_bytes: buffers * CHUNK,
+        chunk_bytes,
+        staging_bytes: buffers * chunk_bytes,
         writers: 2,
         readers: 2,
         ..OpenOptions::default()
     };
-    Store::open_on(sim, &options, faults).expect("open")
+    Store::open_on(sim.clone(), &options, faults).expect("open")
+}
+
+pub fn store(buffers: u64, faults: Faults) -> Store {
+    open(&medium(), CHUNK, buffers, faults)
 }
 
 /// A tensor of the program.
