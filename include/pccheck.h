@@ -298,6 +298,19 @@
 // takes there is allocated by the first such save and kept; where there is not so much, the save fails.
 #define PCC_SNAPSHOT_SPARE 2
 
+// All of a state goes through the staging pool.
+#define PCC_DIRECT_OFF 0
+
+// Chunks of a state on a GPU go from spare memory of it to the file by GPUDirect Storage, past host memory, where that is possible: the
+// snapshot is in spare memory, all of the state's GPU memory is on one GPU, the region is one file on the direct medium,
+// and cuFile (libcufile.so.0) is there and does not itself go through host memory. Else, and for chunks that are partly in
+// host memory, as PCC_DIRECT_OFF. `direct_bytes` of `pcc_stats` tells.
+#define PCC_DIRECT_AUTO 1
+
+// The same, but where it is not possible the save fails with PCC_UNSUPPORTED and says why; and cuFile is used also where it itself
+// goes through host memory (its compatibility mode).
+#define PCC_DIRECT_REQUIRED 2
+
 // The checkpoint with the highest generation; falls back to the next newest where it is damaged.
 #define PCC_SELECT_NEWEST 0
 
@@ -424,6 +437,10 @@ typedef struct pcc_save_options {
     // Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
     // 0 or default: 600000.
     uint64_t device_timeout_ms;
+    // Whether chunks go from a GPU to the file past host memory: PCC_DIRECT_... Default PCC_DIRECT_OFF.
+    uint32_t direct_storage;
+    // Must be 0.
+    uint32_t reserved;
 } pcc_save_options;
 
 // Which checkpoint to open. Initialise with `pcc_select_options_init`; NULL means the newest.
@@ -539,6 +556,8 @@ typedef struct pcc_stats_info {
     uint32_t reserved;
     // Those of durable_bytes that were in their places already, and were not written.
     uint64_t unchanged_bytes;
+    // Those of durable_bytes that cuFile wrote from the memory of a GPU: see PCC_DIRECT_AUTO.
+    uint64_t direct_bytes;
 } pcc_stats_info;
 
 // What was got at open, as opposed to what was asked for. Texts live as long as the store.

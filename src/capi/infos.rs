@@ -232,7 +232,7 @@ versioned!(pcc_progress, 56, {});
 versioned!(pcc_durable, 48, {});
 versioned!(pcc_checkpoint_info, 80, {});
 versioned!(pcc_tensor_info, 64, {});
-versioned!(pcc_stats_info, 112, {});
+versioned!(pcc_stats_info, 120, {});
 versioned!(pcc_got_info, 120, {});
 versioned!(pcc_verify_report, 40, {});
 versioned!(pcc_tuning, 48, {});

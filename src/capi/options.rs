@@ -244,7 +244,7 @@ versioned!(pcc_open_options, 88, {
     chunk_bytes: OpenOptions::default().chunk_bytes,
     lock_wait_ms: OpenOptions::default().lock_wait.map_or(-1, |wait| wait.as_millis() as i64),
 });
-versioned!(pcc_save_options, 48, {
+versioned!(pcc_save_options, 56, {
     wait_ms: SaveOptions::default().wait.map_or(-1, |wait| wait.as_millis() as i64),
 });
 versioned!(pcc_tensor, 56, {});

@@ -67,12 +67,12 @@ fn write(buffer: &GdsBuffer, file: &GdsFile, at: u64, len: usize, file_offset: u
 }
 
 /// Runs a test in a process of its own, in which cuFile is neither loaded nor open when it begins.
-fn alone(test: &str, variant: &str, work: impl FnOnce()) {
+pub fn alone(test: &str, variant: &str, work: impl FnOnce()) {
     if std::env::var_os(VARIANT).is_some() {
         return work();
     }
     let mut again = Command::new(std::env::current_exe().expect("this test"));
-    let again = again.args(["--exact", &format!("gds::{test}")]).env(VARIANT, variant).output().expect("run");
+    let again = again.args(["--exact", test]).env(VARIANT, variant).output().expect("run");
     let said = String::from_utf8_lossy(&again.stdout);
     assert!(again.status.success(), "{said}{}", String::from_utf8_lossy(&again.stderr));
     assert!(said.contains("1 passed"), "{said}");
@@ -350,7 +350,7 @@ fn it_is_known_whether_bytes_go_directly() {
 
 #[test]
 fn without_the_library_it_is_unsupported_until_there_is_one() {
-    alone("without_the_library_it_is_unsupported_until_there_is_one", "late", || {
+    alone("gds::without_the_library_it_is_unsupported_until_there_is_one", "late", || {
         let standin = Standin::take();
         match Gds::get() {
             Ok(_) => return println!("this system has a cuFile of its own"),
@@ -372,7 +372,7 @@ fn without_the_library_it_is_unsupported_until_there_is_one() {
 
 #[test]
 fn it_is_opened_once_and_failures_are_told() {
-    alone("it_is_opened_once_and_failures_are_told", "failing", || {
+    alone("gds::it_is_opened_once_and_failures_are_told", "failing", || {
         let standin = Standin::take();
         let cufile = Cufile::take(&standin);
         for (code, driver, kind, words) in [
@@ -399,7 +399,7 @@ fn it_is_opened_once_and_failures_are_told() {
 
 #[test]
 fn a_driver_that_somebody_else_has_opened_is_open() {
-    alone("a_driver_that_somebody_else_has_opened_is_open", "open", || {
+    alone("gds::a_driver_that_somebody_else_has_opened_is_open", "open", || {
         let standin = Standin::take();
         let cufile = Cufile::take(&standin);
         cufile.fail("cuFileDriverOpen", 1, 5026, 0, false);
@@ -411,7 +411,7 @@ fn a_driver_that_somebody_else_has_opened_is_open() {
 
 #[test]
 fn a_library_that_lacks_a_call_is_unsupported() {
-    alone("a_library_that_lacks_a_call_is_unsupported", WITHOUT_WRITE, || {
+    alone("gds::a_library_that_lacks_a_call_is_unsupported", WITHOUT_WRITE, || {
         let standin = Standin::take();
         let cufile = Cufile::take(&standin);
         let error = Gds::get().err().expect("lacking");
@@ -423,7 +423,7 @@ fn a_library_that_lacks_a_call_is_unsupported() {
 
 #[test]
 fn older_libraries_do_not_tell_their_properties() {
-    alone("older_libraries_do_not_tell_their_properties", WITHOUT_PROPERTIES, || {
+    alone("gds::older_libraries_do_not_tell_their_properties", WITHOUT_PROPERTIES, || {
         let standin = Standin::take();
         let _cufile = Cufile::take(&standin);
         let direct = Gds::get().expect("open").is_direct();

@@ -5,11 +5,12 @@
 
 mod bed;
 mod cufile;
+mod direct;
 mod failures;
 mod faults;
 mod flags;
-mod kernels;
 mod gds;
+mod kernels;
 mod owners;
 mod restores;
 mod saves;

@@ -6,26 +6,32 @@ use crate::cuda::{Device, DeviceBuffer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 
+/// What cuFile does not take directly it copies first: its first byte is at a multiple of this, of which the driver promises
+/// only a part.
+const ALIGN_BYTES: u64 = 4096;
+
 /// Memory of a device that belongs to the engine, and to one save at a time.
 pub(crate) struct Spare {
     // Before the memory: dropped first.
     registered: Option<GdsBuffer>,
     memory: DeviceBuffer,
+    len: u64,
 }
 
 impl Spare {
     pub fn new(device: &Arc<Device>, bytes: u64) -> Result<Spare> {
-        Ok(Spare { registered: None, memory: DeviceBuffer::new(device, bytes)? })
+        let memory = DeviceBuffer::new(device, bytes.saturating_add(ALIGN_BYTES))?;
+        Ok(Spare { registered: None, memory, len: bytes })
     }
 
     /// First byte, on the device.
     pub fn address(&self) -> u64 {
-        self.memory.address()
+        self.memory.address().next_multiple_of(ALIGN_BYTES)
     }
 
     /// Bytes.
     pub fn len(&self) -> u64 {
-        self.memory.len()
+        self.len
     }
 
     /// cuFile knows it.
