@@ -385,7 +385,7 @@ typedef struct pcc_open_options {
     uint32_t hold;
     // Threads that copy and hash state, 1 to 64. Default: the cores, at most 4.
     uint32_t writers;
-    // Threads that verify and copy on restore, 1 to 64. Default: the cores, at most 4.
+    // Threads that verify and copy on restore, 1 to 64. Default: the cores, at most 16.
     uint32_t readers;
     // Operations in flight on the direct medium, 1 to 4096. Default 32.
     uint32_t queue_depth;

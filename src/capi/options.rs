@@ -67,7 +67,7 @@ pub struct pcc_open_options {
     pub hold: u32,
     /// Threads that copy and hash state, 1 to 64. Default: the cores, at most 4.
     pub writers: u32,
-    /// Threads that verify and copy on restore, 1 to 64. Default: the cores, at most 4.
+    /// Threads that verify and copy on restore, 1 to 64. Default: the cores, at most 16.
     pub readers: u32,
     /// Operations in flight on the direct medium, 1 to 4096. Default 32.
     pub queue_depth: u32,

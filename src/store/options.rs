@@ -138,7 +138,8 @@ impl Default for OpenOptions {
             staging_bytes: DEFAULT_STAGING_BYTES,
             chunk_bytes: DEFAULT_CHUNK_BYTES,
             writers: cores.clamp(1, 4),
-            readers: cores.clamp(1, 4),
+            // More than for saves: what is restored is waited for, and nothing trains meanwhile.
+            readers: cores.clamp(1, 16),
             queue_depth: 32,
             rewrite_every: DEFAULT_REWRITE_EVERY,
             lock_memory: false,

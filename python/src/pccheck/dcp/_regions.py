@@ -180,12 +180,13 @@ class Region:
 
 
 def read_only(path: Path, *, small: bool = False) -> Store:
-    """A store that reads beside a writer. Its pool only passes bytes on: a large one would not be faster.
+    """A store that reads beside a writer. Its pool only passes bytes on: beyond a buffer for each of its readers a larger
+    one would not be faster.
 
     Args:
         small: for metadata: one thread, and less memory still.
     """
-    chunk_bytes, buffers = (256 << 10, 2) if small else (1 << 20, 8)
+    chunk_bytes, buffers = (256 << 10, 2) if small else (1 << 20, 16)
     return Store(
         path,
         read_only=True,

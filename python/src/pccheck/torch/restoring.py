@@ -24,7 +24,7 @@ __all__ = ["GRADIENTS", "TREE_KEY", "Restored", "restore", "restore_newest"]
 
 #: metadata key of the state's tree, see docs/trees.md
 TREE_KEY = "tree"
-# Of a store that only reads: enough for its readers.
+# Of a store that only reads: four chunks for each of its readers, of which there are at most 16.
 _STAGING_BYTES = 64 << 20
 #: member that holds gradients, where they are saved
 GRADIENTS = "gradients"
