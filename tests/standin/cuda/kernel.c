@@ -3,6 +3,9 @@
  */
 #include "standin.h"
 
+#include <string.h>
+#include <sys/mman.h>
+
 /* All that it uses of CUDA. Lanes run kernels at the same time; what a thread block finds in its memory is what the one before
  * has left there. */
 #define __constant__ const
@@ -29,10 +32,26 @@ static __thread struct {
 #include "../../../src/cuda/kernels/hash.cu"
 #pragma GCC diagnostic pop
 
-void run_kernel(const struct launch *launch, const uint8_t *chunks, uint8_t *hashes) {
+/* Memory right behind which, and less than a page before which, nobody can read. */
+static uint8_t *fenced(size_t bytes, uint8_t **mapping, size_t *mapped) {
+    enum { PAGE = 4096 };
+    size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
+    *mapped = whole + 2 * PAGE;
+    *mapping = mmap(NULL, *mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (*mapping == MAP_FAILED || mprotect(*mapping + PAGE, whole, PROT_READ | PROT_WRITE) != 0)
+        die("no memory for chunks", "mmap");
+    return *mapping + PAGE + whole - bytes;
+}
+
+/* The chunks are copied to where reading beside them shows. */
+void run_kernel(const struct launch *launch, const uint8_t *chunks, size_t bytes, uint8_t *hashes) {
+    size_t mapped;
+    uint8_t *mapping, *fenced_chunks = fenced(bytes, &mapping, &mapped);
+    memcpy(fenced_chunks, chunks, bytes);
     blockDim.x = launch->threads;
     for (uint32_t block = 0; block < launch->blocks; block++) {
         blockIdx.x = block;
-        pccheck_hash_chunks(chunks, launch->chunk_bytes, launch->count, (u64 *)(void *)hashes);
+        pccheck_hash_chunks(fenced_chunks, launch->chunk_bytes, launch->count, (u64 *)(void *)hashes);
     }
+    munmap(mapping, mapped);
 }

@@ -251,7 +251,7 @@ CUresult check_bytes(CUdeviceptr address, size_t bytes, enum side side, const st
 
 /* ---- kernel.c ---- */
 
-void run_kernel(const struct launch *launch, const uint8_t *chunks, uint8_t *hashes);
+void run_kernel(const struct launch *launch, const uint8_t *chunks, size_t bytes, uint8_t *hashes);
 
 /* ---- work.c ---- */
 

@@ -133,7 +133,7 @@ static void hash(struct context *context, const struct work *work) {
         return;
     }
     begin_moving(context);
-    run_kernel(launch, chunks, hashes);
+    run_kernel(launch, chunks, read, hashes);
     end_moving(context);
 }
 
