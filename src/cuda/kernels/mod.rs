@@ -40,7 +40,7 @@ unsafe impl Sync for Hasher {}
 
 impl Hasher {
     /// Loads the code. The driver compiles it, which it remembers on disk, and may wait for all that runs on the device, as
-    /// for an allocation.
+    /// for an allocation; so it may when the hasher is dropped.
     ///
     /// # Errors
     ///
