@@ -223,6 +223,31 @@ def test_whatever_comes_behind_a_flag_nothing_hangs_and_nothing_wrong_is_saved(t
         assert_saved(store, 2, {"w": new})
 
 
+def test_chunks_go_past_host_memory_where_cufile_takes_them(tmp_path):
+    """Where it does not, it is said why, and the engine does without."""
+    path = tmp_path / "region"
+    pccheck.format_region(path, slots=3, payload_bytes=100 << 20)
+    with pccheck.Store(path, medium="direct", durability="process", staging_bytes=64 << 20) as store:
+        for step in range(4):
+            state = tensors(step)
+            kept = {name: tensor.clone() for name, tensor in state.items()}
+            how, before = "required", store.stats().direct_bytes
+            try:
+                save = store.save(step, state, snapshot="spare", direct_storage=how)
+                save.stream_wait_copied()
+                for tensor in state.values():
+                    tensor.zero_()
+                save.durable()
+            except errors.Unsupported as why:
+                print(f"not directly: {why}")
+                how = "auto"
+                save = store.save(step, kept, snapshot="spare", direct_storage=how)
+                save.durable()
+            written = store.stats().direct_bytes - before
+            assert (written > 15 << 20) == (how == "required")
+            assert_saved(store, step, kept)
+
+
 @in_each_mode
 def test_memory_that_the_program_lets_go_is_kept_until_it_is_copied(store, mode):
     expected = tensors(3)

@@ -54,15 +54,20 @@ def _restoring(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
     yield f"  over the slower of the two: {_spread(ratios)}"
 
 
-def _direct(bytes: int, nvidia_fs: bool, rounds: list[dict[str, float]], error: str = "") -> Iterator[str]:
+def _direct(
+    bytes: int, nvidia_fs: bool, rounds: list[dict[str, float]], direct_bytes: int, error: str = ""
+) -> Iterator[str]:
     with_or_without = "with" if nvidia_fs else "without"
-    yield f"from GPU memory to durable: by cuFile (GPUDirect Storage, {with_or_without} nvidia-fs), and a save"
+    yield f"from GPU memory to durable on a disk (GPUDirect Storage {with_or_without} nvidia-fs)"
     if error:
-        yield f"  cuFile does not work here: {error}"
-        return
-    cufile, save = (bytes / _column(rounds, name) / 1e9 for name in ("cufile", "save"))
-    ratios = [row["cufile"] / row["save"] for row in rounds]
-    yield f"  cuFile {cufile:.1f} GB/s, save {save:.1f} GB/s: ratio {_spread(ratios)}"
+        yield f"  not by cuFile: {error}"
+    names = {"cufile": "by cuFile", "spare": "by spare memory and the pool", "pinned": "by the pool"}
+    for name, words in names.items():
+        if all(name in row for row in rounds):
+            ratios = [row["pinned"] / row[name] for row in rounds]
+            speed = bytes / _column(rounds, name) / 1e9
+            yield f"  {words}: {speed:.2f} GB/s, {_spread(ratios)} of by the pool"
+    yield f"  {direct_bytes / 1e9:.1f} GB were written by cuFile"
 
 
 _COLUMNS = ("iteration ms", "cost", "least", "most", "begin ms", "wait ms", "plain apart")

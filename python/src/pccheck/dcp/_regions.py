@@ -180,8 +180,8 @@ class Region:
 
 
 def read_only(path: Path, *, small: bool = False) -> Store:
-    """A store that reads beside a writer. Its pool only passes bytes on: beyond a buffer for each of its readers a larger
-    one would not be faster.
+    """A store that reads beside a writer. Its pool only passes bytes on: beyond a buffer for each of its readers a
+    larger one would not be faster.
 
     Args:
         small: for metadata: one thread, and less memory still.

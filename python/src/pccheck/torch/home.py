@@ -53,7 +53,9 @@ class HomeOptions:
         if self.snapshot not in ("staging", "spare", "auto"):
             raise errors.InvalidArgument(f"snapshot={self.snapshot!r}: expected 'staging', 'spare' or 'auto'")
         if self.direct_storage not in ("off", "auto", "required"):
-            raise errors.InvalidArgument(f"direct_storage={self.direct_storage!r}: expected 'off', 'auto' or 'required'")
+            raise errors.InvalidArgument(
+                f"direct_storage={self.direct_storage!r}: expected 'off', 'auto' or 'required'"
+            )
         for name, number in (("max_in_flight", self.max_in_flight), ("keep", self.keep)):
             if not isinstance(number, int) or number < 1:
                 raise errors.InvalidArgument(f"{name}={number!r}: expected a number of checkpoints, 1 or more")
