@@ -169,8 +169,10 @@ type Failure = (&'static str, i32, i32, ErrorKind, &'static str);
 
 const FAILURES: &[Failure] = &[
     ("cuFileHandleRegister", 5008, 0, ErrorKind::Unsupported, "CU_FILE_IO_NOT_SUPPORTED (5008)"),
-    ("cuFileHandleRegister", 5027, 0, ErrorKind::InvalidState, "CU_FILE_HANDLE_NOT_REGISTERED (5027)"),
-    ("cuFileHandleRegister", 5030, 0, ErrorKind::Io, "cufile.log"),
+    ("cuFileHandleRegister", 5027, 0, ErrorKind::Unsupported, "run udevd"),
+    ("cuFileHandleRegister", 5030, 0, ErrorKind::Unsupported, "CU_FILE_INTERNAL_ERROR (5030)"),
+    ("cuFileHandleRegister", 5028, 0, ErrorKind::InvalidState, "cufile.log"),
+    ("cuFileBufRegister", 5030, 0, ErrorKind::Io, "cufile.log"),
     ("cuFileBufRegister", 5036, 0, ErrorKind::OutOfMemory, "CU_FILE_GPU_MEMORY_PINNING_FAILED (5036)"),
     ("cuFileBufRegister", 5011, 2, ErrorKind::OutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY (2)"),
     ("cuFileBufRegister", 5011, 719, ErrorKind::Device, "CU_FILE_CUDA_DRIVER_ERROR (5011)"),
@@ -189,6 +191,7 @@ const FAILURES: &[Failure] = &[
         ErrorKind::Io,
         "expected to write 100000 bytes, got 8192: Input/output error",
     ),
+    ("cuFileWrite", 1, 5019, ErrorKind::Io, "got 8192: cuFile reports CU_FILE_INVALID_FILE_OPEN_FLAG (5019)"),
     ("cuFileWrite", 5008, 0, ErrorKind::Io, "got 8192: cuFile reports CU_FILE_IO_NOT_SUPPORTED (5008)"),
     ("cuFileWrite", 5011, 0, ErrorKind::Io, "got 8192: cuFile reports CU_FILE_CUDA_DRIVER_ERROR (5011)"),
 ];

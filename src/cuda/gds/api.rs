@@ -28,7 +28,7 @@ pub type Handle = *mut c_void;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Status {
-    err: c_int,
+    pub err: c_int,
     cu_err: c_int,
 }
 

@@ -74,8 +74,8 @@ pub fn error(op: &'static str, code: c_int, driver: Option<c_int>) -> Error {
     let error = Error::new(kind, op, message);
     match kind {
         Unsupported => error.advise(
-            "look at cufile.log in the working directory; without nvidia-fs, set properties.allow_compat_mode in \
-             /etc/cufile.json or in the file that CUFILE_ENV_PATH_JSON names",
+            "look at cufile.log in the working directory, and at properties.allow_compat_mode in /etc/cufile.json or the \
+             file that CUFILE_ENV_PATH_JSON names",
         ),
         _ => error.advise("look at cufile.log in the working directory"),
     }

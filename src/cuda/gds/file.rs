@@ -15,6 +15,12 @@ use crate::sync::Arc;
 const OP_REGISTER: &str = "register a file with cuFile";
 const OP_WRITE: &str = "write by cuFile";
 
+/// `CU_FILE_HANDLE_NOT_REGISTERED` and, until CUDA 12.9, `CU_FILE_INTERNAL_ERROR`: what registering fails with where udev
+/// does not know what is on the file's device. Then there is no compatibility mode either.
+const UNKNOWN_FILE_SYSTEM: [c_int; 2] = [codes::BASE + 27, codes::BASE + 30];
+const ADVICE_UDEV: &str = "cuFile asks udev what file system is on the file's device (ID_FS_USAGE), also where nvidia-fs is \
+                           not loaded: run udevd, and let containers see /run/udev; cuFile 1.20 knows tmpfs, too";
+
 /// A file, registered with cuFile until this is dropped.
 pub struct GdsFile {
     handle: Handle,
@@ -37,14 +43,20 @@ impl GdsFile {
         let mut handle: Handle = core::ptr::null_mut();
         // SAFETY: places for a handle and for what describes the file, which `file` keeps open.
         let status = unsafe { (gds.register_file)(&raw mut handle, &raw mut descriptor) };
-        check(OP_REGISTER, status)?;
+        check(OP_REGISTER, status).map_err(|error| match status.err {
+            code if UNKNOWN_FILE_SYSTEM.contains(&code) => {
+                error.with_kind(ErrorKind::Unsupported).advise(ADVICE_UDEV)
+            }
+            _ => error,
+        })?;
         Ok(GdsFile { handle, gds, _file: file })
     }
 
     /// Writes `len` bytes of the device's memory, from `buffer_offset` behind `base` on, to the file at `file_offset`: all of
     /// them, or an error. `base` is where memory was registered, or any address where it was not.
     ///
-    /// What has been written is not durable: the file must be flushed.
+    /// What has been written is not durable: the file must be flushed. Of a file that is open with `O_DIRECT`, bytes that do
+    /// not begin and end at multiples of 4096 in the file go through the page cache, by a descriptor of cuFile's own.
     ///
     /// # Safety
     ///
@@ -76,17 +88,11 @@ impl GdsFile {
                     None if fruitless.again() => {}
                     None => return Err(short(done + moved, len).at_offset(file_offset)),
                 },
-                // The file system's.
-                Err(_) if moved == -1 => {
-                    let error = io::Error::last_os_error();
-                    if !fruitless.again_after(&error) {
-                        return Err(about(Error::io(OP_WRITE, &error), done, len).at_offset(to as u64));
-                    }
-                }
                 Err(_) => {
-                    let code = c_int::try_from(moved.unsigned_abs()).unwrap_or(c_int::MAX);
-                    let error = codes::error(OP_WRITE, code, None).with_kind(ErrorKind::Io);
-                    return Err(about(error, done, len).at_offset(to as u64));
+                    let errno = io::Error::last_os_error();
+                    if moved != -1 || !fruitless.again_after(&errno) {
+                        return Err(failed(moved, &errno, done, len).at_offset(to as u64));
+                    }
                 }
             }
         }
@@ -118,6 +124,18 @@ fn short(done: usize, len: usize) -> Error {
     Error::new(ErrorKind::Io, OP_WRITE, message)
 }
 
-fn about(error: Error, done: usize, len: usize) -> Error {
+/// The error for a negative result: -1 where `errno` tells more, which may be a number of cuFile's, too; or that number.
+fn failed(result: isize, errno: &io::Error, done: usize, len: usize) -> Error {
+    let number = match result {
+        -1 => errno.raw_os_error().unwrap_or(0),
+        code => c_int::try_from(code.unsigned_abs()).unwrap_or(c_int::MAX),
+    };
+    let error = match result {
+        // cuFile tells EIO or EPERM of a full file system: what it was is in its log only.
+        -1 if number < codes::BASE => Error::io(OP_WRITE, errno).advise(
+            "this need not be what the file system said: look at cufile.log in the working directory, and for free space",
+        ),
+        _ => codes::error(OP_WRITE, number, None).with_kind(ErrorKind::Io),
+    };
     error.within(&format!("expected to write {len} bytes, got {done}"))
 }

@@ -11,6 +11,19 @@
 //! | [`file`](mod@file) | registered files, and writing to them |
 //! | [`buffer`] | registered memory of a GPU |
 //!
+//! # What cuFile does
+//!
+//! Seen of 1.14 (CUDA 12.9), 1.15 and 1.20 (CUDA 13) without nvidia-fs, over a stand-in for the driver:
+//!
+//! - It asks udev for the file system on the file's device, and knows no file where udev is not there.
+//! - It opens the file anew without `O_DIRECT`, for what is not aligned, and closes that when the file is deregistered. A lock
+//!   (`flock`) is not its descriptor's; a forked child keeps that one, though.
+//! - It copies through host memory by 1 MiB and writes to the descriptor that was registered; 1.20 does so on threads of
+//!   its own.
+//! - `errno` of a write that failed is not the file system's: a full one is EIO or EPERM.
+//! - It writes `cufile.log` to the working directory.
+//! - Where the kernel has no `/proc/modules` it reads that for ever as it is opened. No driver of NVIDIA's is there either.
+//!
 //! # Why cudarc's own binding is not used
 //!
 //! It stores results in a Rust enum, which a number that is none of its variants makes undefined; and it panics where a
