@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._decode import Decoder
-from ._encode import Encoder
+from ._encode import Encoder, Known
 from ._format import DEPTH_LIMIT, VERSION
 
-__all__ = ["DEPTH_LIMIT", "VERSION", "Flat", "flatten", "unflatten"]
+__all__ = ["DEPTH_LIMIT", "VERSION", "Flat", "Known", "flatten", "unflatten"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Flat:
     tensors: dict[str, Any]
 
 
-def flatten(tree: Any, *, is_tensor: Callable[[Any], bool] | None = None, prefix: str = "") -> Flat:
+def flatten(
+    tree: Any, *, is_tensor: Callable[[Any], bool] | None = None, prefix: str = "", known: Known | None = None
+) -> Flat:
     """Takes `tree` apart into a JSON text and named tensors.
 
     Tensors are `torch.Tensor`, `torch.nn.Parameter` and numpy arrays of numbers; `is_tensor` is asked about
@@ -42,10 +44,13 @@ def flatten(tree: Any, *, is_tensor: Callable[[Any], bool] | None = None, prefix
     one checkpoint need prefixes of which none is another's start. An object that occurs twice is written
     twice: containers come back as copies of each other, a tensor gets a name for each occurrence.
 
+    `known` makes it faster to flatten a tree again and again, or trees that hardly differ: what they have in common
+    is kept in it, but no tensor. It changes nothing else, whatever the trees are; one thread at a time may use it.
+
     Raises `UnsupportedValue` for a value that would not come back as it was, for a container that contains
     itself, and for more than `DEPTH_LIMIT` containers inside each other. The tree is not changed.
     """
-    encoder = Encoder(is_tensor, prefix)
+    encoder = Encoder(is_tensor, prefix, known)
     return Flat(encoder.text(tree), encoder.tensors)
 
 

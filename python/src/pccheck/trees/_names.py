@@ -33,21 +33,29 @@ class Names:
     """Gives out the names of one tree's tensors, each once."""
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = [prefix] if prefix else []
+        self._root = f"{prefix}." if prefix else ""
         self._given: set[str] = set()
         self._last_number: dict[str, int] = {}
-        #: the container of the last tensor, as its path and as its part of a name: tensors stand side by side
-        self._container: list[Any] | None = None
-        self._head = ""
+        #: how many names were not to be had and got another number
+        self.numbered = 0
+        #: the last container, as its path and as its part of a name: what is named stands side by side
+        self._container: list[Any] = []
+        self._head = self._root
+
+    def head(self, path: list[Any]) -> str:
+        """What the names of all that is in the container at `path` begin with."""
+        if not path:
+            return self._root
+        container = path[:-1]
+        if container != self._container:
+            self._container = container
+            self._head = self._root + "".join([f"{_part(key)}." for key in container])
+        return f"{self._head}{_part(path[-1])}."
 
     def name(self, path: list[Any]) -> str:
         """A name for the tensor at `path`: fit for the engine, and not given before."""
-        container = path[:-1]
-        if self._container is None or container != self._container:
-            self._container = container
-            self._head = "".join(f"{part}." for part in [*self._prefix, *map(_part, container)])
         # At the root there is the prefix alone.
-        base = (self._head + _part(path[-1]) if path else self._head[:-1]).replace("\0", "_") or "tensor"
+        base = self.head(path)[:-1].replace("\0", "_") or "tensor"
         if base.startswith(_RESERVED_PREFIX) or base == _RESERVED_NAME:
             base = f"_{base}"
         if len(base) * 4 > NAME_LIMIT_BYTES:
@@ -56,9 +64,18 @@ class Names:
         while name in self._given:
             number = self._last_number.get(base, 1) + 1
             self._last_number[base] = number
+            self.numbered += 1
             name = f"{base}#{number}"
         self._given.add(name)
         return name
+
+    def take(self, names: list[str]) -> bool:
+        """Gives these names, which an equal tree got without numbers; False, and gives none, where one was given
+        already."""
+        if not self._given.isdisjoint(names):
+            return False
+        self._given.update(names)
+        return True
 
 
 def _shortened(name: str) -> str:
