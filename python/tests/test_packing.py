@@ -109,6 +109,83 @@ def test_a_tensor_that_cannot_be_saved_any_more_is_refused(store: pccheck.Store)
         store.save(6, state)
 
 
+def transpose(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.t()
+
+
+def negate(tensor: torch.Tensor) -> None:
+    tensor.data = torch._neg_view(tensor.data)
+
+
+def conjugate(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.conj()
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "reason"),
+    [
+        (transpose, torch.float32, "contiguous"),
+        (negate, torch.float32, "negative"),
+        (conjugate, torch.complex64, "conjugate"),
+    ],
+)
+def test_what_changed_where_it_is_is_refused(
+    store: pccheck.Store, change: Callable[[torch.Tensor], None], dtype: torch.dtype, reason: str
+) -> None:
+    state = {"other": torch.zeros(3), "square": torch.arange(9.0).reshape(3, 3).to(dtype)}
+    saved(store, 1, state)
+    before = (id(state["square"]), state["square"].data_ptr(), state["square"].shape)
+    change(state["square"])
+    assert (id(state["square"]), state["square"].data_ptr(), state["square"].shape) == before
+    with pytest.raises(errors.InvalidArgument, match=f"'square'.*{reason}"):
+        store.save(2, state)
+    change(state["square"])
+    assert saved(store, 3, state) == expected(state)
+
+
+def test_another_dtype_at_the_same_place_is_seen(store: pccheck.Store) -> None:
+    state = {"a": torch.arange(6, dtype=torch.int32)}
+    saved(store, 1, state)
+    state["a"].data = state["a"].data.view(torch.float32)
+    assert saved(store, 2, state) == expected(state)
+    with store.open() as checkpoint:
+        assert checkpoint.tensors["a"].dtype == "F32"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda dense: dense.to_sparse(),
+        lambda dense: dense.to_sparse_csr(),
+        lambda dense: torch.nested.nested_tensor([dense[0], dense[1]]),
+        lambda dense: dense.to_mkldnn(),
+        lambda dense: dense.to("meta"),
+    ],
+    ids=["coo", "csr", "nested", "mkldnn", "meta"],
+)
+def test_what_has_no_memory_is_refused_in_the_place_of_what_has(
+    store: pccheck.Store, other: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    dense = torch.ones(2, 3)
+    saved(store, 1, {"a": dense})
+    for step in (2, 3):
+        with pytest.raises((errors.InvalidArgument, errors.Unsupported), match="'a'"):
+            store.save(step, {"a": other(dense)})
+    assert saved(store, 4, {"a": dense}) == expected({"a": dense})
+
+
+def test_tensors_between_arrays_that_move_are_found(store: pccheck.Store) -> None:
+    state = {"n": np.arange(3), "a": torch.zeros(4), "m": np.arange(5), "b": torch.ones(4), "c": torch.ones(4)}
+    for step in range(4):
+        assert saved(store, step, state) == expected(state)
+        state["b"] = torch.full((4,), float(step))
+        state["m"] = np.arange(step, step + 5)
+        kept = state["b"]
+    assert saved(store, 9, state) == expected(state)
+    del kept
+
+
 def test_nothing_is_kept_alive_once_it_is_saved(store: pccheck.Store) -> None:
     state: dict[str, Any] = {"a": torch.zeros(4), "b": np.zeros(5)}
     gone = [weakref.ref(state["a"]), weakref.ref(state["b"])]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 import struct
 import sys
 from collections.abc import Mapping
@@ -245,8 +246,8 @@ def pack_tensors(tensors: Mapping[str, Memory]) -> Packed:
 
 
 class Packer:
-    """Packs the tensors of one save after another, of which most are where they were: those of torch that look as the
-    one of that name did before are not examined anew. Any thread may use it; two at once cost only speed.
+    """Packs the tensors of one save after another, of which most are where they were: those of torch that look as those
+    of these names did before are not examined anew. Any thread may use it; two at once cost only speed.
     """
 
     def __init__(self) -> None:
@@ -271,17 +272,6 @@ class Packer:
         return table.packed(owners)
 
 
-def _plain_types() -> tuple[Any, ...]:
-    """Types of torch's tensors that are nothing but memory."""
-    torch = sys.modules.get("torch")
-    return () if torch is None else (torch.Tensor, torch.nn.Parameter)
-
-
-def _storage_bytes(tensor: Any) -> int:
-    """How many bytes the storage of a contiguous tensor must have."""
-    return int(tensor.storage_offset() * tensor.element_size() + tensor.nbytes)
-
-
 class _Table:
     """The ``pcc_tensor[]`` of some names, to be filled."""
 
@@ -292,8 +282,6 @@ class _Table:
         self._base = self._texts.address()
         self._bytes = bytearray(max(1, len(names)) * _TENSOR.size)
         self._gpus: list[int | None] = [None] * len(names)
-        #: per tensor of torch: address, shape, dtype, bytes that its storage must have, and device
-        self._known: list[tuple[int, Any, Any, int, Any] | None] = [None] * len(names)
 
     def fill(self, memories: list[Memory]) -> None:
         """Enters one memory for each name."""
@@ -316,51 +304,34 @@ class _Table:
         self._gpus[at] = memory.gpu if memory.nbytes else None
 
     def remember(self, arrays: list[Any]) -> None:
-        """Notes how tensors look; nothing is kept alive by it."""
-        for at, array in enumerate(arrays):
-            self._note(at, array)
-
-    def _note(self, at: int, array: Any) -> None:
-        # Other kinds of tensors are examined each time.
-        plain = type(array) in _plain_types()
-        known = (array.data_ptr(), array.shape, array.dtype, _storage_bytes(array), array.device) if plain else None
-        self._known[at] = known
+        """Notes how arrays look; nothing is kept alive by it."""
+        self._types = list(map(type, arrays))
+        plain = _plain_types()
+        self._plain = [at for at, kind in enumerate(self._types) if kind in plain]
+        #: examined each time
+        self._others = [at for at, kind in enumerate(self._types) if kind not in plain]
+        self._looks = _Looks([arrays[at] for at in self._plain]) if self._plain else None
 
     def update(self, arrays: list[Any]) -> list[Any] | None:
-        """Enters what does not look as before; returns what keeps each memory alive. None where a shape is another one:
-        then the table is of no use any more.
+        """Enters what is elsewhere than before; returns what keeps the memories alive. None where anything else is
+        another than it was: then the table is of no use any more.
         """
+        if list(map(type, arrays)) != self._types:
+            return None
         owners = []
-        plain, strided = _plain_types(), getattr(sys.modules.get("torch"), "strided", None)
-        for at, array in enumerate(arrays):
-            known = self._known[at]
-            # Of that dtype and shape, on that device, contiguous and not lazy, it is described as before but for its
-            # address, whatever it is. An address is of one device.
-            if (
-                known is not None
-                and type(array) in plain
-                and array.layout is strided
-                and not array.is_nested
-                and array.shape == known[1]
-                and array.dtype is known[2]
-                and array.is_contiguous()
-                and not (array.is_conj() or array.is_neg())
-            ):
-                address, storage = array.data_ptr(), array.untyped_storage()
-                if address == known[0]:
-                    if storage.nbytes() >= known[3]:
-                        owners.append(storage)
-                        continue
-                elif array.device == known[4] and storage.nbytes() >= (needed := _storage_bytes(array)):
-                    _DATA.pack_into(self._bytes, at * _TENSOR.size + _DATA_AT, address)
-                    self._known[at] = (address, *known[1:3], needed, known[4])
-                    owners.append(storage)
-                    continue
-            memory = memory_of(array, self.names[at], gpu=True)
+        if self._looks is not None:
+            found = self._looks.again([arrays[at] for at in self._plain] if self._others else arrays)
+            if found is None:
+                return None
+            storages, moved = found
+            owners += storages
+            for index, address in moved:
+                _DATA.pack_into(self._bytes, self._plain[index] * _TENSOR.size + _DATA_AT, address)
+        for at in self._others:
+            memory = memory_of(arrays[at], self.names[at], gpu=True)
             if memory.shape != self._dimensions[at]:
                 return None
             self._enter(at, memory)
-            self._note(at, array)
             owners.append(memory.owner)
         return owners
 
@@ -368,8 +339,74 @@ class _Table:
         """The array as it is now; ``owners`` keep alive what it points to."""
         content = bytearray(self._bytes)
         array = ffi.from_buffer("pcc_tensor[]", content)
-        gpus = tuple(sorted({gpu for gpu in self._gpus if gpu is not None}))
+        gpus = tuple(sorted(gpu for gpu in set(self._gpus) if gpu is not None))
         return Packed(array, len(self.names), (content, self._shapes, self._texts, owners), gpus)
+
+
+def _plain_types() -> tuple[Any, ...]:
+    """Types of torch's tensors that are nothing but memory."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.Tensor, torch.nn.Parameter)
+
+
+_shape_of, _dtype_of, _device_of, _nbytes_of = map(operator.attrgetter, ("shape", "dtype", "device", "nbytes"))
+
+
+class _Looks:
+    """How plain tensors of torch that can be saved look, to see at little cost whether others look the same.
+
+    Each thing is asked of all of them at once, without a line of Python per tensor. Nothing depends on which objects
+    they are: the tensors of a ``state_dict()`` are new ones each time.
+    """
+
+    def __init__(self, tensors: list[Any]) -> None:
+        torch = sys.modules["torch"]
+        self._tensor, self._storage = torch.Tensor, torch.UntypedStorage
+        self._shapes, self._dtypes = list(map(_shape_of, tensors)), list(map(_dtype_of, tensors))
+        self._devices = list(map(_device_of, tensors))
+        #: those that may be conjugates
+        self._complex = [at for at, dtype in enumerate(self._dtypes) if dtype.is_complex]
+        self._addresses = list(map(torch.Tensor.data_ptr, tensors))
+        self._sizes = list(map(_nbytes_of, tensors))
+        #: bytes that their storages must have
+        offsets = map(torch.Tensor.storage_offset, tensors)
+        triples = zip(offsets, self._dtypes, self._sizes, strict=True)
+        self._needed = [offset * dtype.itemsize + size for offset, dtype, size in triples]
+
+    def again(self, tensors: list[Any]) -> tuple[list[Any], list[tuple[int, int]]] | None:
+        """The storages of tensors of the same types, and those that are elsewhere as indexes and addresses; None where
+        any of them may be described by anything else than another address.
+        """
+        tensor = self._tensor
+        try:
+            # First, as all that has no memory of its own refuses it: sparse, nested and opaque tensors.
+            storages = list(map(tensor.untyped_storage, tensors))
+            same = (
+                list(map(_shape_of, tensors)) == self._shapes
+                and list(map(_dtype_of, tensors)) == self._dtypes
+                and all(map(tensor.is_contiguous, tensors))
+                and not any(map(tensor.is_neg, tensors))
+                and not any([tensors[at].is_conj() for at in self._complex])
+            )
+            if not same:
+                return None
+            addresses = list(map(tensor.data_ptr, tensors))
+        except (RuntimeError, NotImplementedError):
+            return None
+        moved = []
+        if addresses != self._addresses:
+            at_others = [at for at, same in enumerate(map(operator.eq, addresses, self._addresses)) if not same]
+            others = [tensors[at] for at in at_others]
+            # An address is of one device.
+            if list(map(_device_of, others)) != [self._devices[at] for at in at_others]:
+                return None
+            for at, offset in zip(at_others, map(tensor.storage_offset, others), strict=True):
+                self._needed[at] = offset * self._dtypes[at].itemsize + self._sizes[at]
+                moved.append((at, addresses[at]))
+            self._addresses = addresses
+        if not all(map(operator.ge, map(self._storage.nbytes, storages), self._needed)):
+            return None
+        return storages, moved
 
 
 def pack_pairs(metadata: Mapping[str, str] | None) -> Packed:
