@@ -39,7 +39,7 @@ def test_what_cannot_be_read_in_place_makes_nothing_else_wait() -> None:
     model = nn.Sequential(*(nn.Conv2d(64, 256, 4) for _ in range(6))).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tree = {"model": model.state_dict(), "rng": torch.get_rng_state()}
     taken = snapshot.take(tree, model.parameters(), hashes=False)
-    assert not taken.urgent and all(one.tensor.dim() == 1 for one in taken.live)
+    assert not taken.urgent and all(tensor.dim() == 1 for tensor in taken.live.tensors)
 
 
 def test_an_update_does_not_wait_for_what_it_cannot_touch(tmp_path: Path) -> None:

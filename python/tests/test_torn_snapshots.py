@@ -210,7 +210,7 @@ def test_without_the_wait_every_update_would_tear_or_fail(tmp_path: Path, monkey
 def test_without_wait_and_counters_torn_checkpoints_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted fault: neither the wait nor the counters. The detector of these tests must see it."""
     monkeypatch.setattr(Settler, "before_update", lambda self: None)
-    monkeypatch.setattr(snapshot.Live, "changed", lambda self: False)
+    monkeypatch.setattr(snapshot.Live, "changed", lambda self: [])
     run = train(tmp_path / "region", by_hook)
     assert run.failures == 0
     assert run.torn

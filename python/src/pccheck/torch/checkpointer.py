@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import errors
+from .. import errors, trees
 from ..checkpoint import CheckpointInfo
 from ..save import Save
 from ..store import Store
@@ -140,6 +140,7 @@ class Checkpointer:
             self._members[RNG] = RngMember()
         self._gradients = gradients
         self._debug = debug
+        self._known = trees.Known()
         self._update_timeout = update_timeout
         self._slot_timeout = slot_timeout
         self._retention = Retention(keep_every, keep_best)
@@ -214,7 +215,7 @@ class Checkpointer:
         self._settler.settle(self._update_timeout)
         pinned = self._retention.wants_pin(step, metrics)
         try:
-            snapshot = take(self._tree(), self._steady(), hashes=self._debug)
+            snapshot = take(self._tree(), self._steady(), hashes=self._debug, known=self._known)
             save = self._home.begin(
                 step,
                 snapshot.tensors,

@@ -27,6 +27,9 @@ _ADDED_HYPERPARAMETERS = frozenset(
 )
 
 
+_PLAIN, _DICTS = frozenset((torch.Tensor, torch.nn.Parameter)), frozenset((dict,))
+
+
 class Member(ABC):
     """One named part of the state."""
 
@@ -303,8 +306,15 @@ def _tensors(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         found.append(value)
     elif isinstance(value, (dict, Mapping)):
-        for part in value.values():
-            _tensors(part, found)
+        parts = list(value.values())
+        if _DICTS.issuperset(map(type, parts)):
+            # As an optimizer's state is, with tensors by the hundreds.
+            parts = list(chain.from_iterable(map(dict.values, parts)))
+        if _PLAIN.issuperset(map(type, parts)):
+            found += parts
+        else:
+            for part in parts:
+                _tensors(part, found)
     elif isinstance(value, (list, tuple)):
         for part in value:
             _tensors(part, found)

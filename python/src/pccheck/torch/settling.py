@@ -105,7 +105,8 @@ class Settler:
             return
         self._pending = flight
         live = flight.snapshot.live
-        self._witnesses = [(one.tensor, one.version) for one in live[:: max(1, len(live) // _WITNESSES)]]
+        every = max(1, len(live.tensors) // _WITNESSES)
+        self._witnesses = list(zip(live.tensors[::every], live.versions[::every], strict=True))
         self._queue.put(flight)
 
     def before_update(self) -> None:

@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,7 +28,18 @@ _CAPTURE_BYTES = 4 << 20
 # Scalars, such as an optimizer's step counters, are not worth reading in place.
 _SCALAR_BYTES = 64
 # Types that are nothing but memory.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_TENSOR = frozenset((torch.Tensor,))
+# What is asked of hundreds of tensors at once, without a line of Python per tensor.
+_nbytes_of, _version_of = attrgetter("nbytes"), attrgetter("_version")
+_dtype_of, _device_of, _layout_of = map(attrgetter, ("dtype", "device", "layout"))
+_is_nested, _requires_grad = attrgetter("is_nested"), attrgetter("requires_grad")
+_STRIDED = frozenset((torch.strided,))
+# No conjugates and nothing quantized.
+_ORDINARY = frozenset(
+    (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    + (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+)
 
 
 @dataclass
@@ -40,19 +52,19 @@ class Snapshot:
     tensors: dict[str, Any]
     #: name -> how it was sharded
     shardings: dict[str, Any]
-    #: tensors that must not change before they are copied, with their version counters
-    live: list[Live] = field(default_factory=list)
+    #: tensors that must not change before they are copied
+    live: Live = field(default_factory=lambda: Live())
     #: some of them may change as soon as the trainer goes on: wait until all is copied
     urgent: bool = False
 
     def changed(self) -> list[str]:
         """Names of tensors that were changed since, as far as version counters (and hashes, where made) tell."""
-        return [live.name for live in self.live if live.changed()]
+        return self.live.changed()
 
     @property
     def private(self) -> bool:
         """True where nothing of the trainer's own memory is read."""
-        return not self.live and not self.urgent
+        return not self.live.tensors and not self.urgent
 
     def release(self) -> None:
         """Lets go of all tensors: they are copied."""
@@ -60,56 +72,106 @@ class Snapshot:
         self.tensors.clear()
 
 
-@dataclass(slots=True)
 class Live:
-    """A tensor that the engine reads where it is."""
+    """Tensors that the engine reads where they are."""
 
-    name: str
-    tensor: torch.Tensor
-    version: int
-    crc: int | None
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.tensors: list[torch.Tensor] = []
+        #: their version counters when the snapshot was taken, and hashes where they are made
+        self.versions: list[int] = []
+        self._crcs: list[int] = []
 
-    def changed(self) -> bool:
-        return self.tensor._version != self.version or (self.crc is not None and _crc(self.tensor) != self.crc)
+    def watch(self, names: list[str], tensors: list[torch.Tensor], *, hashes: bool) -> None:
+        """Notes how these look."""
+        self.names, self.tensors = names, tensors
+        self.versions = list(map(_version_of, tensors))
+        self._crcs = list(map(_crc, tensors)) if hashes else []
+
+    def changed(self) -> list[str]:
+        """Names of those that look otherwise now."""
+        versions = list(map(_version_of, self.tensors))
+        found = set[int]()
+        if versions != self.versions:
+            found = {at for at, version in enumerate(versions) if version != self.versions[at]}
+        found |= {at for at, crc in enumerate(self._crcs) if at not in found and _crc(self.tensors[at]) != crc}
+        return [self.names[at] for at in sorted(found)]
+
+    def clear(self) -> None:
+        self.watch([], [], hashes=False)
 
 
-def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool) -> Snapshot:
+def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool, known: trees.Known | None = None) -> Snapshot:
     """Takes a snapshot of a tree. ``steady``: tensors that change in the update alone.
 
     ``hashes``: also hash what is not captured, so that changes that bypass version counters are found; slow.
+    ``known``: of the snapshots before.
     """
-    flat = trees.flatten(tree, is_tensor=lambda value: isinstance(value, torch.Tensor))
-    addresses = {local_part(tensor).data_ptr() for tensor in steady}
-    addresses.discard(0)
+    flat = trees.flatten(tree, is_tensor=lambda value: isinstance(value, torch.Tensor), known=known)
+    addresses = _addresses(list(steady))
     snapshot = Snapshot(flat.json, {}, {})
-    found: list[tuple[str, torch.Tensor, bool]] = []
-    for name, value in flat.tensors.items():
+    found = flat.tensors
+    for name in [name for name, kind in zip(found, map(type, found.values()), strict=True) if kind not in _PLAIN]:
+        value = found[name]
         if not isinstance(value, torch.Tensor):
-            snapshot.tensors[name] = _numpy_copy(value)
+            snapshot.tensors[name] = _numpy_copy(found.pop(name))
             continue
-        sharding = None if type(value) in _PLAIN else sharding_of(value)
+        sharding = sharding_of(value)
         if sharding is not None:
             snapshot.shardings[name] = sharding
-        tensor = (value if type(value) in _PLAIN else local_part(value)).detach()
-        in_place = _is_readable(tensor)
-        if not in_place:
-            _check(tensor, name)
-        found.append((name, tensor, in_place))
-    total = sum(tensor.nbytes for _, tensor, _ in found)
-    budget = max(_CAPTURE_BYTES, total // _CAPTURE_SHARE)
-    captured = _Captured()
-    for name, tensor, in_place in found:
-        nbytes = tensor.nbytes
-        if in_place and nbytes > _SCALAR_BYTES and tensor.data_ptr() in addresses:
-            snapshot.live.append(Live(name, tensor, tensor._version, _crc(tensor) if hashes else None))
-        elif in_place and nbytes > max(budget, _SCALAR_BYTES):
-            snapshot.urgent = True
-        elif captured.add(name, tensor, in_place) and in_place:
+        found[name] = local_part(value)
+    names, tensors = list(found), list(found.values())
+    # Plain tensors serve as they are: they have the memory and the version counters that detached ones would have. But
+    # hashes look at their memory later, and what led to them by autograd must not be kept alive.
+    if hashes or not _TENSOR.issuperset(map(type, tensors)) or any(map(_requires_grad, tensors)):
+        tensors = [tensor.detach() for tensor in tensors]
+    in_place = _readable(tensors)
+    if not all(in_place):
+        for name, tensor, readable in zip(names, tensors, in_place, strict=True):
+            if not readable:
+                _check(tensor, name)
+    sizes = list(map(_nbytes_of, tensors))
+    budget = max(_CAPTURE_BYTES, sum(sizes) // _CAPTURE_SHARE)
+    captured, watched = _Captured(), list[int]()
+    for at, (readable, nbytes, address) in enumerate(
+        zip(in_place, sizes, map(torch.Tensor.data_ptr, tensors), strict=True)
+    ):
+        if readable and nbytes > _SCALAR_BYTES:
+            if address in addresses:
+                watched.append(at)
+                continue
+            if nbytes > budget:
+                snapshot.urgent = True
+                continue
+        if captured.add(names[at], tensors[at], readable, address, nbytes) and readable:
             # What cannot be read in place costs its memory anyhow.
             budget -= nbytes
-        snapshot.tensors[name] = tensor
+    snapshot.live.watch([names[at] for at in watched], [tensors[at] for at in watched], hashes=hashes)
+    snapshot.tensors.update(zip(names, tensors, strict=True))
     snapshot.tensors |= captured.copies()
     return snapshot
+
+
+def _addresses(tensors: list[torch.Tensor]) -> set[int]:
+    """Where the memory of tensors is."""
+    if _PLAIN.issuperset(map(type, tensors)):
+        return set(map(torch.Tensor.data_ptr, tensors)) - {0}
+    return {local_part(tensor).data_ptr() for tensor in tensors} - {0}
+
+
+def _readable(tensors: list[torch.Tensor]) -> list[bool]:
+    """Whether the engine can read tensors where they are. Most states are made of ordinary tensors that at worst are
+    not contiguous: of all of them at once it takes no time to see that."""
+    ordinary = (
+        _TENSOR.issuperset(map(type, tensors))
+        and _ORDINARY.issuperset(map(_dtype_of, tensors))
+        and all(map(_is_read, set(map(_device_of, tensors))))
+        and _STRIDED.issuperset(map(_layout_of, tensors))
+        and not any(map(_is_nested, tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not any(map(torch.Tensor.is_inference, tensors))
+    )
+    return list(map(torch.Tensor.is_contiguous if ordinary else _is_readable, tensors))
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
@@ -134,12 +196,11 @@ class _Captured:
         self._small: dict[Any, list[Any]] = {}
         self._keys: dict[str, Any] = {}
 
-    def add(self, name: str, tensor: torch.Tensor, in_place: bool) -> bool:
+    def add(self, name: str, tensor: torch.Tensor, in_place: bool, address: int, nbytes: int) -> bool:
         """Takes a tensor in. False where one with the same memory was."""
-        nbytes = tensor.nbytes
         key: Any = name
         if nbytes:
-            key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+            key = (address, tensor.shape, tensor.dtype)
             if not in_place:
                 key += (tensor.stride(), tensor.is_conj(), tensor.is_neg())
         self._keys[name] = key
@@ -158,7 +219,7 @@ class _Captured:
         with torch.no_grad():
             for keys in self._small.values():
                 copies |= zip(keys, torch.stack([self._tensors[key] for key in keys]).unbind(), strict=True)
-        copies |= {key: _capture(tensor) for key, tensor in self._tensors.items() if key not in copies}
+            copies |= {key: _capture(tensor) for key, tensor in self._tensors.items() if key not in copies}
         return {name: copies[key] for name, key in self._keys.items()}
 
 
