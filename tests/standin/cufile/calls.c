@@ -120,6 +120,7 @@ EXPORTED void cufile_set_properties(uint32_t nvfs_major, uint32_t feature_flags)
 /* ---- The driver ---- */
 
 EXPORTED CUfileError_t cuFileDriverOpen(void) {
+    be_slow();
     ENTER(cuFileDriverOpen);
     if (driver_open)
         misuse("the driver is opened twice");

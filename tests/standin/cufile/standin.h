@@ -73,12 +73,12 @@ extern void *standin_shadow(uint64_t address);
 /* Holds the lock until the end of the block. */
 #define LOCKED __attribute__((cleanup(unlock), unused)) int locked = lock()
 
-/* Every call but that of a driver's opening begins with this: it is counted, and fails where a test wants it to. */
 #define NEED(condition, code)               \
     do {                                    \
         if (!(condition))                   \
             return (CUfileError_t){code, 0}; \
     } while (0)
+/* Every call begins with this: it is counted, and fails where a test wants it to. */
 #define ENTER(name)                          \
     LOCKED;                                  \
     CUfileError_t failed = enter(CALL_##name); \
@@ -120,5 +120,6 @@ uint64_t buffers_live(void);
 /* ---- write.c ---- */
 
 void reset_writes(void);
+void be_slow(void);
 
 #endif

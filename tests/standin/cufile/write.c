@@ -24,7 +24,7 @@ EXPORTED void cufile_most_bytes(uint64_t bytes) {
     most_bytes = bytes;
 }
 
-/* How long a call waits before it reads the memory. */
+/* How long a write waits before it reads the memory, and how long opening the driver takes. */
 EXPORTED void cufile_delay_us(uint64_t us) {
     LOCKED;
     delay_us = us;
@@ -46,6 +46,15 @@ static void sleep_us(uint64_t us) {
     struct timespec left = {.tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000};
     while (us > 0 && nanosleep(&left, &left) != 0)
         continue;
+}
+
+static uint64_t delay_now(void) {
+    LOCKED;
+    return delay_us;
+}
+
+void be_slow(void) {
+    sleep_us(delay_now());
 }
 
 static bool is_aligned(uint64_t number) {
@@ -93,7 +102,7 @@ static int prepare(CUfileHandle_t handle, uint64_t base, size_t bytes, off_t to,
 
 EXPORTED ssize_t cuFileWrite(CUfileHandle_t handle, const void *base, size_t bytes, off_t to, off_t from) {
     int fd = -1;
-    uint64_t us = 0, first = (uintptr_t)base + (uint64_t)from;
+    uint64_t first = (uintptr_t)base + (uint64_t)from;
     {
         LOCKED;
         CUfileError_t failed = enter(CALL_cuFileWrite);
@@ -103,9 +112,8 @@ EXPORTED ssize_t cuFileWrite(CUfileHandle_t handle, const void *base, size_t byt
             errno = failed.cu_err;
             return -failed.err;
         }
-        us = delay_us;
         bytes = most_bytes > 0 && bytes > most_bytes ? most_bytes : bytes;
     }
-    sleep_us(us);
+    be_slow();
     return write_bytes(fd, standin_shadow(first), bytes, to);
 }
