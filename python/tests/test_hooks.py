@@ -108,7 +108,8 @@ def test_optimizers_wait_by_themselves(tmp_path: Path, make: Any, to_none: bool)
 def test_what_is_asked_of_gpus_changes_nothing_on_the_host(tmp_path: Path) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ckpt = Checkpointer(tmp_path / "region", model=model, optimizer=optimizer, snapshot="auto", flag_waits=True, **POOL)
+    for_gpus: dict[str, Any] = {"snapshot": "auto", "direct_storage": "auto", "flag_waits": True}
+    ckpt = Checkpointer(tmp_path / "region", model=model, optimizer=optimizer, **for_gpus, **POOL)
 
     def one(i: int) -> None:
         optimizer.zero_grad()

@@ -56,11 +56,18 @@ def test_the_life_of_a_save(store: pccheck.Store) -> None:
 
 
 def test_options_for_gpus_change_nothing_for_host_memory(store: pccheck.Store) -> None:
-    save = store.save(1, {"x": np.ones(10)}, snapshot="auto", flag_waits=True, gpu_timeout=5)
+    save = store.save(1, {"x": np.ones(10)}, snapshot="auto", direct_storage="required", flag_waits=True, gpu_timeout=5)
     save.stream_wait_copied(timeout=30)
     save.durable(30)
     with store.open() as checkpoint:
         assert (checkpoint["x"] == 1).all()
+
+
+def test_ways_that_there_are_not_are_refused(store: pccheck.Store) -> None:
+    for wrong in ({"snapshot": "what"}, {"direct_storage": "what"}):
+        with pytest.raises(errors.InvalidArgument, match="'what'"):
+            store.save(1, {"x": np.ones(10)}, **wrong)
+    assert store.stats().saves_begun == 0 and store.stats().direct_bytes == 0
 
 
 def test_a_save_waits_for_its_confirmation(store: pccheck.Store) -> None:

@@ -190,6 +190,8 @@ fn bad_tensors_are_refused_by_name_and_leave_the_store_usable() {
     for (options, text) in [
         (pcc_save_options { snapshot: 3, ..sized!(pcc_save_options) }, "snapshot is 3"),
         (pcc_save_options { flag_waits: 2, ..sized!(pcc_save_options) }, "flag_waits is 2"),
+        (pcc_save_options { direct_storage: 3, ..sized!(pcc_save_options) }, "direct_storage is 3"),
+        (pcc_save_options { reserved: 1, ..sized!(pcc_save_options) }, "reserved is 1"),
     ] {
         let status = c!(pcc_save_begin(store, 1, good.as_ptr(), 5, null(), 0, &options, &mut null_mut()));
         fails(status, PCC_INVALID_ARGUMENT, &[text]);
