@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "gpt"))
 from arms import ARMS, Arm, Timed  # noqa: E402
 from direct import direct  # noqa: E402
+from hashing import hashing  # noqa: E402
 from model import GPT, Size  # noqa: E402
 from table import median, table  # noqa: E402
 
@@ -217,14 +218,20 @@ def restoring(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def storing(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
-    """A save until it is durable beside GPUDirect Storage."""
+    """Saves until they are durable, by GPUDirect Storage and by way of host memory."""
     arm = Arm(options.dir, bed.model, bed.optimizer)
     return direct(options.disk or options.dir, sum(tensor.nbytes for tensor in untied(arm).values()), options.rounds)
+
+
+def hashes(bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """How fast chunks are hashed on the GPU."""
+    return hashing(options.rounds)
 
 
 MEASURES: dict[str, Callable[[Bed, argparse.Namespace], Any]] = {
     "copying": copying,
     "restoring": restoring,
+    "hashing": hashes,
     "direct": storing,
     "training": training,
 }
@@ -290,7 +297,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--measure",
         type=parse_measures,
-        default="copying,restoring,direct,training",
+        default="copying,restoring,hashing,direct,training",
         metavar="A,B",
         help="(default: %(default)s)",
     )

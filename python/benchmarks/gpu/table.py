@@ -20,6 +20,8 @@ def table(found: dict[str, Any]) -> str:
         lines += [*_copying(**found["copying"]), ""]
     if "restoring" in found:
         lines += [*_restoring(**found["restoring"]), ""]
+    if "hashing" in found:
+        lines += [*_hashing(found["hashing"]), ""]
     if "direct" in found:
         lines += [*_direct(**found["direct"]), ""]
     if "training" in found:
@@ -52,6 +54,13 @@ def _restoring(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
     ratios = [max(row["read"], row["upload"]) / row["restore"] for row in rounds]
     yield f"  to host {read:.1f} GB/s, plain copy to the GPU {upload:.1f} GB/s, restore {restore:.1f} GB/s"
     yield f"  over the slower of the two: {_spread(ratios)}"
+
+
+def _hashing(shapes: list[dict[str, Any]]) -> Iterator[str]:
+    yield "chunks hashed on the GPU"
+    for shape in shapes:
+        what = f"{shape['count']} of {shape['chunk_bytes'] >> 10} KiB"
+        yield f"  {what:<18}{shape['bytes_per_second'] / 1e9:8.0f} GB/s"
 
 
 def _direct(
