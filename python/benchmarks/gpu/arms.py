@@ -121,20 +121,29 @@ class TorchSave(Arm):
         partial.rename(self.folder / f"checkpoint-{step % _SPARE_SLOTS}.pt")
 
 
+class _KeptStager(DefaultStager):
+    """torch 2.11 closes a stager after its first save, also one that it was given: its next one fails on a type's name."""
+
+    def close(self) -> None:
+        """Not yet."""
+
+    def end(self) -> None:
+        super().close()
+
+
 class DcpPinned(Arm):
     """dcp.async_save, staged in pinned memory beside forward and backward, its memory kept from save to save."""
 
     def __init__(self, *of: Any) -> None:
         super().__init__(*of)
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self._stager = DefaultStager(StagingOptions(True, False, use_async_staging=True, use_non_blocking_copy=True))
+        self._stager = _KeptStager(StagingOptions(True, False, use_async_staging=True, use_non_blocking_copy=True))
         self._uploading: Future[Any] | None = None
         self._staging: Future[Any] | None = None
 
     def save(self, step: int) -> None:
         self.finish()
         response: Any = async_save(
-            # One flat dict: the stager of torch 2.11 fails on some of what optimizers' state dicts hold.
             {"step": step, **self.tensors()},
             checkpoint_id=self.folder / f"checkpoint-{step % _SPARE_SLOTS}",
             async_stager=self._stager,
@@ -155,7 +164,7 @@ class DcpPinned(Arm):
 
     def close(self) -> None:
         self.finish()
-        self._stager.close()
+        self._stager.end()
 
 
 class CheckFreq(Arm):
