@@ -122,7 +122,7 @@ class TorchSave(Arm):
 
 
 class _KeptStager(DefaultStager):
-    """torch 2.11 closes a stager after its first save, also one that it was given: its next one fails on a type's name."""
+    """torch 2.11 closes also a stager that it was given after a save, and the next one fails."""
 
     def close(self) -> None:
         """Not yet."""
