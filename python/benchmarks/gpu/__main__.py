@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -29,7 +30,7 @@ from hashing import hashing  # noqa: E402
 from model import GPT, Size  # noqa: E402
 from table import median, table  # noqa: E402
 
-import pccheck  # noqa: E402
+import pccheck.store  # noqa: E402
 
 #: parameters, and twice as much for Adam: states of about 0.06, 4 and 16 GB
 SIZES = {
@@ -146,35 +147,65 @@ def train_arm(bed: Bed, options: argparse.Namespace, name: str, every: int) -> d
     }
 
 
+@contextmanager
+def store_for(named: dict[str, torch.Tensor], options: argparse.Namespace) -> Iterator[pccheck.Store]:
+    """A store in memory whose staging pool holds the state."""
+    with tempfile.TemporaryDirectory(prefix="gpu-", dir=options.dir) as own:
+        payload, region = pccheck.payload_bytes(named), Path(own) / "region.pcc"
+        pccheck.format_region(region, slots=3, payload_bytes=payload)
+        how: Any = {"writers": options.writers, "readers": options.readers, "staging_bytes": payload + (64 << 20)}
+        with pccheck.Store(region, durability="process", **how) as store:
+            yield store
+
+
+class Library:
+    """The library, with the seconds of its last call that began a save."""
+
+    def __init__(self) -> None:
+        self._library, self.seconds = pccheck.store.lib, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def pcc_save_begin(self, *arguments: Any) -> int:
+        began = time.perf_counter()
+        status = self._library.pcc_save_begin(*arguments)
+        self.seconds = time.perf_counter() - began
+        return int(status)
+
+
 def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """A save until it is copied beside a plain copy of the same tensors into page-locked memory, in turns."""
-    with arm_of("pccheck-pool", options.dir, bed) as arm:
-        tensors = list(untied(arm).values())
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        views, at = [], 0
-        for tensor in tensors:
-            views.append(pinned[at : at + tensor.nbytes])
-            at += tensor.nbytes
-        flat = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-        store = arm.checkpointer.store  # type: ignore[attr-defined]
-        named = untied(arm)
-        rounds = []
+    named = untied(Arm(options.dir, bed.model, bed.optimizer))
+    tensors, nbytes = list(named.values()), sum(tensor.nbytes for tensor in named.values())
+    pinned, flat = pinned_and_flat(nbytes)
+    views, at = [], 0
+    for tensor in tensors:
+        views.append(pinned[at : at + tensor.nbytes])
+        at += tensor.nbytes
+    rounds = []
+    with store_for(named, options) as store, patch.object(pccheck.store, "lib", Library()) as library:
         for index in range(2 * options.rounds + 3):
             plain = min(
                 timed_gpu(partial(pinned.copy_, flat, non_blocking=True)), timed_gpu(partial(copy_each, views, tensors))
             )
-            by_event = timed_save(store, 2 * index, named, flag_waits=False)
-            by_flag = timed_save(store, 2 * index + 1, named, flag_waits=True)
+            by_event = timed_save(store, library, 2 * index, named, flag_waits=False)
+            by_flag = timed_save(store, library, 2 * index + 1, named, flag_waits=True)
             rounds.append({"plain": plain} | by_event | {f"{name}_flags": took for name, took in by_flag.items()})
-        del pinned, views, flat
-        gc.collect()
-        torch.cuda.empty_cache()
-        return {"bytes": nbytes, "rounds": rounds[1:]}
+    del pinned, views, flat
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {"bytes": nbytes, "rounds": rounds[1:]}
+
+
+def pinned_and_flat(nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), torch.empty(
+        nbytes, dtype=torch.uint8, device="cuda"
+    )
 
 
 def timed_save(
-    store: pccheck.Store, step: int, named: dict[str, torch.Tensor], *, flag_waits: bool
+    store: pccheck.Store, library: Library, step: int, named: dict[str, torch.Tensor], *, flag_waits: bool
 ) -> dict[str, float]:
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -185,22 +216,24 @@ def timed_save(
     save.copied()
     copied = time.perf_counter()
     durable = save.durable().durable_seconds
-    return {"begin": begun - began, "wait": waited - begun, "copied": copied - began, "durable": durable}
+    return {
+        "begin": begun - began,
+        "library": library.seconds,
+        "wait": waited - begun,
+        "copied": copied - began,
+        "since_begun": copied - begun,
+        "durable": durable,
+    }
 
 
 def restoring(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """A restore into the GPU beside reading the region to host memory and copying from page-locked memory, in turns."""
-    with arm_of("pccheck-pool", options.dir, bed) as arm:
-        arm.save(1)
-        arm.finish()
-        store = arm.checkpointer.store  # type: ignore[attr-defined]
-        named = untied(arm)
-        nbytes = sum(tensor.nbytes for tensor in named.values())
-        save = store.save(7, named)
-        save.durable()
-        pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        flat = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-        rounds = []
+    named = untied(Arm(options.dir, bed.model, bed.optimizer))
+    nbytes = sum(tensor.nbytes for tensor in named.values())
+    pinned, flat = pinned_and_flat(nbytes)
+    rounds = []
+    with store_for(named, options) as store:
+        store.save(7, named).durable()
         with store.open(step=7, verify=False) as checkpoint:
             hosts = {name: torch.empty_like(tensor, device="cpu", pin_memory=True) for name, tensor in named.items()}
             for _ in range(options.rounds + 2):
@@ -302,6 +335,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="(default: %(default)s)",
     )
     add("--disk", type=Path, metavar="DIR", help="for direct: a folder on a disk (default: that of --dir)")
+    add("--writers", type=int, metavar="N", help="for copying: threads that hash and write (default: the engine's)")
+    add("--readers", type=int, metavar="N", help="for restoring: threads that read and verify (default: the engine's)")
     add("--batch", type=int, metavar="B", help="sequences per iteration")
     add("--json", action="store_true", help="print every measurement as JSON")
     add("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")

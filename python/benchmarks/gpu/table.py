@@ -40,12 +40,16 @@ def _column(rounds: list[dict[str, float]], name: str) -> float:
 def _copying(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
     yield "from begin to copied, the staging pool holds the state (medians over rounds)"
     plain, copied = (bytes / _column(rounds, name) / 1e9 for name in ("plain", "copied"))
-    ratios = [row["plain"] / row["copied"] for row in rounds]
-    yield f"  plain copy {plain:.1f} GB/s, save {copied:.1f} GB/s: ratio {_spread(ratios)}"
+    whole, copies = ([row["plain"] / row[name] for row in rounds] for name in ("copied", "since_begun"))
+    yield f"  plain copy {plain:.1f} GB/s, save {copied:.1f} GB/s"
+    yield f"  ratio {_spread(whole)}, after begin {_spread(copies)}"
     for what, suffix in (("", ""), ("with flag_waits: ", "_flags")):
-        begin, wait = (1e3 * _column(rounds, name + suffix) for name in ("begin", "wait"))
+        begin, library, wait = (1e3 * _column(rounds, name + suffix) for name in ("begin", "library", "wait"))
         copied, durable = (bytes / _column(rounds, name + suffix) / 1e9 for name in ("copied", "durable"))
-        yield f"  {what}begin {begin:.2f} ms, wait {wait:.2f} ms, copied {copied:.1f} GB/s, durable {durable:.1f} GB/s"
+        yield (
+            f"  {what}begin {begin:.2f} ms, of that in the library {library:.2f}; wait {wait:.2f} ms; "
+            f"copied {copied:.1f} GB/s, durable {durable:.1f} GB/s"
+        )
 
 
 def _restoring(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
