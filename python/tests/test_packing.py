@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pccheck
-from pccheck import errors
+from pccheck import arrays, errors
 
 
 def saved(store: pccheck.Store, step: int, state: dict[str, Any]) -> dict[str, bytes]:
@@ -184,6 +184,36 @@ def test_tensors_between_arrays_that_move_are_found(store: pccheck.Store) -> Non
         kept = state["b"]
     assert saved(store, 9, state) == expected(state)
     del kept
+
+
+def test_an_array_of_another_shape_is_seen(store: pccheck.Store) -> None:
+    tensor = torch.zeros(2)
+    for step, shape in enumerate([(6,), (6,), (4,), (2, 3), (3, 2), (6,)]):
+        state = {"t": tensor, "n": np.arange(step, step + np.prod(shape)).reshape(shape)}
+        assert saved(store, step, state) == expected(state)
+        with store.open(step=step) as checkpoint:
+            assert checkpoint.tensors["n"].shape == shape
+
+
+def test_a_storage_that_ends_before_the_tensor_at_its_new_place_is_seen(store: pccheck.Store) -> None:
+    state = {"a": torch.ones(4)}
+    saved(store, 1, state)
+    base = torch.arange(9.0)
+    state["a"] = base[5:]
+    assert saved(store, 2, state) == expected({"a": torch.arange(5.0, 9.0)})
+    # Of the 16 bytes at 20 it has 8.
+    base.untyped_storage().resize_(28)
+    with pytest.raises(errors.InvalidArgument, match="resized"):
+        store.save(3, state)
+
+
+def test_memory_is_held_by_what_was_packed() -> None:
+    packer, tensor = arrays.Packer(), torch.zeros(1000)
+    for _ in range(3):
+        address, packed = tensor.data_ptr(), packer.pack({"n": np.zeros(3), "a": tensor})
+        tensor.data = torch.ones(1000)
+        held = [owner for owner in packed.owners[-1] if isinstance(owner, torch.UntypedStorage)]
+        assert [storage.data_ptr() for storage in held] == [address]
 
 
 def test_nothing_is_kept_alive_once_it_is_saved(store: pccheck.Store) -> None:

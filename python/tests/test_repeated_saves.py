@@ -136,6 +136,18 @@ def test_what_changed_between_two_saves_is_saved(tmp_path: Path, change: Callabl
     assert same(back, state)
 
 
+class Wrapper(torch.Tensor):
+    """Looks like an ordinary tensor, and has no memory."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_are_seen_at_once_as_they_are_one_by_one() -> None:
     with torch.inference_mode():
@@ -157,6 +169,7 @@ def test_tensors_are_seen_at_once_as_they_are_one_by_one() -> None:
         "mkldnn": torch.ones(3).to_mkldnn(),
         "meta": torch.ones(3, device="meta"),
         "parameter": nn.Parameter(torch.ones(3)),
+        "wrapper": Wrapper(torch.ones(3)),
     }
     for name, tensor in cases.items():
         assert snapshot._readable([torch.zeros(2), tensor]) == [True, snapshot._is_readable(tensor)], name

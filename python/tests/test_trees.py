@@ -82,6 +82,25 @@ def test_the_version_numbers_on_a_modules_state_dict_come_back() -> None:
     assert come_back(state)._metadata == state._metadata
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [-(2**63), 0, 2**64 - 1],
+        [1, -(2**63) - 1],
+        [1, 2**64],
+        [1, True],
+        [1, 2.0],
+        [0],
+        [],
+    ],
+)
+def test_integers_by_the_hundreds_come_back(numbers: list[Any]) -> None:
+    many = numbers * 100
+    tree = [many, tuple(many), deque(many), set(numbers), frozenset(numbers), dict.fromkeys(numbers, "x")]
+    assert same(come_back(tree), tree)
+    assert ('{"$":"int"' in flatten(many).json) == any(not -(2**63) <= number < 2**64 for number in numbers)
+
+
 def test_random_trees_come_back() -> None:
     tensors = 0
     for seed in range(1500):
