@@ -222,3 +222,22 @@ def test_without_captured_buffers_torn_checkpoints_are_seen(tmp_path: Path, monk
     run = train(tmp_path / "region", by_hook)
     assert run.failures == 0
     assert run.torn
+
+
+def test_a_tensor_that_is_exchanged_for_one_without_a_version_is_one_that_changed(tmp_path: Path) -> None:
+    model = Model(1)
+    fill = Fill(model.parameters())
+    fill.step()
+    with Checkpointer(tmp_path / "region", model=model, optimizer=fill, on_error="raise", **POOL) as ckpt:
+        ckpt.save(1)
+        moment = fill.state[model.p0]["moment"]
+        with torch.inference_mode():
+            other = torch.ones(SIDE, SIDE)
+        torch.utils.swap_tensors(moment, other)
+        with pytest.raises(errors.InvalidState, match="torn.*moment"):
+            ckpt.before_update()
+            ckpt.wait(30)
+        torch.utils.swap_tensors(moment, other)
+        assert ckpt.save(2) is not None
+        ckpt.wait(30)
+        assert [found.step for found in ckpt.store.checkpoints()] == [2]

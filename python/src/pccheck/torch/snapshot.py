@@ -90,7 +90,10 @@ class Live:
 
     def changed(self) -> list[str]:
         """Names of those that look otherwise now."""
-        versions = list(map(_version_of, self.tensors))
+        try:
+            versions = list(map(_version_of, self.tensors))
+        except RuntimeError:
+            versions = list(map(_version, self.tensors))
         found = set[int]()
         if versions != self.versions:
             found = {at for at, version in enumerate(versions) if version != self.versions[at]}
@@ -99,6 +102,14 @@ class Live:
 
     def clear(self) -> None:
         self.watch([], [], hashes=False)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """No tensor's where it was exchanged (``swap_tensors``) for one that has none, of inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
 
 
 def take(tree: Any, steady: Iterable[torch.Tensor], *, hashes: bool, known: trees.Known | None = None) -> Snapshot:
