@@ -383,7 +383,7 @@ typedef struct pcc_open_options {
     uint32_t keep;
     // 1: keep every durable checkpoint until `pcc_mark_global` names a newer step. Default 0.
     uint32_t hold;
-    // Threads that copy and hash state, 1 to 64. Default: the cores, at most 4.
+    // Threads that copy and hash state, 1 to 64. Default: the cores, at most 4; on more than 8, half of them, at most 8.
     uint32_t writers;
     // Threads that verify and copy on restore, 1 to 64. Default: the cores, at most 16.
     uint32_t readers;

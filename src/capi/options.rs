@@ -65,7 +65,7 @@ pub struct pcc_open_options {
     pub keep: u32,
     /// 1: keep every durable checkpoint until `pcc_mark_global` names a newer step. Default 0.
     pub hold: u32,
-    /// Threads that copy and hash state, 1 to 64. Default: the cores, at most 4.
+    /// Threads that copy and hash state, 1 to 64. Default: the cores, at most 4; on more than 8, half of them, at most 8.
     pub writers: u32,
     /// Threads that verify and copy on restore, 1 to 64. Default: the cores, at most 16.
     pub readers: u32,

@@ -32,7 +32,7 @@ enum Copied {
 pub(super) fn run_copier(shared: &Shared) {
     loop {
         let ticket = shared.copy_work.ticket();
-        if take_arrived(shared) {
+        if take_arrived(shared, false) {
             continue;
         }
         if !shared.has_copy_work() {
@@ -53,16 +53,21 @@ pub(super) fn run_copier(shared: &Shared) {
                 Some(unused) => buffer = unused,
                 None => break,
             }
-            if shared.has_arrived() {
+            if shared.may_take_arrived() {
                 break;
             }
         }
     }
 }
 
-/// Sees to a chunk that a device has brought; false where there is none.
+/// Sees to a chunk that a device has brought; false where there is none, or others are enough. `urgent`: the calling thread waits
+/// for what such chunks hold.
 #[cfg(feature = "cuda")]
-pub(super) fn take_arrived(shared: &Shared) -> bool {
+pub(super) fn take_arrived(shared: &Shared, urgent: bool) -> bool {
+    let at_it = shared.exchange.courtesy.begin(shared.region.options().writers);
+    if at_it.is_none() && !urgent {
+        return false;
+    }
     let Some(Arrived { save, bytes }) = shared.exchange.next_arrived() else { return false };
     let _at_work = save.at_work();
     if flushing_has_failed(shared, &save) {
@@ -85,7 +90,7 @@ pub(super) fn take_arrived(shared: &Shared) -> bool {
 }
 
 #[cfg(not(feature = "cuda"))]
-pub(super) fn take_arrived(_shared: &Shared) -> bool {
+pub(super) fn take_arrived(_shared: &Shared, _urgent: bool) -> bool {
     false
 }
 

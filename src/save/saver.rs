@@ -293,19 +293,25 @@ impl Shared {
             if let Some(buffer) = pool.try_acquire() {
                 return Some(buffer);
             }
-            if self.closing() || self.has_arrived() {
+            if self.closing() || self.may_take_arrived() {
                 return None;
             }
             let _ = pool.freed().wait(ticket, Some(now() + CLOSE_POLL));
         }
     }
 
-    /// Whether chunks from devices wait for a copier.
-    pub fn has_arrived(&self) -> bool {
+    /// Whether chunks from devices wait for a copier, and one more may be at them.
+    pub fn may_take_arrived(&self) -> bool {
         #[cfg(feature = "cuda")]
-        return self.exchange.has_arrived();
+        return self.exchange.has_arrived() && self.exchange.courtesy.has_room(self.region.options().writers);
         #[cfg(not(feature = "cuda"))]
         return false;
+    }
+
+    /// No more than one save is in flight.
+    #[cfg(feature = "cuda")]
+    pub fn at_most_one_is_active(&self) -> bool {
+        self.active.lock().len() <= 1
     }
 
     /// Chunks from devices have arrived: wakes copiers, also those that wait for a buffer.
@@ -339,7 +345,7 @@ impl Shared {
             if deadline.is_some_and(|deadline| now() >= deadline) {
                 return Err(out_of_time("raw write", "a staging buffer"));
             }
-            if copier::take_arrived(self) {
+            if copier::take_arrived(self, true) {
                 continue;
             }
             let poll = now() + CLOSE_POLL;

@@ -137,7 +137,8 @@ impl Default for OpenOptions {
             run_id: 0,
             staging_bytes: DEFAULT_STAGING_BYTES,
             chunk_bytes: DEFAULT_CHUNK_BYTES,
-            writers: cores.clamp(1, 4),
+            // On large machines, four cannot fill memory that is the medium.
+            writers: cores.clamp(1, 4).max((cores / 2).min(8)),
             // More than for saves: what is restored is waited for, and nothing trains meanwhile.
             readers: cores.clamp(1, 16),
             queue_depth: 32,

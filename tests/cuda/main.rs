@@ -4,6 +4,7 @@
 #![cfg(all(feature = "sim", feature = "cuda"))]
 
 mod bed;
+mod courtesy;
 mod cufile;
 mod direct;
 mod failures;

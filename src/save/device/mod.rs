@@ -14,10 +14,12 @@
 //! | [`lane`] | one device: its streams and its spare memory |
 //! | [`flags`] | streams of the program that wait for a flag |
 //! | [`watch`] | whether the driver holds up the pump |
+//! | [`courtesy`] | how many copiers are at what has arrived |
 //! | [`spare`] | spare memory of a device |
 //! | [`direct`] | which chunks go from there to the file by cuFile |
 //! | [`on_device`] | writing them |
 
+mod courtesy;
 mod direct;
 mod flags;
 mod flight;
@@ -36,6 +38,7 @@ pub(super) use flags::run_flags;
 pub(super) use on_device::{write_from_device, OnDevice};
 pub(super) use pump::run_pump;
 
+use courtesy::Courtesy;
 use flags::Flags;
 use watch::Beats;
 
@@ -133,6 +136,7 @@ pub(crate) struct Exchange {
     pub work: Signal,
     arrived: Mutex<VecDeque<Arrived>>,
     pub flags: Flags,
+    pub courtesy: Courtesy,
     /// The pump's.
     pub beats: Beats,
     /// Whose memory saves have been of. It may have become another's since: the pump asks before it copies.

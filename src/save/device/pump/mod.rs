@@ -104,7 +104,20 @@ impl Pump<'_> {
         for at in 0..self.jobs.len() {
             moved |= self.advance(at);
         }
-        moved | self.end_jobs()
+        moved |= self.end_jobs();
+        let wants_memory = self.wants_memory();
+        if self.shared.exchange.courtesy.ask(wants_memory) {
+            self.shared.arrivals_came();
+        }
+        moved
+    }
+
+    /// Copies of the only save are on their way, all of them, and it may be waited for that they end.
+    fn wants_memory(&mut self) -> bool {
+        let alone = self.jobs.len() == 1 && self.shared.at_most_one_is_active();
+        let mut job = self.jobs.front_mut().filter(|_| alone);
+        job.as_mut()
+            .is_some_and(|job| !job.failed && job.spares.is_empty() && job.flights > 0 && job.is_enqueued())
     }
 
     // ---- enqueuing ------------------------------------------------------------------------------------
@@ -474,6 +487,7 @@ impl Pump<'_> {
 
 impl Drop for Pump<'_> {
     fn drop(&mut self) {
+        self.shared.exchange.courtesy.ask(false);
         // A defect: giving anything back could wait for a stream that waits for this store, which goes on only after this.
         if thread::panicking() {
             self.keep();
