@@ -1,0 +1,118 @@
+//! Chunks that devices bring into the staging pool, enqueued in groups.
+
+use super::{Flight, Leaving, Mark, Pump};
+use crate::cuda::CopyList;
+use crate::error::Result;
+use crate::staging::StagingBuffer;
+
+/// Chunks are enqueued in groups of so many bytes: long copies use the bus best.
+const GROUP_BYTES: usize = 16 << 20;
+/// No group takes more than this share of the pool, so that one can be on its way while another is written.
+const GROUP_SHARE: usize = 4;
+/// Of a large pool groups take this share, up to so many bytes: each costs calls of the driver, and until all are enqueued a
+/// trainer may wait.
+const LARGE_GROUP_SHARE: usize = 64;
+const LARGE_GROUP_BYTES: usize = 64 << 20;
+/// So many buffers, or that share of the pool, are left to others, who would else wait for as long as a stream takes to
+/// reach the copies.
+const LEFT_BUFFERS: usize = 4;
+const LEFT_SHARE: usize = 4;
+
+impl Pump<'_> {
+    /// Enqueues as many as find buffers.
+    pub(super) fn enqueue_groups(&mut self, at: usize) -> Result<bool> {
+        let mut moved = false;
+        if self.jobs[at].lanes.is_empty() {
+            return Ok(false);
+        }
+        while self.jobs[at].peek().is_some() && self.jobs[at].is_ready()? {
+            let buffers = self.free_buffers(usize::MAX);
+            if buffers.is_empty() {
+                return Ok(moved);
+            }
+            moved = true;
+            self.enqueue_group(at, buffers)?;
+        }
+        Ok(moved)
+    }
+
+    /// As many as a group takes, at most `most`, where others are left enough.
+    pub(super) fn free_buffers(&self, most: usize) -> Vec<StagingBuffer> {
+        let pool = self.shared.region.pool();
+        let most = group_of(pool.buffer_bytes(), pool.buffer_count()).min(most);
+        let left = (pool.buffer_count() / LEFT_SHARE).clamp(1, LEFT_BUFFERS);
+        let free = pool.free_count().saturating_sub(left);
+        std::iter::from_fn(|| pool.try_acquire()).take(most.min(free)).collect()
+    }
+
+    fn enqueue_group(&mut self, at: usize, buffers: Vec<StagingBuffer>) -> Result<()> {
+        let job = &mut self.jobs[at];
+        let mut lists = vec![CopyList::default(); job.lanes.len()];
+        let (mut chunks, mut bytes) = (Vec::with_capacity(buffers.len()), 0);
+        for mut buffer in buffers {
+            let Some((chunk, len)) = job.take_chunk(&mut buffer, &mut lists)? else { break };
+            bytes += len;
+            chunks.push((chunk, buffer));
+        }
+        let leaving = match job.spares.is_empty() {
+            true => Leaving { chunks: chunks.len() as u64, bytes },
+            // They left with the snapshot.
+            false => Leaving::default(),
+        };
+        let mut flight = Flight::new(job.number(), Vec::new(), chunks, leaving);
+        let mut failure = None;
+        for (&lane, copies) in job.lanes.iter().zip(&lists).filter(|(_, copies)| !copies.is_empty()) {
+            match self.lanes[lane].fetch(copies, &flight) {
+                Ok(event) => flight.marks.push((lane, Mark::Event(event))),
+                Err(error) => {
+                    // Some of them may run all the same.
+                    flight.marks.extend(self.lanes[lane].when_idle().map(|mark| (lane, mark)));
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        job.flights += 1;
+        self.flights.push_back(flight);
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        if job.spares.is_empty() && job.peek().is_none() {
+            let mut events = Vec::new();
+            if !self.shared.faults.stream_waits_for_nothing() {
+                for &lane in &job.lanes {
+                    events.extend(self.lanes[lane].mark_all()?);
+                }
+            }
+            job.copies.all_enqueued(events);
+        }
+        Ok(())
+    }
+}
+
+/// How many buffers of a pool a group may take.
+fn group_of(buffer_bytes: usize, buffer_count: usize) -> usize {
+    let bytes = (buffer_bytes * (buffer_count / LARGE_GROUP_SHARE)).clamp(GROUP_BYTES, LARGE_GROUP_BYTES);
+    (bytes / buffer_bytes).min(buffer_count / GROUP_SHARE).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::group_of;
+
+    #[test]
+    fn groups_are_long_and_leave_most_of_the_pool() {
+        const MIB: usize = 1 << 20;
+        for (buffer, count, expected) in [
+            (MIB, 256, 16),
+            (MIB, 8, 2),
+            (MIB, 2, 1),
+            (MIB, 2048, 32),
+            (MIB, 4200, 64),
+            (MIB, 100_000, 64),
+            (4 * MIB, 64, 4),
+            (128 * MIB, 100, 1),
+        ] {
+            assert_eq!(group_of(buffer, count), expected, "{count} of {buffer} bytes");
+        }
+    }
+}
