@@ -28,6 +28,8 @@ pub const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("cuda/", "calls of a library that is loaded at run time"),
     ("save/device/flags.rs", "words of a mapping that devices read"),
     ("save/device/lane.rs", "buffers are lent to a device's copy engines"),
+    ("save/device/on_device.rs", "cuFile reads memory of the device"),
+    ("save/device/spare.rs", "cuFile reads memory of the device"),
     ("load/upload.rs", "buffers and destinations are lent to a device's copy engines"),
     ("load/mod.rs", "destinations by address"),
     ("load/reader.rs", "disjoint destinations are filled by several threads"),
