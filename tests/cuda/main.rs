@@ -12,6 +12,7 @@ mod faults;
 mod flags;
 mod gds;
 mod kernels;
+mod marks;
 mod owners;
 mod restores;
 mod saves;
