@@ -27,7 +27,8 @@ impl Pump<'_> {
     pub(super) fn prepare_direct(&mut self, at: usize) -> Result<()> {
         let job = &self.jobs[at];
         let how = job.direct_storage;
-        if how == DirectStorage::Off {
+        // What cannot be, or was refused before, is not tried again: some of these calls may wait for a device.
+        if how == DirectStorage::Off || how == DirectStorage::Auto && job.layout.is_none() {
             return Ok(());
         }
         let prepared = self.try_prepare_direct(at);
