@@ -29,6 +29,8 @@ pub(in crate::save) fn write_from_device(shared: &Shared, save: &Arc<SaveCore>, 
         if let Ok(at_work) = save.enter() {
             std::mem::forget(at_work);
             shared.exchange.arrive(Arrived { save: save.clone(), bytes: Bytes::OnDevice(chunks) });
+            // The calling thread may be a raw writer's, which goes on to other things: somebody else must know.
+            shared.copy_work.notify_all();
         }
         return;
     }
