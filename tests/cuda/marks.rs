@@ -4,11 +4,11 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use pccheck::engine::{format_region, Store};
+use pccheck::engine::{format_region, Select, Store, TensorAt};
 use pccheck::medium::{
     open_medium, Barrier, Durability, Io, Medium, MediumInfo, MediumMemory, MediumOptions, Requested,
 };
-use pccheck::save::{DirectStorage, Faults, SaveOptions, Snapshot};
+use pccheck::save::{DirectStorage, Faults, Save, SaveOptions, Snapshot};
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::Result;
 
@@ -72,7 +72,7 @@ impl Medium for Held {
 fn opened(folder: &tempfile::TempDir, buffers: u64) -> (Arc<Held>, Store) {
     let path = folder.path().join("region.pcc");
     let _ = std::fs::remove_file(&path);
-    format_region(&path, &FormatOptions::new(3, 1 << 21)).expect("format");
+    format_region(&path, &FormatOptions::new(4, 1 << 21)).expect("format");
     let options =
         MediumOptions { kind: Requested::Direct, required: Durability::Process, ..MediumOptions::default() };
     let inner = open_medium(&path, &options, None).expect("open");
@@ -172,52 +172,115 @@ fn host_memory_is_copied_while_cufile_waits_for_a_mark() {
     copied_while_the_mark_of_another_is_held(DirectStorage::Required);
 }
 
-/// A raw writer who waits for a buffer sees to chunks that have arrived meanwhile. Those whose save has no mark yet go back to
-/// the queue: somebody must see to them when the writer has gone on.
+/// A save whose chunks a raw writer, who waits for a buffer, has put back into the queue for want of a writing mark; then he goes on.
+fn put_back<'a>(
+    standin: &'a Standin,
+    folder: &tempfile::TempDir,
+    stream: Stream,
+) -> (Arc<Held>, Store, Save, State<'a>) {
+    let (medium, store) = opened(folder, 32);
+    let mut state = State::new(standin, ON_GPU);
+    let pool = store.region().pool();
+    let raw = store.begin_raw(1, 20 * CHUNK, &[], WAIT).expect("begin raw");
+    std::thread::sleep(Duration::from_millis(20));
+    medium.hold(true);
+    let before = pool.free_count();
+    standin.hold_stream(stream, true);
+    state.fill(|_| stream, 2, 0);
+    let save = state.begin(&store, 2, direct(stream, DirectStorage::Required)).expect("begin");
+    // The hashes, and the first and the last chunk, which do not go directly.
+    until("all is enqueued", || pool.free_count() + 3 <= before);
+    let taken: Vec<_> = std::iter::from_fn(|| pool.try_acquire()).collect();
+    std::thread::scope(|scope| {
+        for chunk in 0..4 {
+            let raw = &raw;
+            scope.spawn(move || raw.write_at(chunk * CHUNK + 5000, &[1]).expect("written"));
+        }
+        std::thread::sleep(Duration::from_millis(30));
+        standin.hold_stream(stream, false);
+        std::thread::sleep(Duration::from_millis(30));
+        drop(taken);
+    });
+    raw.cancel();
+    (medium, store, save, state)
+}
+
 #[test]
 fn chunks_that_a_raw_writer_puts_back_are_not_forgotten() {
     let standin = Standin::take();
     let _cufile = Cufile::take(&standin);
-    for round in 0..20 {
+    for round in 0..5 {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("folder");
-        let ((medium, store), stream) = (opened(&folder, 32), standin.stream(0));
-        let mut state = State::new(&standin, ON_GPU);
-        let pool = store.region().pool();
-        let raw = store.begin_raw(1, 20 * CHUNK, &[], WAIT).expect("begin raw");
-        std::thread::sleep(Duration::from_millis(20));
-        medium.hold(true);
-        let before = pool.free_count();
-        standin.hold_stream(stream, true);
-        state.fill(|_| stream, 2, 0);
-        let save = state.begin(&store, 2, direct(stream, DirectStorage::Required)).expect("begin");
-        // The hashes, and the first and the last chunk, which do not go directly.
-        until("all is enqueued", || pool.free_count() + 3 <= before);
-        let taken: Vec<_> = std::iter::from_fn(|| pool.try_acquire()).collect();
-        std::thread::scope(|scope| {
-            for chunk in 0..4 {
-                let raw = &raw;
-                scope.spawn(move || raw.write_at(chunk * CHUNK + 5000, &[1]).expect("written"));
-            }
-            std::thread::sleep(Duration::from_millis(30));
-            standin.hold_stream(stream, false);
-            std::thread::sleep(Duration::from_millis(30));
-            drop(taken);
-        });
+        let stream = standin.stream(0);
+        let (medium, store, save, state) = put_back(&standin, &folder, stream);
         std::thread::sleep(Duration::from_millis(10));
         medium.hold(false);
         let durable = save.wait_durable(Some(Duration::from_secs(3)));
-        raw.cancel();
         if durable.is_err() {
             // Wakes the copiers: else closing the store would wait for ever.
             let host = State::new(&standin, &[(100, None)]);
-            let other =
-                host.begin(&store, 3, SaveOptions { wait: WAIT, ..SaveOptions::DEFAULT }).expect("begin");
-            other.wait_durable(WAIT).expect("durable");
+            let options = SaveOptions { wait: WAIT, ..SaveOptions::DEFAULT };
+            host.begin(&store, 3, options).expect("begin").wait_durable(WAIT).expect("durable");
             save.wait_durable(WAIT).expect("durable, once somebody was woken");
         }
         durable.unwrap_or_else(|error| panic!("round {round}: {error}"));
-        drop(raw);
         drop((store, state));
         standin.destroy(stream);
     }
+}
+
+#[test]
+fn a_store_is_closed_where_a_raw_writer_has_put_chunks_back() {
+    let standin = Standin::take();
+    let _cufile = Cufile::take(&standin);
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("folder");
+    let (medium, store, save, _state) = put_back(&standin, &folder, standin.stream(0));
+    std::thread::sleep(Duration::from_millis(10));
+    // What is in flight is cancelled.
+    let closing = std::thread::spawn(move || drop(store));
+    std::thread::sleep(Duration::from_millis(50));
+    medium.hold(false);
+    let deadline = std::time::Instant::now() + Duration::from_secs(5);
+    while !closing.is_finished() && std::time::Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(closing.is_finished(), "closing hangs");
+    save.wait_durable(WAIT).expect_err("cancelled");
+}
+
+/// Tied tensors, confirmation and a pin.
+#[test]
+fn tied_tensors_of_a_save_that_is_confirmed_and_pinned() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("folder");
+    let ((_medium, store), stream) = (opened(&folder, 16), standin.stream(0));
+    let mut state = State::new(&standin, &[(70_000, Some(0)), (30_000, None), (90_000, Some(0))]);
+    for step in 1..=3 {
+        state.fill(|_| stream, step, 0);
+        let mut options = direct(stream, DirectStorage::Required);
+        (options.confirm, options.pin) = (true, step == 1);
+        let mut tensors = state.tensors();
+        tensors.push(TensorAt { name: "tied", ..tensors[2] });
+        let metadata = "m".repeat(30_000);
+        // SAFETY: the memory lives, and is changed when it is copied.
+        let save =
+            unsafe { store.begin_save(step, &tensors, &[("long", &metadata)], options) }.expect("begin");
+        save.wait_copied(WAIT).expect("copied");
+        state.fill(|_| stream, 50, 0);
+        let written = cufile.calls("cuFileWrite");
+        until("all is written", || save.progress().written_bytes == save.progress().total_bytes);
+        assert!(written > 0 || cufile.calls("cuFileWrite") > 0);
+        save.wait_durable(Some(Duration::from_millis(20))).expect_err("not confirmed");
+        save.confirm().expect("confirmed");
+        save.wait_durable(WAIT).expect("durable");
+        let opened = store.open_checkpoint(Select::Newest, true).expect("verified");
+        let right = state.expected(step);
+        for (name, right) in
+            [("t000", &right[0]), ("t001", &right[1]), ("t002", &right[2]), ("tied", &right[2])]
+        {
+            assert!(opened.checkpoint.read_tensor(name).expect("read") == *right, "{name} of step {step}");
+        }
+    }
+    assert_idle(&store);
 }
