@@ -569,3 +569,78 @@ fn a_state_of_many_pieces_goes_directly() {
         assert_idle(&store);
     }
 }
+
+/// Opening the file, loading the code and registering the spare may wait for a device: not while a stream waits for a flag.
+#[test]
+fn what_direct_storage_has_to_load_waits_for_streams_that_wait_for_a_flag() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    cufile.set_properties(2, 0);
+    let (home, stream, other) = (Home::new(), standin.stream(0), standin.stream(0));
+    let (store, mut state) = (home.open(Requested::Direct, 8), State::new(&standin, SHAPE));
+    state.fill(|_| stream, 1, 0);
+    // A direct save leaves a spare that is large enough, and is refused what would go with it.
+    standin.fail("cuModuleLoadData", 1, 209, false);
+    let save = state.begin(&store, 1, required(stream)).expect("begin");
+    save.wait_durable(WAIT).expect_err("refused");
+    let plain = directly(stream, Snapshot::Spare, DirectStorage::Off);
+    let mut larger = State::new(&standin, &[(400_000, Some(0))]);
+    larger.fill(|_| stream, 1, 0);
+    larger.begin(&store, 1, plain).expect("begin").wait_durable(WAIT).expect("durable");
+    super::flags::warm(&store, &mut state, stream);
+    state.fill(|_| stream, 3, 0);
+    standin.synchronize(0, stream);
+    standin.delay_us(100_000);
+    let flagged = state.begin(&store, 3, super::flags::flagged(other, PROMPT)).expect("begin");
+    stream_wait(&flagged, stream).expect("wait");
+    let second =
+        state.begin(&store, 4, directly(other, Snapshot::Spare, DirectStorage::Required)).expect("begin");
+    flagged.wait_durable(WAIT).expect("the first is durable");
+    second.wait_durable(WAIT).expect("the second, too");
+    assert!(store.stats().direct_bytes > 0);
+}
+
+/// Two slots, of which one holds the newest checkpoint: what a save that was given up has written into the other is not taken for
+/// what that held before.
+#[test]
+fn what_a_save_that_was_given_up_has_written_is_not_believed_to_be_what_was_there() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    let (folder, stream) =
+        (tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("folder"), standin.stream(0));
+    let path = folder.path().join("region.pcc");
+    format_region(&path, &FormatOptions::new(2, 1 << 21)).expect("format");
+    let options = OpenOptions {
+        medium: Requested::Direct,
+        required: Durability::Process,
+        max_in_flight: 1,
+        chunk_bytes: CHUNK,
+        staging_bytes: 16 * CHUNK,
+        rewrite_every: 1000,
+        ..OpenOptions::default()
+    };
+    let store = Store::open(&path, &options).expect("open");
+    let mut state = State::new(&standin, SHAPE);
+    for step in 1..=2 {
+        state.fill(|_| stream, step, 0);
+        state.begin(&store, step, required(stream)).expect("begin").wait_durable(WAIT).expect("durable");
+    }
+    state.fill(|_| stream, 3, 0);
+    let confirmed = SaveOptions { confirm: true, ..required(stream) };
+    let given_up = state.begin(&store, 3, confirmed).expect("begin");
+    super::bed::until("all is written", || {
+        let progress = given_up.progress();
+        progress.written_bytes == progress.total_bytes
+    });
+    given_up.cancel();
+    given_up.wait_durable(WAIT).expect_err("given up");
+    let before = cufile.calls("cuFileWrite");
+    // Those of the first one, whose slot it is.
+    state.fill(|_| stream, 1, 0);
+    state.begin(&store, 4, required(stream)).expect("begin").wait_durable(WAIT).expect("durable");
+    assert!(cufile.calls("cuFileWrite") > before, "all was overwritten");
+    let opened = store.open_checkpoint(Select::Newest, true).expect("verified");
+    for (at, right) in state.expected(1).iter().enumerate() {
+        assert!(opened.checkpoint.read_tensor(&format!("t{at:03}")).expect("read") == *right, "tensor {at}");
+    }
+}
