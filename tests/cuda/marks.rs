@@ -132,7 +132,7 @@ fn a_save_that_fails_before_its_mark_is_never_written_by_cufile() {
     let save = state.begin(&store, 1, direct(stream, DirectStorage::Required)).expect("begin");
     save.wait_copied(WAIT).expect("copied");
     std::thread::sleep(Duration::from_millis(50));
-    let _ = save.cancel();
+    save.cancel();
     std::thread::sleep(Duration::from_millis(50));
     medium.hold(false);
     save.wait_durable(WAIT).expect_err("cancelled");
