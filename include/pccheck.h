@@ -302,13 +302,16 @@
 #define PCC_DIRECT_OFF 0
 
 // Chunks of a state on a GPU go from spare memory of it to the file by GPUDirect Storage, past host memory, where that is possible: the
-// snapshot is in spare memory, all of the state's GPU memory is on one GPU, the region is one file on the direct medium,
-// and cuFile (libcufile.so.0) is there and does not itself go through host memory. Else, and for chunks that are partly in
-// host memory, as PCC_DIRECT_OFF. `direct_bytes` of `pcc_stats` tells.
+// snapshot is in spare memory (PCC_SNAPSHOT_SPARE, or AUTO where there is room), all of the state's GPU memory is on one GPU with no
+// more than 64 MiB of host memory in between, the region is one file or device on the direct medium, the staging pool could be
+// page-locked, and cuFile (libcufile.so.0) is there and does not itself go through host memory. Else, and for chunks that are
+// partly in host memory, as PCC_DIRECT_OFF; so also for later saves of a store, once cuFile, driver or region have refused
+// something. `direct_bytes` of `pcc_stats` tells.
 #define PCC_DIRECT_AUTO 1
 
-// The same, but where it is not possible the save fails with PCC_UNSUPPORTED and says why; and cuFile is used also where it itself
-// goes through host memory (its compatibility mode).
+// The same, but where it is not possible the save fails and says why (PCC_UNSUPPORTED; PCC_OUT_OF_MEMORY where there is no room for spare
+// memory), or does not begin (PCC_INVALID_ARGUMENT with PCC_SNAPSHOT_STAGING); and cuFile is used also where it itself goes through
+// host memory (its compatibility mode). A state without memory of a GPU is saved as ever.
 #define PCC_DIRECT_REQUIRED 2
 
 // The checkpoint with the highest generation; falls back to the next newest where it is damaged.
@@ -1176,7 +1179,8 @@ pcc_status pcc_save_stream_wait_copied(const struct pcc_save *save,
 // Ownership: `durable` is the caller's.
 // Errors: PCC_TIMED_OUT: it goes on; PCC_CANCELLED: cancelled, or the store was closed; PCC_IO, PCC_NO_SPACE,
 // PCC_DEVICE, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL: it failed, and earlier checkpoints are intact; PCC_INVALID_ARGUMENT: so it
-// did, as memory of the state was unmapped before it was copied, or is not that of its GPU any more; PCC_FORKED, PCC_BAD_POINTER.
+// did, as memory of the state was unmapped before it was copied, or is not that of its GPU any more; PCC_UNSUPPORTED,
+// PCC_OUT_OF_MEMORY: so it did, as what its options require is not to be had; PCC_FORKED, PCC_BAD_POINTER.
 pcc_status pcc_save_wait_durable(const struct pcc_save *save,
                                  int64_t timeout_ms,
                                  struct pcc_durable *durable);

@@ -433,6 +433,7 @@ impl Caller {
     #[cfg(not(feature = "cuda"))]
     fn no_device_options(&self, options: &pcc_save_options) -> Outcome<()> {
         let flag_waits = self.flag("flag_waits", options.flag_waits)?;
+        self.reserved("reserved", options.reserved.into())?;
         let plain = options.snapshot == PCC_SNAPSHOT_STAGING && options.direct_storage == PCC_DIRECT_OFF;
         if options.stream.is_null() && plain && !flag_waits {
             return Ok(());

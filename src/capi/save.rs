@@ -291,7 +291,8 @@ pub unsafe extern "C" fn pcc_save_stream_wait_copied(
 /// Ownership: `durable` is the caller's.
 /// Errors: PCC_TIMED_OUT: it goes on; PCC_CANCELLED: cancelled, or the store was closed; PCC_IO, PCC_NO_SPACE,
 /// PCC_DEVICE, PCC_DURABILITY_UNKNOWN, PCC_INTERNAL: it failed, and earlier checkpoints are intact; PCC_INVALID_ARGUMENT: so it
-/// did, as memory of the state was unmapped before it was copied, or is not that of its GPU any more; PCC_FORKED, PCC_BAD_POINTER.
+/// did, as memory of the state was unmapped before it was copied, or is not that of its GPU any more; PCC_UNSUPPORTED,
+/// PCC_OUT_OF_MEMORY: so it did, as what its options require is not to be had; PCC_FORKED, PCC_BAD_POINTER.
 #[no_mangle]
 pub unsafe extern "C" fn pcc_save_wait_durable(
     save: *const pcc_save,

@@ -60,15 +60,17 @@ pub(super) fn run_copier(shared: &Shared) {
     }
 }
 
-/// Sees to a chunk that a device has brought; false where there is none, or others are enough. `urgent`: the calling thread waits
-/// for what such chunks hold.
+/// Sees to what a device has brought; false where there is nothing, or others are enough. `for_buffers`: the calling thread wants for a
+/// staging buffer, and sees to nothing but what holds one.
 #[cfg(feature = "cuda")]
-pub(super) fn take_arrived(shared: &Shared, urgent: bool) -> bool {
-    let at_it = shared.exchange.courtesy.begin(shared.region.options().writers);
-    if at_it.is_none() && !urgent {
+pub(super) fn take_arrived(shared: &Shared, for_buffers: bool) -> bool {
+    let exchange = &shared.exchange;
+    let at_it = exchange.courtesy.begin(shared.region.options().writers);
+    if at_it.is_none() && !for_buffers {
         return false;
     }
-    let Some(Arrived { save, bytes }) = shared.exchange.next_arrived() else { return false };
+    let next = if for_buffers { exchange.next_staged() } else { exchange.next_arrived() };
+    let Some(Arrived { save, bytes }) = next else { return false };
     let _at_work = save.at_work();
     if flushing_has_failed(shared, &save) {
         // Before the save is told that nobody is at work on it.
@@ -90,7 +92,7 @@ pub(super) fn take_arrived(shared: &Shared, urgent: bool) -> bool {
 }
 
 #[cfg(not(feature = "cuda"))]
-pub(super) fn take_arrived(_shared: &Shared, _urgent: bool) -> bool {
+pub(super) fn take_arrived(_shared: &Shared, _for_buffers: bool) -> bool {
     false
 }
 

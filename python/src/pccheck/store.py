@@ -227,10 +227,11 @@ class Store:
             stream: a ``torch.cuda.Stream`` or the number of a CUDA stream; None: torch's current streams.
             snapshot: where tensors on GPUs go first: "staging" (the staging pool), "spare" (spare memory of the GPU, at
                 the speed of that memory: copied at once) or "auto" (spare where there is room for it).
-            direct_storage: with "auto", chunks of a state on one GPU go from its spare memory to the file by GPUDirect
-                Storage, past host memory, where cuFile is there and really does that, and the region is one file on the
-                direct medium; :attr:`Stats.direct_bytes` tells. "required": the save fails with Unsupported where that
-                is not so, and cuFile is used also where it goes through host memory itself.
+            direct_storage: with "auto", chunks of a state on one GPU go from its spare memory (so ``snapshot`` must be
+                "spare" or "auto") to the file by GPUDirect Storage, past host memory, where cuFile is there and really
+                does that, and the region is one file on the direct medium; :attr:`Stats.direct_bytes` tells.
+                "required": the save fails and says why where that is not so, and cuFile is used also where it goes
+                through host memory itself.
             flag_waits: :meth:`Save.stream_wait_copied` does not wait for a staging pool that is smaller than the state:
                 the stream waits for a flag in memory. Until it goes on, what makes the driver wait for that stream
                 holds up the copies: allocating, freeing or page-locking memory of the GPU, creating streams, launching

@@ -22,7 +22,7 @@
 //!   its own.
 //! - `errno` of a write that failed is not the file system's: a full one is EIO or EPERM.
 //! - It writes `cufile.log` to the working directory.
-//! - Where the kernel has no `/proc/modules` it reads that for ever as it is opened. No driver of NVIDIA's is there either.
+//! - Where the kernel has no `/proc/modules` it reads that for ever as it is opened: there it is refused.
 //!
 //! # Why cudarc's own binding is not used
 //!

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use super::{ChunkWork, Mark, Parked, SaveCore, SaveState};
+use super::{ChunkWork, Mark, Parked, SaveCore, SaveState, Write};
 use crate::error::Result;
 use crate::format::encode_table;
 use crate::medium::{Barrier, Io, IoOp, IoSink};
 use crate::metrics::SavedBytes;
+#[cfg(feature = "cuda")]
+use crate::save::device::{Arrived, Bytes, OnDevice};
 use crate::save::saver::Shared;
 use crate::staging::StagingBuffer;
 use crate::store::Content;
@@ -159,6 +161,40 @@ impl SaveCore {
     pub fn chunk_written_directly(&self, shared: &Shared, chunk: u64, hash: u128, before: Option<u128>) {
         self.state.lock().direct_bytes += self.chunk_len(chunk) as u64;
         self.chunk_placed(shared, chunk, hash, before);
+    }
+
+    /// Chunks that a copier is to have written from the memory of a GPU: returned where that may be done, else parked until the
+    /// writing mark is durable, or dropped where the save has failed.
+    #[cfg(feature = "cuda")]
+    pub fn park_unless_marked(&self, chunks: OnDevice) -> Option<OnDevice> {
+        let mut state = self.state.lock();
+        match state.mark {
+            _ if state.failure.is_some() => {}
+            Mark::Durable => return Some(chunks),
+            Mark::Pending => {
+                state.in_flight += 1;
+                state.parked.push(Parked::OnDevice(chunks));
+                return None;
+            }
+            Mark::Abandoned => {}
+        }
+        drop(state);
+        drop(chunks);
+        None
+    }
+
+    /// The writing mark is durable: hands chunks that were parked to the copiers again.
+    #[cfg(feature = "cuda")]
+    pub(super) fn give_back(&self, shared: &Shared, chunks: OnDevice) {
+        let Some(save) = self.this.upgrade() else { return };
+        {
+            let mut state = self.state.lock();
+            state.in_flight -= 1;
+            // Taken over by the copier.
+            state.copying += 1;
+        }
+        shared.exchange.arrive(Arrived { save, bytes: Bytes::OnDevice(chunks) });
+        shared.arrivals_came();
     }
 
     /// Waits for the writing mark, for no longer than persistent memory takes: where it takes longer, copying into staging
@@ -333,16 +369,16 @@ impl SaveCore {
             // The table's token is no chunk's.
             forget(&shared, &mut state, token);
             if state.mark != Mark::Durable {
-                state.parked.push(Parked { offset, len, buffer, token });
+                state.parked.push(Parked::Write(Write { offset, len, buffer, token }));
                 return;
             }
         }
-        self.submit(&shared, Parked { offset, len, buffer, token });
+        self.submit(&shared, Write { offset, len, buffer, token });
     }
 
-    pub(super) fn submit(&self, shared: &Shared, write: Parked) {
+    pub(super) fn submit(&self, shared: &Shared, write: Write) {
         let Some(sink) = self.this.upgrade() else { return };
-        let Parked { offset, len, buffer, token } = write;
+        let Write { offset, len, buffer, token } = write;
         shared.region.medium().start(Io { op: IoOp::Copy, offset, len, buffer, token, sink });
     }
 }

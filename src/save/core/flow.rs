@@ -3,7 +3,7 @@
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::Instant;
 
-use super::{internal, out_of_time, Durable, Mark, SaveCore};
+use super::{internal, out_of_time, Durable, Mark, Parked, SaveCore};
 use crate::error::{Error, Result};
 use crate::format::encode_table;
 use crate::sync::now;
@@ -41,8 +41,12 @@ impl SaveCore {
             }
         };
         if let Ok(shared) = self.shared() {
-            for write in parked {
-                self.submit(&shared, write);
+            for parked in parked {
+                match parked {
+                    Parked::Write(write) => self.submit(&shared, write),
+                    #[cfg(feature = "cuda")]
+                    Parked::OnDevice(chunks) => self.give_back(&shared, chunks),
+                }
             }
         }
         self.changed.notify_all();

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkStamp;
 use crate::format::{RecordState, SlotRecord};
 #[cfg(feature = "cuda")]
-use crate::save::device::{Copies, DevicePart};
+use crate::save::device::{Copies, DevicePart, OnDevice};
 use crate::save::raw::RawChunks;
 use crate::save::saver::Shared;
 use crate::source::Source;
@@ -104,11 +104,20 @@ enum Mark {
     Abandoned,
 }
 
-struct Parked {
+/// A write into the slot.
+struct Write {
     offset: u64,
     len: usize,
     buffer: StagingBuffer,
     token: u64,
+}
+
+/// What waits for the writing mark. Each is an operation in flight.
+enum Parked {
+    Write(Write),
+    /// Chunks that a copier is to have written from the memory of a GPU.
+    #[cfg(feature = "cuda")]
+    OnDevice(OnDevice),
 }
 
 pub(crate) struct SaveState {

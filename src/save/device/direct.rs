@@ -140,24 +140,12 @@ impl Hashing {
 
 /// The region's file, as cuFile knows it.
 #[derive(Default)]
-pub(super) struct DirectFile {
-    file: Option<Arc<GdsFile>>,
-    refused: bool,
-}
+pub(super) struct DirectFile(Option<Arc<GdsFile>>);
 
 impl DirectFile {
     /// Opening it makes no call that may wait for a device.
     pub fn is_open(&self) -> bool {
-        self.file.is_some()
-    }
-
-    /// For `Auto` a refusal is final; whoever requires it may have mended what was missing.
-    pub fn refuse(&mut self, how: DirectStorage) {
-        self.refused |= how == DirectStorage::Auto;
-    }
-
-    pub fn is_refused(&self, how: DirectStorage) -> bool {
-        self.refused && how == DirectStorage::Auto
+        self.0.is_some()
     }
 
     /// Opens it, once.
@@ -169,11 +157,11 @@ impl DirectFile {
                 "cuFile would itself copy through host memory here: nvidia-fs is not loaded",
             ));
         }
-        if let Some(file) = &self.file {
+        if let Some(file) = &self.0 {
             return Ok(file.clone());
         }
         let file = Arc::new(GdsFile::register(place)?);
-        self.file = Some(file.clone());
+        self.0 = Some(file.clone());
         Ok(file)
     }
 }

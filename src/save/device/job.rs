@@ -98,8 +98,7 @@ impl Job {
         };
         let mut addresses = vec![0; source.segment_count()];
         source.on_devices().for_each(|(segment, _, address, _)| addresses[segment] = address);
-        let wanted = direct_storage != DirectStorage::Off && snapshot != Snapshot::Staging;
-        let layout = (wanted && allows(direct_storage))
+        let layout = (snapshot != Snapshot::Staging && allows(direct_storage))
             .then(|| Layout::of(&source, held.save().chunk_bytes).ok())
             .flatten();
         Some(Job {

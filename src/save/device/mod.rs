@@ -47,6 +47,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::DeviceSource;
 use crate::staging::StagingBuffer;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Condvar, Event as Signal, Mutex};
 
 /// Where a state on a GPU goes first.
@@ -137,6 +138,8 @@ pub(crate) struct Exchange {
     arrived: Mutex<VecDeque<Arrived>>,
     pub flags: Flags,
     pub courtesy: Courtesy,
+    /// Something of direct storage was not to be had, or has failed.
+    direct_refused: AtomicBool,
     /// The pump's.
     pub beats: Beats,
     /// Whose memory saves have been of. It may have become another's since: the pump asks before it copies.
@@ -159,6 +162,29 @@ impl Exchange {
 
     pub fn next_arrived(&self) -> Option<Arrived> {
         self.arrived.lock().pop_front()
+    }
+
+    /// The next one that has a staging buffer.
+    pub fn next_staged(&self) -> Option<Arrived> {
+        let mut arrived = self.arrived.lock();
+        let staged = |arrived: &Arrived| matches!(arrived.bytes, Bytes::Staged { .. });
+        let at = arrived.iter().position(staged)?;
+        arrived.remove(at)
+    }
+
+    /// `Auto` does without direct storage from now on.
+    pub fn refuse_direct(&self) {
+        // Relaxed, here and there: it orders nothing.
+        self.direct_refused.store(true, Ordering::Relaxed);
+    }
+
+    /// For whoever requires it no refusal is final: what was missing may have been mended.
+    pub fn allows_direct(&self, how: DirectStorage) -> bool {
+        match how {
+            DirectStorage::Off => false,
+            DirectStorage::Auto => !self.direct_refused.load(Ordering::Relaxed),
+            DirectStorage::Required => true,
+        }
     }
 
     pub fn has_arrived(&self) -> bool {

@@ -4,7 +4,6 @@
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use super::spare::Spare;
-use super::{Arrived, Bytes};
 use crate::cuda::gds::GdsFile;
 use crate::cuda::Relaxed;
 use crate::error::{Error, Result};
@@ -24,22 +23,13 @@ pub(crate) struct OnDevice {
 
 /// Sees to chunks that a copier has taken from the queue; its thread is at work on the save.
 pub(in crate::save) fn write_from_device(shared: &Shared, save: &Arc<SaveCore>, chunks: OnDevice) {
-    if !save.marked_soon() {
-        // What may be written before the writing mark is durable is nothing, and there is no buffer to park it in.
-        if let Ok(at_work) = save.enter() {
-            std::mem::forget(at_work);
-            shared.exchange.arrive(Arrived { save: save.clone(), bytes: Bytes::OnDevice(chunks) });
-            // The calling thread may be a raw writer's, which goes on to other things: somebody else must know.
-            shared.copy_work.notify_all();
-        }
-        return;
-    }
+    let Some(chunks) = save.park_unless_marked(chunks) else { return };
     match catch_unwind(AssertUnwindSafe(|| write(shared, save, &chunks))) {
         Ok(Ok(())) => {}
         Ok(Err(error)) => save.fail(error),
         Err(panic) => {
             // cuFile may still be reading the spare, which is lost. Dropping what was thrown could panic again.
-            std::mem::forget((panic, chunks));
+            std::mem::forget((panic, chunks.spare));
             shared.region.poison();
             save.fail(internal("writing from a GPU failed by a defect"));
         }
@@ -69,6 +59,9 @@ fn write_run(shared: &Shared, save: &SaveCore, chunks: &OnDevice, run: Vec<Placi
     // SAFETY: the hashes came from the device behind the snapshot, so that it is complete; nobody writes to the spare before all who
     // hold it have let go.
     let written = unsafe { chunks.spare.write(at, bytes, &chunks.file, place) };
+    if written.is_err() {
+        shared.exchange.refuse_direct();
+    }
     run.into_iter().for_each(|placing| placing.end(written.clone()));
     Ok(())
 }

@@ -75,8 +75,8 @@ class Checkpointer:
             the host does not wait before updates. "spare": spare memory of the GPU, as much as the state takes, at the
             speed of that memory, so that even a save per iteration hardly delays the update. "auto": spare where there
             is room.
-        direct_storage: "auto" has state on one CUDA device go from spare memory to the file past host memory, where
-            that is possible; see :meth:`pccheck.Store.save`.
+        direct_storage: "auto" has state on one CUDA device go from spare memory (so ``snapshot`` must be "spare" or
+            "auto") to the file past host memory, where that is possible; see :meth:`pccheck.Store.save`.
         flag_waits: where the staging pool is smaller than the state, not the host waits before updates, but the GPU's
             stream; see :meth:`pccheck.Store.save` for what a program must not do meanwhile.
         durability, medium, staging_bytes, chunk_bytes, writers, lock_timeout: see :class:`pccheck.Store`.

@@ -2,7 +2,7 @@
 
 use super::{Flight, Job, Lane, Leaving, Mark, Pump};
 use crate::cuda::gds::GdsFile;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::save::device::direct::{unsupported, DirectStorage, Hashing, Layout};
 use crate::save::device::flight::Chunks;
 use crate::save::device::spare::Spare;
@@ -50,12 +50,12 @@ impl Pump<'_> {
         if !job.locked {
             return Err(unsupported("the staging pool could not be page-locked"));
         }
-        let (how, lane) = (job.direct_storage, &mut self.lanes[job.lanes[0]]);
-        let file = self.file.open(&self.shared.region, how).and_then(|file| {
+        let lane = &mut self.lanes[job.lanes[0]];
+        let file = self.file.open(&self.shared.region, job.direct_storage).and_then(|file| {
             lane.load_hasher()?;
             Ok(file)
         });
-        file.inspect_err(|_| self.file.refuse(how))
+        file.inspect_err(|_| self.shared.exchange.refuse_direct())
     }
 
     /// Makes spares known to cuFile, where chunks are to go directly from them. Where that cannot be, they do not, or the save fails.
@@ -72,7 +72,7 @@ impl Pump<'_> {
                     return Err(error);
                 }
                 job.layout = None;
-                self.file.refuse(DirectStorage::Auto);
+                self.shared.exchange.refuse_direct();
             }
         }
         Ok(spares)
@@ -107,6 +107,7 @@ impl Pump<'_> {
             job.flights += 1;
             self.flights.push_back(flight);
             if let Some(error) = failure {
+                self.shared.exchange.refuse_direct();
                 return Err(error);
             }
         }
@@ -125,10 +126,10 @@ impl Pump<'_> {
 }
 
 /// Chunks whose hashes have come, in pieces for the copiers.
-pub(super) fn hashed(job: &Job, hashing: &Hashing, brought: &Chunks) -> Vec<Bytes> {
+pub(super) fn hashed(job: &Job, hashing: &Hashing, brought: &Chunks) -> Result<Vec<Bytes>> {
     let (Some((_, buffer)), Some((_, spare)), Some(file)) = (brought.first(), job.spares.first(), &job.file)
     else {
-        return Vec::new();
+        return Err(Error::new(ErrorKind::Internal, "save", "chunks were hashed that are nowhere"));
     };
     let chunk_bytes = job.held.save().chunk_bytes;
     let most = (PIECE_BYTES / chunk_bytes).max(1) as usize;
@@ -142,5 +143,5 @@ pub(super) fn hashed(job: &Job, hashing: &Hashing, brought: &Chunks) -> Vec<Byte
             file: file.clone(),
         })
     };
-    hashing.parse(buffer).chunks(most).enumerate().map(piece).collect()
+    Ok(hashing.parse(buffer).chunks(most).enumerate().map(piece).collect())
 }

@@ -82,12 +82,13 @@ struct Pump<'a> {
 impl Pump<'_> {
     /// True where something moved.
     fn step(&mut self) -> bool {
-        self.take_back();
         let mut moved = false;
         while let Some(new) = self.shared.exchange.next_job() {
-            self.jobs.extend(Job::new(new, |how| !self.file.is_refused(how)));
+            self.jobs.extend(Job::new(new, |how| self.shared.exchange.allows_direct(how)));
             moved = true;
         }
+        // Behind that: what was let go of before a save was begun is there for it.
+        self.take_back();
         moved |= self.land();
         for at in 0..self.jobs.len() {
             moved |= self.advance(at);
@@ -316,7 +317,10 @@ impl Pump<'_> {
 
     /// A flight's device reports an error: its job has failed. True where that is news.
     fn lose(&mut self, at: usize, error: Error) -> bool {
-        let number = self.flights[at].job;
+        self.lose_job(self.flights[at].job, error)
+    }
+
+    fn lose_job(&mut self, number: u64, error: Error) -> bool {
         let job = self.jobs.iter().position(|job| job.number() == number && !job.failed);
         job.is_some_and(|job| {
             self.fail(job, error);
@@ -346,7 +350,14 @@ impl Pump<'_> {
         let save = job.held.save().clone();
         let came = match &hashing {
             Some(hashing) => direct::hashed(job, hashing, &chunks),
-            None => chunks.into_iter().map(|(chunk, buffer)| Bytes::Staged { chunk, buffer }).collect(),
+            None => Ok(chunks.into_iter().map(|(chunk, buffer)| Bytes::Staged { chunk, buffer }).collect()),
+        };
+        let came = match came {
+            Ok(came) => came,
+            Err(error) => {
+                self.lose_job(number, error);
+                return;
+            }
         };
         for bytes in came {
             let Ok(at_work) = save.enter() else { return };
