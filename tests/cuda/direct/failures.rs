@@ -1,0 +1,190 @@
+//! Calls that fail, and what `Auto` does then.
+
+use super::*;
+
+/// Calls of a save that goes directly, beside those of every save.
+const CALLS: &[&str] =
+    &["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuMemcpyDtoHAsync_v2", "cuEventRecord"];
+const CUFILE_CALLS: &[&str] = &["cuFileHandleRegister", "cuFileBufRegister", "cuFileWrite"];
+
+#[test]
+fn a_call_that_fails_costs_its_save_at_most_and_nothing_else() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    let calls = CALLS.iter().map(|call| (call, false)).chain(CUFILE_CALLS.iter().map(|call| (call, true)));
+    let mut failed = 0;
+    for (call, of_cufile) in calls {
+        for (nth, how) in [1, 2, 4]
+            .into_iter()
+            .flat_map(|nth| [DirectStorage::Required, DirectStorage::Auto].map(|how| (nth, how)))
+        {
+            let what = format!("{call} failing at call {nth}, {how:?}");
+            let (home, stream) = (Home::new(), standin.stream(0));
+            cufile.set_properties(2, 0);
+            let (store, mut state) = (home.open(Requested::Direct, 8), State::new(&standin, SHAPE));
+            state.fill(|_| stream, 1, 0);
+            match of_cufile {
+                true => cufile.fail(call, nth, INTERNAL, 0, false),
+                false => standin.fail(call, nth, INVALID, false),
+            }
+            let options = directly(stream, Snapshot::Spare, how);
+            let ended = state
+                .begin(&store, 1, options)
+                .and_then(|save| stream_wait(&save, stream).and_then(|()| save.wait_durable(WAIT)));
+            failed += u32::from(ended.is_err());
+            match ended {
+                Ok(_) => assert!(state.is_saved(&store, 1), "{what}"),
+                Err(error) => {
+                    let told =
+                        matches!(error.kind(), ErrorKind::Device | ErrorKind::Io | ErrorKind::Unsupported);
+                    assert!(told, "{what}: {error}");
+                    assert!(
+                        error.to_string().contains(&if of_cufile { INTERNAL } else { INVALID }.to_string()),
+                        "{what}: {error}"
+                    );
+                }
+            }
+            standin.reset();
+            cufile.reset();
+            cufile.set_properties(2, 0);
+            assert_idle(&store);
+            state.fill(|_| stream, 2, 0);
+            let save = state.begin(&store, 2, options).unwrap_or_else(|e| panic!("{what}: {e}"));
+            save.wait_durable(WAIT).unwrap_or_else(|e| panic!("after {what}: {e}"));
+            assert!(state.is_saved(&store, 2), "after {what}");
+            drop(save);
+            assert_idle(&store);
+            drop((store, state));
+            standin.destroy(stream);
+            standin.assert_clean(&what);
+            cufile.assert_clean(&what);
+        }
+    }
+    assert!(failed > 15, "only {failed} saves failed: are these the calls that are made?");
+}
+
+#[test]
+fn a_disk_that_refuses_a_write_fails_the_save_with_its_words() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    for (errno, kind) in [(libc::EIO, ErrorKind::Io), (libc::ENOSPC, ErrorKind::NoSpace)] {
+        let (home, stream) = (Home::new(), standin.stream(0));
+        let (store, mut state) = (home.open(Requested::Direct, 8), State::new(&standin, SHAPE));
+        state.fill(|_| stream, 1, 0);
+        state.begin(&store, 1, required(stream)).expect("begin").wait_durable(WAIT).expect("durable");
+        state.fill(|_| stream, 2, 0);
+        cufile.fail_write(1, errno, false);
+        let save = state.begin(&store, 2, required(stream)).expect("begin");
+        let error = save.wait_durable(WAIT).expect_err("the disk refused");
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains("region.pcc"), "{error}");
+        let newest = store.open_checkpoint(Select::Newest, true).expect("the one before is there");
+        assert_eq!(newest.checkpoint.record().step, 1);
+    }
+}
+
+/// What `Auto` was once refused is not tried again: some of those calls may wait for a device, outside of the gate.
+#[test]
+fn what_was_refused_once_is_not_tried_again_by_auto() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    cufile.set_properties(2, 0);
+    let (home, stream) = (Home::new(), standin.stream(0));
+    let (store, mut state) = (home.open(Requested::Direct, 16), State::new(&standin, SHAPE));
+    state.fill(|_| stream, 1, 0);
+    standin.fail("cuModuleLoadData", 1, 209, true);
+    for step in 1..=4 {
+        let options = directly(stream, Snapshot::Spare, DirectStorage::Auto);
+        state.begin(&store, step, options).expect("begin").wait_durable(WAIT).expect("durable");
+    }
+    assert_eq!(store.stats().direct_bytes, 0);
+    assert_eq!(standin.calls("cuModuleLoadData"), 1);
+}
+
+/// Loading the code for hashes may wait for a stream that waits for a flag.
+#[test]
+fn what_was_refused_once_holds_up_no_stream_that_waits_for_a_flag() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    cufile.set_properties(2, 0);
+    let (home, stream, other) = (Home::new(), standin.stream(0), standin.stream(0));
+    let (store, mut state) = (home.open(Requested::Direct, 8), State::new(&standin, SHAPE));
+    state.fill(|_| stream, 1, 0);
+    standin.fail("cuModuleLoadData", 1, 209, false);
+    let auto = directly(stream, Snapshot::Spare, DirectStorage::Auto);
+    state.begin(&store, 1, auto).expect("begin").wait_durable(WAIT).expect("durable");
+    crate::flags::warm(&store, &mut state, stream);
+    for step in 3..=5 {
+        state.fill(|_| stream, step, 0);
+        standin.synchronize(0, stream);
+        standin.delay_us(100_000);
+        let flagged = state.begin(&store, step, crate::flags::flagged(other, PROMPT)).expect("begin");
+        stream_wait(&flagged, stream).expect("wait");
+        let second =
+            state.begin(&store, step, directly(other, Snapshot::Spare, DirectStorage::Auto)).expect("begin");
+        flagged.wait_durable(WAIT).expect("the first is durable");
+        second.wait_durable(WAIT).expect("the second, too");
+        standin.delay_us(0);
+    }
+}
+
+/// What only shows when it is used: `Auto` may lose a save to it, and does without from then on.
+fn auto_does_without_what_never_works(fail: impl Fn(&Standin, &Cufile<'_>)) {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    cufile.set_properties(2, 0);
+    let (home, stream) = (Home::new(), standin.stream(0));
+    let (store, mut state) = (home.open(Requested::Direct, 16), State::new(&standin, SHAPE));
+    fail(&standin, &cufile);
+    let mut ended = Vec::new();
+    for step in 1..=4 {
+        state.fill(|_| stream, step, 0);
+        let save =
+            state.begin(&store, step, directly(stream, Snapshot::Spare, DirectStorage::Auto)).expect("begin");
+        ended.push(save.wait_durable(WAIT).map(|_| ()).map_err(|error| error.to_string()));
+    }
+    standin.reset();
+    cufile.reset();
+    assert!(ended[1..].iter().all(Result::is_ok), "{ended:#?}");
+}
+
+#[test]
+fn auto_does_without_cufile_that_refuses_every_write() {
+    // CU_FILE_IO_NOT_SUPPORTED.
+    auto_does_without_what_never_works(|_, cufile| cufile.fail("cuFileWrite", 1, 5008, 0, true));
+}
+
+#[test]
+fn auto_does_without_a_kernel_that_is_never_launched() {
+    auto_does_without_what_never_works(|standin, _| standin.fail("cuLaunchKernel", 1, INVALID, true));
+}
+
+/// Opening the file, loading the code and registering the spare may wait for a device: not while a stream waits for a flag.
+#[test]
+fn what_direct_storage_has_to_load_waits_for_streams_that_wait_for_a_flag() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    cufile.set_properties(2, 0);
+    let (home, stream, other) = (Home::new(), standin.stream(0), standin.stream(0));
+    let (store, mut state) = (home.open(Requested::Direct, 8), State::new(&standin, SHAPE));
+    state.fill(|_| stream, 1, 0);
+    // A direct save leaves a spare that is large enough, and is refused what would go with it.
+    standin.fail("cuModuleLoadData", 1, 209, false);
+    let save = state.begin(&store, 1, required(stream)).expect("begin");
+    save.wait_durable(WAIT).expect_err("refused");
+    let plain = directly(stream, Snapshot::Spare, DirectStorage::Off);
+    let mut larger = State::new(&standin, &[(400_000, Some(0))]);
+    larger.fill(|_| stream, 1, 0);
+    larger.begin(&store, 1, plain).expect("begin").wait_durable(WAIT).expect("durable");
+    crate::flags::warm(&store, &mut state, stream);
+    state.fill(|_| stream, 3, 0);
+    standin.synchronize(0, stream);
+    standin.delay_us(100_000);
+    let flagged = state.begin(&store, 3, crate::flags::flagged(other, PROMPT)).expect("begin");
+    stream_wait(&flagged, stream).expect("wait");
+    let second =
+        state.begin(&store, 4, directly(other, Snapshot::Spare, DirectStorage::Required)).expect("begin");
+    flagged.wait_durable(WAIT).expect("the first is durable");
+    second.wait_durable(WAIT).expect("the second, too");
+    assert!(store.stats().direct_bytes > 0);
+}
