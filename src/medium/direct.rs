@@ -144,9 +144,12 @@ impl Medium for Direct {
     }
 
     #[cfg(feature = "cuda")]
-    fn direct_file(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
+    fn direct_file(&self) -> Result<Option<Arc<dyn AsRawFd + Send + Sync>>> {
         // A process that serves it may know nothing of a GPU's memory.
-        (!self.file.is_served_by_a_process()).then(|| self.file.clone() as Arc<_>)
+        if self.file.is_served_by_a_process() {
+            return Ok(None);
+        }
+        self.file.open_again().map(|file| Some(Arc::new(file) as Arc<_>))
     }
 
     fn read(&self, offset: u64, dst: &mut [u8]) -> Result<()> {

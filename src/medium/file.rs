@@ -72,12 +72,6 @@ pub(super) enum Undo {
     Remove,
 }
 
-impl AsRawFd for RegionFile {
-    fn as_raw_fd(&self) -> RawFd {
-        self.raw_fd()
-    }
-}
-
 impl RegionFile {
     /// Opens the region at `path`.
     ///
@@ -333,6 +327,22 @@ impl RegionFile {
         self.change_flags(|flags| flags | libc::O_DIRECT)
             .map_err(|error| refused(format!("the file system refuses O_DIRECT: {error}")))?;
         Ok(memory)
+    }
+
+    /// Another descriptor of the same file with O_DIRECT, for cuFile, which takes none that was opened with O_NOFOLLOW. It shares
+    /// neither lock nor flags.
+    #[cfg(feature = "cuda")]
+    pub(super) fn open_again(&self) -> Result<ChildClosedFd> {
+        let refused = |error: io::Error| self.about(Error::io("open for direct I/O again", &error));
+        without_forks(|| {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(self.writable)
+                .custom_flags(libc::O_DIRECT | libc::O_NOCTTY)
+                .open(format!("/proc/self/fd/{}", self.raw_fd()))
+                .map_err(refused)?;
+            ChildClosedFd::register(OwnedFd::from(file))
+        })
     }
 
     /// Switches back to buffered I/O.

@@ -184,11 +184,11 @@ pub trait Medium: Send + Sync {
         None
     }
 
-    /// The region's file, open with O_DIRECT, where others may write to it beside [`Medium::start`]: every byte of the region is at its
-    /// own offset, and what persists those of `start` persists theirs.
+    /// The region's file, open anew with O_DIRECT, where others may write to it beside [`Medium::start`]: every byte of the region is
+    /// at its own offset, and what persists those of `start` persists theirs. None of media that are not one such file.
     #[cfg(feature = "cuda")]
-    fn direct_file(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
-        None
+    fn direct_file(&self) -> Result<Option<Arc<dyn AsRawFd + Send + Sync>>> {
+        Ok(None)
     }
 
     /// Refuses where the region's file was deleted, replaced or cut short since it was opened: what is saved into it would

@@ -55,7 +55,7 @@ impl Medium for Held {
     fn memory(&self) -> Option<&dyn MediumMemory> {
         self.inner.memory()
     }
-    fn direct_file(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
+    fn direct_file(&self) -> Result<Option<Arc<dyn AsRawFd + Send + Sync>>> {
         self.inner.direct_file()
     }
     fn write_durable(&self, offset: u64, block: &[u8], barrier: Barrier) -> Result<()> {

@@ -150,8 +150,6 @@ impl DirectFile {
 
     /// Opens it, once.
     pub fn open(&mut self, region: &Region, how: DirectStorage) -> Result<Arc<GdsFile>> {
-        let lacking = || unsupported("the region is not one file on the direct medium");
-        let place = region.medium().direct_file().ok_or_else(lacking)?;
         if how == DirectStorage::Auto && !Gds::get()?.is_direct() {
             return Err(unsupported(
                 "cuFile would itself copy through host memory here: nvidia-fs is not loaded",
@@ -160,6 +158,8 @@ impl DirectFile {
         if let Some(file) = &self.0 {
             return Ok(file.clone());
         }
+        let lacking = || unsupported("the region is not one file on the direct medium");
+        let place = region.medium().direct_file()?.ok_or_else(lacking)?;
         let file = Arc::new(GdsFile::register(place)?);
         self.0 = Some(file.clone());
         Ok(file)

@@ -3,6 +3,7 @@
  */
 #include "standin.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 
@@ -44,6 +45,8 @@ EXPORTED CUfileError_t cuFileHandleRegister(CUfileHandle_t *handle, CUfileDescr_
     int fd = description->handle.fd;
     NEED(fstat(fd, &found) == 0, INVALID_VALUE);
     NEED(S_ISREG(found.st_mode) || S_ISBLK(found.st_mode), INVALID_FILE_TYPE);
+    /* As the real one does (1.15). */
+    NEED((fcntl(fd, F_GETFL) & O_NOFOLLOW) == 0, INVALID_FILE_OPEN_FLAG);
     for (int i = 0; i < MAX_FILES; i++) {
         NEED(files[i] == NULL || files[i]->fd != fd, HANDLE_ALREADY_REGISTERED);
         place = place == NULL && files[i] == NULL ? &files[i] : place;
