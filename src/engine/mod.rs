@@ -10,7 +10,7 @@ pub use checkpoints::{CheckpointInfo, Opened, Select};
 pub use saves::{Tensor, TensorAt};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Block, PreferredMedium, Superblock, SUPERBLOCK_OFFSETS};
+use crate::format::{Block, Planner, PreferredMedium, Superblock, SUPERBLOCK_OFFSETS};
 use crate::medium::{open_medium, read_head, Medium, MediumInfo, MediumOptions, PreferredHint, Stripes};
 use crate::metrics::{Metrics, Stats};
 use crate::recovery::DecisionTable;
@@ -57,6 +57,7 @@ pub struct Store {
     // Dropped first: its threads use the region.
     saver: Option<Saver>,
     metrics: Arc<Metrics>,
+    planner: Planner,
     region: Arc<Region>,
 }
 
@@ -103,7 +104,7 @@ impl Store {
             true => None,
             false => Some(Saver::start(region.clone(), metrics.clone(), faults)?),
         };
-        Ok(Store { saver, metrics, region })
+        Ok(Store { saver, metrics, planner: Planner::default(), region })
     }
 
     /// The open region.

@@ -1,6 +1,7 @@
 //! Beginning saves: from named tensors in memory, or as a raw stream.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use super::Store;
 #[cfg(feature = "cuda")]
@@ -77,7 +78,7 @@ impl Store {
         let saver = self.writer("begin save")?;
         tensors.iter().try_for_each(check_memory)?;
         let specs = specs_of(tensors)?;
-        let plan = plan(&specs, metadata)?;
+        let plan = self.planner.plan(&specs, metadata)?;
         self.check_fits(plan.payload_bytes)?;
         let spec = spec_of(step, &plan, 0, &options);
         // SAFETY: the caller's promise is the one that is asked for: the source is dropped before `copied` is told, and
@@ -313,9 +314,40 @@ fn check_memory(tensor: &TensorAt<'_>) -> Result<()> {
 /// What tied tensors have in common: address, bytes, dtype, shape, GPU.
 type Memory<'a> = (usize, u64, u32, &'a [u64], Option<u32>);
 
+/// Quick, for keys that nobody chooses: addresses, of which the lowest bits are mostly zeros.
+#[derive(Default)]
+struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for piece in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..piece.len()].copy_from_slice(piece);
+            self.write_u64(u64::from_le_bytes(word));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.write_u64(word.into());
+    }
+
+    fn write_usize(&mut self, word: usize) {
+        self.write_u64(word as u64);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+}
+
 /// Checks addresses and finds tied tensors.
 fn specs_of<'a>(tensors: &'a [TensorAt<'a>]) -> Result<Vec<TensorSpec<'a>>> {
-    let mut seen: HashMap<Memory<'a>, usize> = HashMap::with_capacity(tensors.len());
+    let mut seen: HashMap<Memory<'a>, usize, BuildHasherDefault<AddressHasher>> =
+        HashMap::with_capacity_and_hasher(tensors.len(), BuildHasherDefault::default());
     let mut specs = Vec::with_capacity(tensors.len());
     for (index, tensor) in tensors.iter().enumerate() {
         let end =

@@ -33,7 +33,7 @@ pub use dtype::Dtype;
 pub use header::{header_len, parse_header, Payload, TensorInfo};
 pub use label::{ChosenLabel, Label, LABEL_AREA_BYTES, LABEL_OFFSETS};
 pub use layout::{Layout, CONTROL_OFFSETS, RECORDS_OFFSET, SUPERBLOCK_OFFSETS};
-pub use payload::{plan, plan_raw, MetadataTensor, PayloadPlan, TensorSpec};
+pub use payload::{plan, plan_raw, MetadataTensor, PayloadPlan, Planner, TensorSpec};
 pub use record::{RecordState, SlotRecord, HEADER_HASHED, RAW_STREAM};
 pub use stripe::{StripeLayout, DEFAULT_UNIT_BYTES, MAX_MEMBERS, MIN_MEMBERS};
 pub use superblock::{PreferredMedium, Superblock};

@@ -11,6 +11,7 @@ use super::layout::MAX_REGION_BYTES;
 use super::record::MAX_HEADER_BYTES;
 use super::{Dtype, BLOCK_BYTES, MAX_METADATA_BYTES, MAX_NAME_BYTES, MAX_RANK, MAX_TENSORS};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Arc, Mutex};
 
 const OP: &str = "plan payload";
 
@@ -103,6 +104,36 @@ pub fn plan(tensors: &[TensorSpec], metadata: &[(&str, &str)]) -> Result<Payload
     check_tensors(tensors)?;
     let metadata = check_metadata(metadata)?;
     plan_within(tensors, metadata, own_metadata(tensors)?, MAX_HEADER_BYTES)
+}
+
+/// Plans one save after the other: what depends on the tensors alone is kept as long as they are the same but for their memory.
+#[derive(Default)]
+pub struct Planner(Mutex<Option<Arc<Known>>>);
+
+impl Planner {
+    /// As [`plan`].
+    pub fn plan(&self, tensors: &[TensorSpec], metadata: &[(&str, &str)]) -> Result<PayloadPlan> {
+        let known = self.0.lock().clone().filter(|known| known.is_of(tensors));
+        let known = match known {
+            Some(known) => Some(known),
+            None => {
+                check_tensors(tensors)?;
+                let known = Known::of(tensors)?.map(Arc::new);
+                self.0.lock().clone_from(&known);
+                known
+            }
+        };
+        let metadata = check_metadata(metadata)?;
+        if let Some(known) = known {
+            let mut all = metadata.clone();
+            all.extend(known.own.clone());
+            let header = known.header(&all)?;
+            if header.len() as u64 <= MAX_HEADER_BYTES {
+                return known.arranged.plan(tensors, header, None);
+            }
+        }
+        plan_within(tensors, metadata, own_metadata(tensors)?, MAX_HEADER_BYTES)
+    }
 }
 
 /// Plans the file of a raw streaming save: one U8 tensor of `bytes` bytes called [`RAW_TENSOR_NAME`].
@@ -235,7 +266,7 @@ fn plan_within(
 ) -> Result<PayloadPlan> {
     let mut metadata = user.clone();
     metadata.extend(own.clone());
-    let inline = arrange(tensors, metadata, None)?;
+    let inline = arrange_and_plan(tensors, metadata, None)?;
     if inline.header.len() as u64 <= limit_bytes {
         return Ok(inline);
     }
@@ -250,7 +281,7 @@ fn plan_within(
                 moved.len()
             )));
         }
-        let outside = arrange(tensors, metadata, Some(moved))?;
+        let outside = arrange_and_plan(tensors, metadata, Some(moved))?;
         if outside.header.len() as u64 <= limit_bytes {
             return Ok(outside);
         }
@@ -263,11 +294,21 @@ fn plan_within(
 }
 
 /// Orders and places the stored tensors, with the moved metadata among them, and writes the header.
-fn arrange(
+fn arrange_and_plan(
     tensors: &[TensorSpec],
     metadata: BTreeMap<String, String>,
     moved: Option<Vec<u8>>,
 ) -> Result<PayloadPlan> {
+    let (stored, arranged) = arrange(tensors, metadata, moved.as_deref())?;
+    arranged.plan(tensors, header_bytes(&stored)?, moved)
+}
+
+/// Orders and places the stored tensors, with the moved metadata among them.
+fn arrange(
+    tensors: &[TensorSpec],
+    metadata: BTreeMap<String, String>,
+    moved: Option<&[u8]>,
+) -> Result<(StoredHeader, Arranged)> {
     // The moved metadata stands in the order like a tensor; `None` is its index.
     let mut entries: Vec<(Reverse<u64>, &str, Option<usize>)> = tensors
         .iter()
@@ -311,25 +352,41 @@ fn arrange(
         next = end;
     }
 
-    let header = header_bytes(&stored)?;
-    let data_offset = header.len() as u64;
-    let payload_bytes =
-        next.checked_add(data_offset).filter(|&bytes| bytes <= MAX_REGION_BYTES).ok_or_else(|| {
-            too_large(format!("{next} bytes of tensors pass the largest region, {MAX_REGION_BYTES}"))
-        })?;
-    let placements = tensors
-        .iter()
-        .enumerate()
-        .map(|(index, tensor)| data_offset + begins[tensor.alias_of.unwrap_or(index)])
-        .collect();
-    Ok(PayloadPlan {
-        header,
-        payload_bytes,
-        placements,
-        order,
-        metadata_tensor: moved.map(|data| MetadataTensor { offset: data_offset + moved_begin, data }),
-        tensor_count: entries.len() as u32,
-    })
+    let tensor_count = entries.len() as u32;
+    Ok((stored, Arranged { begins, order, moved_begin, bytes: next, tensor_count }))
+}
+
+/// Where tensors are, from the end of the header on.
+struct Arranged {
+    begins: Vec<u64>,
+    order: Vec<usize>,
+    moved_begin: u64,
+    bytes: u64,
+    tensor_count: u32,
+}
+
+impl Arranged {
+    fn plan(&self, tensors: &[TensorSpec], header: Vec<u8>, moved: Option<Vec<u8>>) -> Result<PayloadPlan> {
+        let (bytes, data_offset) = (self.bytes, header.len() as u64);
+        let payload_bytes =
+            bytes.checked_add(data_offset).filter(|&bytes| bytes <= MAX_REGION_BYTES).ok_or_else(|| {
+                too_large(format!("{bytes} bytes of tensors pass the largest region, {MAX_REGION_BYTES}"))
+            })?;
+        let placements = tensors
+            .iter()
+            .enumerate()
+            .map(|(index, tensor)| data_offset + self.begins[tensor.alias_of.unwrap_or(index)])
+            .collect();
+        Ok(PayloadPlan {
+            header,
+            payload_bytes,
+            placements,
+            order: self.order.clone(),
+            metadata_tensor: moved
+                .map(|data| MetadataTensor { offset: data_offset + self.moved_begin, data }),
+            tensor_count: self.tensor_count,
+        })
+    }
 }
 
 /// Length and JSON, padded with spaces to whole blocks.
@@ -337,6 +394,11 @@ fn header_bytes(stored: &StoredHeader) -> Result<Vec<u8>> {
     let mut header = vec![0; LENGTH_BYTES];
     serde_json::to_writer(&mut header, stored)
         .map_err(|error| Error::new(ErrorKind::Internal, OP, error.to_string()))?;
+    pad_header(header)
+}
+
+/// Pads the JSON behind the room for its length, and writes that.
+fn pad_header(mut header: Vec<u8>) -> Result<Vec<u8>> {
     let padded = round_up(header.len() as u64, BLOCK_BYTES)
         .and_then(|bytes| usize::try_from(bytes).ok())
         .ok_or_else(|| too_large("the header overflows".to_owned()))?;
@@ -344,6 +406,76 @@ fn header_bytes(stored: &StoredHeader) -> Result<Vec<u8>> {
     let json_bytes = (padded - LENGTH_BYTES) as u64;
     header[..LENGTH_BYTES].copy_from_slice(&json_bytes.to_le_bytes());
     Ok(header)
+}
+
+/// What of a plan depends on the tensors alone, and by what they are known again. Names and shapes one behind the other: they are
+/// compared in one pass over little memory, at every save.
+struct Known {
+    names: String,
+    shapes: Vec<u64>,
+    /// Of each: where its name and its shape end, dtype, bytes, and what it is tied to.
+    tensors: Vec<(usize, usize, Dtype, u64, Option<usize>)>,
+    arranged: Arranged,
+    own: BTreeMap<String, String>,
+    /// The tensors' part of the JSON, without braces.
+    json: Vec<u8>,
+}
+
+impl Known {
+    /// Of tensors that were checked; none where metadata alone would be kept.
+    fn of(tensors: &[TensorSpec]) -> Result<Option<Known>> {
+        let (stored, arranged) = arrange(tensors, BTreeMap::new(), None)?;
+        let mut json = to_json(&stored)?.into_bytes();
+        let braces = json.len() >= 2 && json.pop() == Some(b'}') && json.remove(0) == b'{';
+        if !braces || json.is_empty() {
+            return Ok(None);
+        }
+        let mut known = Known {
+            names: String::new(),
+            shapes: Vec::new(),
+            tensors: Vec::new(),
+            arranged,
+            own: own_metadata(tensors)?,
+            json,
+        };
+        for tensor in tensors {
+            known.names.push_str(tensor.name);
+            known.shapes.extend_from_slice(tensor.shape);
+            let ends = (known.names.len(), known.shapes.len());
+            known.tensors.push((ends.0, ends.1, tensor.dtype, tensor.bytes, tensor.alias_of));
+        }
+        Ok(Some(known))
+    }
+
+    /// Whether all that a plan looks at is the same.
+    fn is_of(&self, tensors: &[TensorSpec]) -> bool {
+        let (mut name, mut shape) = (0, 0);
+        self.tensors.len() == tensors.len()
+            && self.tensors.iter().zip(tensors).all(
+                |(&(name_end, shape_end, dtype, bytes, alias_of), tensor)| {
+                    let known = (&self.names.as_bytes()[name..name_end], &self.shapes[shape..shape_end]);
+                    (name, shape) = (name_end, shape_end);
+                    known == (tensor.name.as_bytes(), tensor.shape)
+                        && (dtype, bytes, alias_of) == (tensor.dtype, tensor.bytes, tensor.alias_of)
+                },
+            )
+    }
+
+    /// What [`header_bytes`] gives with this metadata.
+    fn header(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+        let mut header = Vec::with_capacity(self.json.len() + BLOCK_BYTES as usize);
+        header.resize(LENGTH_BYTES, 0);
+        header.push(b'{');
+        if !metadata.is_empty() {
+            header.extend_from_slice(format!("\"{METADATA_ENTRY}\":").as_bytes());
+            serde_json::to_writer(&mut header, metadata)
+                .map_err(|error| Error::new(ErrorKind::Internal, OP, error.to_string()))?;
+            header.push(b',');
+        }
+        header.extend_from_slice(&self.json);
+        header.push(b'}');
+        pad_header(header)
+    }
 }
 
 #[cfg(test)]

@@ -88,6 +88,49 @@ fn a_state_of_nothing_is_a_file() {
 }
 
 #[test]
+fn a_planner_sees_every_change_between_two_saves() {
+    let planner = Planner::default();
+    let same = |tensors: &[TensorSpec], metadata: &[(&str, &str)], what: &str| {
+        for _ in 0..2 {
+            let plans = [planner.plan(tensors, metadata), plan(tensors, metadata)];
+            let [one, other] = plans.map(|plan| plan.map_err(|error| error.to_string()));
+            assert_eq!(one, other, "{what}");
+        }
+    };
+    let base = [spec("a", Dtype::F32, &[2, 3]), spec("b", Dtype::F32, &[6]), spec("c", Dtype::F64, &[])];
+    same(&base, &[], "first");
+    same(&base, &[("k", "v")], "metadata");
+    same(&base, &[("k", "w"), ("l", "\"")], "other metadata");
+    let changed = |at: usize, change: &dyn Fn(&mut TensorSpec)| {
+        let mut tensors = base;
+        change(&mut tensors[at]);
+        tensors
+    };
+    same(&changed(0, &|tensor| tensor.name = "z"), &[], "a name");
+    same(&base, &[], "as before");
+    same(&changed(0, &|tensor| tensor.name = "ab"), &[], "a longer name");
+    same(&changed(0, &|tensor| tensor.shape = &[3, 2]), &[], "a shape");
+    same(&changed(0, &|tensor| tensor.shape = &[6]), &[], "a rank");
+    same(&changed(0, &|tensor| tensor.dtype = Dtype::I32), &[], "a dtype");
+    same(&changed(1, &|tensor| (tensor.shape, tensor.bytes) = (&[7], 28)), &[], "a size");
+    same(&changed(1, &|tensor| tensor.alias_of = Some(0)), &[], "a tie");
+    same(&base[..2], &[], "one less");
+    same(&[base[1], base[0], base[2]], &[], "the order");
+    same(&[], &[], "none");
+    same(&[], &[("k", "v")], "none but metadata");
+    same(&changed(0, &|tensor| tensor.name = "b"), &[], "two of one name");
+    same(&changed(0, &|tensor| tensor.bytes = 23), &[], "wrong bytes");
+    same(&base, &[("pccheck.k", "v")], "a reserved key");
+    let long = "v".repeat(MAX_HEADER_BYTES as usize);
+    same(&base, &[("k", &long)], "metadata that moves into a tensor");
+    same(&base, &[("k", "v")], "as before");
+    // What lies one behind the other is not cut at another place.
+    same(&[spec("ab", Dtype::U8, &[1]), spec("c", Dtype::U8, &[1])], &[], "names");
+    same(&[spec("a", Dtype::U8, &[1]), spec("bc", Dtype::U8, &[1])], &[], "names cut elsewhere");
+    same(&[spec("a", Dtype::U8, &[1, 1]), spec("bc", Dtype::U8, &[])], &[], "shapes cut elsewhere");
+}
+
+#[test]
 fn a_raw_stream_is_one_tensor_and_known_as_raw() {
     let planned = plan_raw(1000, &[("framework", "x")]).unwrap();
     assert_eq!((planned.payload_bytes, planned.placements[0]), (5096, 4096));
@@ -320,6 +363,10 @@ proptest! {
         }
         let pairs: Vec<(&str, &str)> = metadata.iter().map(|(key, value)| (&key[..], &value[..])).collect();
         let planned = plan(&tensors, &pairs).unwrap();
+        let planner = Planner::default();
+        for pairs in [&pairs[..], &[], &pairs[..]] {
+            prop_assert_eq!(planner.plan(&tensors, pairs).unwrap(), plan(&tensors, pairs).unwrap());
+        }
         let file = file_of(&planned, &tensors);
         SafeTensors::deserialize(&file).unwrap();
         let payload = parse(&file).unwrap();
