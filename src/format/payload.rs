@@ -15,6 +15,9 @@ use crate::sync::{Arc, Mutex};
 
 const OP: &str = "plan payload";
 
+/// No more JSON than this is kept from save to save.
+const KEPT_MAX_BYTES: usize = 16 << 20;
+
 /// The entry of a safetensors header that holds metadata; no tensor may have this name.
 pub const METADATA_ENTRY: &str = "__metadata__";
 
@@ -119,7 +122,7 @@ impl Planner {
             None => {
                 check_tensors(tensors)?;
                 let known = Known::of(tensors)?.map(Arc::new);
-                self.0.lock().clone_from(&known);
+                *self.0.lock() = known.clone().filter(|known| known.json.len() <= KEPT_MAX_BYTES);
                 known
             }
         };

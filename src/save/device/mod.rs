@@ -143,7 +143,15 @@ pub(crate) struct Exchange {
     /// The pump's.
     pub beats: Beats,
     /// Whose memory saves have been of. It may have become another's since: the pump asks before it copies.
-    owners: Mutex<Owners>,
+    owners: Mutex<Seen>,
+}
+
+/// Memory that saves have been of.
+#[derive(Default)]
+struct Seen {
+    owners: Owners,
+    /// That of the last save: address, bytes, device.
+    last: Vec<(u64, u64, u32)>,
 }
 
 impl Exchange {
@@ -199,14 +207,19 @@ impl Exchange {
     ) -> Result<Owners> {
         let mut asked = Owners::default();
         // Out of the lock, which no call of the driver is made under. Who comes meanwhile asks for himself.
-        let mut known = std::mem::take(&mut *self.owners.lock());
-        for (device, address, bytes) in said {
-            if known.known(address, bytes) != Some(Some(device.ordinal())) {
+        let Seen { mut owners, last } = std::mem::take(&mut *self.owners.lock());
+        let mut now = Vec::with_capacity(last.len());
+        for (at, (device, address, bytes)) in said.enumerate() {
+            let memory = (address, bytes, device.ordinal());
+            // Mostly it is where it was in the last save, which is quicker to see than where it is among all.
+            let is_known = || owners.known(address, bytes) == Some(Some(device.ordinal()));
+            if last.get(at) != Some(&memory) && !is_known() {
                 asked.check(device, address, bytes)?;
             }
+            now.push(memory);
         }
-        known.learn(&asked);
-        *self.owners.lock() = known;
+        owners.learn(&asked);
+        *self.owners.lock() = Seen { owners, last: now };
         Ok(asked)
     }
 }
