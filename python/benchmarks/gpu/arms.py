@@ -122,13 +122,15 @@ class TorchSave(Arm):
 
 
 class _KeptStager(DefaultStager):
-    """torch 2.11 closes also a stager that it was given after a save, and the next one fails."""
+    """Keeps its pinned memory: that of torch 2.11 gives it up after every save, and fails at the next one."""
+
+    def __init__(self, options: StagingOptions) -> None:
+        super().__init__(options)
+        self._give_up, self._state_dict_stager.close = self._state_dict_stager.close, lambda: None
 
     def close(self) -> None:
-        """Not yet."""
-
-    def end(self) -> None:
         super().close()
+        self._give_up()
 
 
 class DcpPinned(Arm):
@@ -164,7 +166,7 @@ class DcpPinned(Arm):
 
     def close(self) -> None:
         self.finish()
-        self._stager.end()
+        self._stager.close()
 
 
 class CheckFreq(Arm):
