@@ -1,9 +1,8 @@
 //! A disk in memory, served as a file by FUSE, that remembers every write and flush in the order in which they came, and
 //! fails when it is told to.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -121,7 +120,7 @@ pub struct Disk {
     state: Arc<Mutex<State>>,
     path: PathBuf,
     session: Option<BackgroundSession>,
-    folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
@@ -172,7 +171,7 @@ impl Disk {
         };
         let session = fuser::spawn_mount(served, folder.path(), &Config::default())
             .expect("mount by FUSE: needs /dev/fuse and root");
-        Disk { state, path: folder.path().join(NAME), session: Some(session), folder }
+        Disk { state, path: folder.path().join(NAME), session: Some(session), _folder: folder }
     }
 
     /// The file to put a loop device on.
@@ -214,12 +213,8 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        let Some(session) = self.session.take() else { return };
-        if session.umount_and_join().is_err() {
-            // A process that is being killed has the file open still: the mount goes when that is gone, its name now.
-            let folder = CString::new(self.folder.path().as_os_str().as_bytes()).expect("no NUL");
-            // SAFETY: a name. What it answers changes nothing.
-            let _ = unsafe { libc::umount2(folder.as_ptr(), libc::MNT_DETACH) };
+        if let Some(session) = self.session.take() {
+            let _ = session.umount_and_join();
         }
     }
 }
