@@ -38,9 +38,9 @@ fn the_driver_is_asked_once_for_each_allocation() {
     assert_eq!(standin.calls("cuPointerGetAttributes") - before, 2);
 }
 
-/// The pump asks, before it copies; begin knows the memory from an earlier save.
+/// By the pump, before it copies: that begin does not ask is what the next test needs.
 #[test]
-fn what_earlier_saves_were_of_is_asked_about_by_the_pump_alone() {
+fn what_earlier_saves_were_of_is_asked_about_once() {
     let standin = Standin::take();
     let (stream, store) = (standin.stream(0), store(8, Faults::default()));
     let allocations = [standin.allocate(0, 5000), standin.allocate(0, 5000)];
