@@ -36,8 +36,8 @@ macro_rules! api {
             $($(#[$doc])* pub $name: unsafe extern "C" fn($($arg),*) -> c_int,)*
             /// Many copies in one call: since CUDA 12.8.
             pub batch: Option<BatchCall>,
-            /// A stream that waits for a number in memory: since CUDA 11.7.
-            pub stream_wait_value: Option<WaitCall>,
+            /// Streams that wait for numbers in memory, and write some: since CUDA 11.7.
+            pub words: Option<WordCalls>,
             /// Code that runs on devices. All drivers have it; what needs none of it does without.
             pub kernels: Option<KernelCalls>,
         }
@@ -59,11 +59,7 @@ macro_rules! api {
                         let found = unsafe { library.get::<BatchCall>(BATCH) };
                         found.ok().map(|call| *call)
                     },
-                    stream_wait_value: {
-                        // SAFETY: as above.
-                        let found = unsafe { library.get::<WaitCall>(WAIT_VALUE) };
-                        found.ok().map(|call| *call)
-                    },
+                    words: WordCalls::find(),
                     kernels: KernelCalls::find(),
                 })
             }
@@ -72,10 +68,6 @@ macro_rules! api {
 }
 
 const BATCH: &CStr = c"cuMemcpyBatchAsync";
-const WAIT_VALUE: &CStr = c"cuStreamWaitValue32_v2";
-
-/// `cuStreamWaitValue32_v2`.
-pub type WaitCall = unsafe extern "C" fn(CUstream, CUdeviceptr, u32, c_uint) -> c_int;
 
 /// `cuMemcpyBatchAsync` of CUDA 12.8.
 pub type BatchCall = unsafe extern "C" fn(
@@ -90,20 +82,20 @@ pub type BatchCall = unsafe extern "C" fn(
     CUstream,
 ) -> c_int;
 
-macro_rules! kernel_calls {
-    ($($(#[$doc:meta])* $name:ident = $symbol:literal ( $($arg:ty),* );)*) => {
-        /// The calls for code that runs on devices.
+macro_rules! calls_together {
+    ($(#[$what:meta])* $together:ident: $($(#[$doc:meta])* $name:ident = $symbol:literal ( $($arg:ty),* );)*) => {
+        $(#[$what])*
         #[derive(Clone, Copy)]
-        pub struct KernelCalls {
+        pub struct $together {
             $($(#[$doc])* pub $name: unsafe extern "C" fn($($arg),*) -> c_int,)*
         }
 
-        impl KernelCalls {
+        impl $together {
             /// None where one of them is not there. The library is.
-            fn find() -> Option<KernelCalls> {
+            fn find() -> Option<$together> {
                 // SAFETY: it is there, so that this does not panic.
                 let library = unsafe { sys::culib() };
-                Some(KernelCalls {
+                Some($together {
                     $($name: {
                         // SAFETY: as of the other calls.
                         let found = unsafe { library.get::<unsafe extern "C" fn($($arg),*) -> c_int>($symbol) };
@@ -115,7 +107,16 @@ macro_rules! kernel_calls {
     };
 }
 
-kernel_calls! {
+calls_together! {
+    /// The calls by which streams and the host tell each other in memory how far they are.
+    WordCalls:
+    wait = c"cuStreamWaitValue32_v2" (CUstream, CUdeviceptr, u32, c_uint);
+    write = c"cuStreamWriteValue32_v2" (CUstream, CUdeviceptr, u32, c_uint);
+}
+
+calls_together! {
+    /// The calls for code that runs on devices.
+    KernelCalls:
     load = c"cuModuleLoadData" (*mut CUmodule, *const c_void);
     unload = c"cuModuleUnload" (CUmodule);
     function = c"cuModuleGetFunction" (*mut CUfunction, CUmodule, *const c_char);

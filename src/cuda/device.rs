@@ -3,7 +3,7 @@
 
 use core::marker::PhantomData;
 
-use super::api::{Api, CUcontext, CUdevice};
+use super::api::{Api, CUcontext, CUdevice, CUevent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkStamp;
 use crate::sync::{Arc, Mutex, Weak};
@@ -23,10 +23,12 @@ pub struct Device {
     context: CUcontext,
     pub(super) api: &'static Api,
     one_queue: bool,
+    /// Events that nobody uses.
+    events: Mutex<Vec<CUevent>>,
     stamp: ForkStamp,
 }
 
-// SAFETY: the driver's contexts may be used from any thread; the struct is never changed.
+// SAFETY: the driver's contexts and events may be used from any thread; nothing else of the struct is changed.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
@@ -69,12 +71,50 @@ impl Device {
         api.check(OP, unsafe { (api.context_retain)(&raw mut context, handle) })?;
         // The driver has looked at it by now, too.
         let one_queue = std::env::var_os(CONNECTIONS).is_some_and(|number| number == "1");
-        Ok(Device { ordinal, handle, context, api, one_queue, stamp: ForkStamp::now() })
+        Ok(Device {
+            ordinal,
+            handle,
+            context,
+            api,
+            one_queue,
+            events: Mutex::new(Vec::new()),
+            stamp: ForkStamp::now(),
+        })
     }
 
     /// All streams share one queue of the device: what one waits for must not be enqueued behind its wait.
     pub fn has_one_queue(&self) -> bool {
         self.one_queue
+    }
+
+    /// Its streams can wait for words in memory and write some.
+    pub fn has_words(&self) -> bool {
+        self.api.words.is_some()
+    }
+
+    /// How the device addresses page-locked memory of the host.
+    pub fn address_of(&self, memory: *const u8) -> Result<u64> {
+        let _in_context = self.enter()?;
+        let mut address = 0;
+        // SAFETY: a place for an address; any may be asked for.
+        let code = unsafe { (self.api.host_address)(&raw mut address, memory.cast_mut().cast(), 0) };
+        self.api.check("address page-locked memory", code).map(|()| address)
+    }
+
+    /// An event that was let go of.
+    pub(super) fn take_event(&self) -> Option<CUevent> {
+        // A child's lock may be held for ever.
+        if self.is_forked() {
+            return None;
+        }
+        self.events.lock().pop()
+    }
+
+    /// An event that nobody uses any more.
+    pub(super) fn keep_event(&self, event: CUevent) {
+        if !self.is_forked() {
+            self.events.lock().push(event);
+        }
     }
 
     /// As CUDA counts devices in this process.
@@ -104,6 +144,12 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         if !self.is_forked() {
+            if let Ok(_in_context) = self.enter() {
+                for event in self.events.lock().drain(..) {
+                    // SAFETY: made in this context, and used by nobody.
+                    let _ = unsafe { (self.api.event_destroy)(event) };
+                }
+            }
             // SAFETY: retained once in `retain`. What it answers changes nothing: the process may be ending.
             let _ = unsafe { (self.api.context_release)(self.handle) };
         }

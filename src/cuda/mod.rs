@@ -12,7 +12,6 @@
 //! | [`memory`] | page-locked host memory, device memory |
 //! | [`copies`] | copies, alone or in batches |
 //! | [`kernels`] | code that runs on devices |
-//! | [`gate`] | what keeps allocations and waiting streams apart |
 //! | [`gds`] | cuFile: from a GPU to a file |
 //!
 //! # Why results are integers
@@ -24,7 +23,6 @@
 mod api;
 mod copies;
 mod device;
-mod gate;
 pub mod gds;
 mod kernels;
 mod memory;
@@ -32,10 +30,9 @@ mod stream;
 
 pub use copies::{Copy, CopyList, Direction};
 pub use device::{Device, Entered};
-pub use gate::{Allocating, Pending, Turn};
 pub use kernels::Hasher;
 pub use memory::{free_memory, DeviceBuffer, Owners, Registered};
-pub use stream::{Event, Stream, UserStream, Waits};
+pub use stream::{Event, Stream, UserStream, Word};
 
 use crate::error::Result;
 

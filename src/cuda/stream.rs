@@ -13,7 +13,10 @@ const NO_TIMING: u32 = 2;
 /// `CU_STREAM_WAIT_VALUE_GEQ`.
 const WAIT_GREATER_OR_EQUAL: u32 = 0;
 
-const OP_WAIT: &str = "let the caller's stream wait";
+/// `CU_STREAM_WRITE_VALUE_DEFAULT`.
+const WRITE_IN_ORDER: u32 = 0;
+
+const OP_WORDS: &str = "order copies and buffers";
 
 /// A stream of the engine. It never waits for the legacy default stream, nor that one for it.
 pub struct Stream {
@@ -59,6 +62,45 @@ impl Stream {
         let code = unsafe { (self.device.api.stream_wait_event)(self.handle, event.handle, 0) };
         self.device.api.check("order copies", code)
     }
+
+    /// What is enqueued from now on runs once the word holds `word.value` or has come past it. No other word must be needed for that.
+    ///
+    /// # Safety
+    ///
+    /// It is page-locked until the stream has come past it.
+    pub unsafe fn wait_word(&self, word: Word) -> Result<()> {
+        let calls = self.device.api.words.ok_or_else(lacking_words)?;
+        let _in_context = self.device.enter()?;
+        // SAFETY: the caller's promise.
+        let code = unsafe { (calls.wait)(self.handle, word.address, word.value, WAIT_GREATER_OR_EQUAL) };
+        self.device.api.check(OP_WORDS, code)
+    }
+
+    /// Once everything that was enqueued is done, and can be seen by whoever sees this, the word is set.
+    ///
+    /// # Safety
+    ///
+    /// It is page-locked until the stream has come past this, and nobody else writes it.
+    pub unsafe fn write_word(&self, word: Word) -> Result<()> {
+        let calls = self.device.api.words.ok_or_else(lacking_words)?;
+        let _in_context = self.device.enter()?;
+        // SAFETY: the caller's promise.
+        let code = unsafe { (calls.write)(self.handle, word.address, word.value, WRITE_IN_ORDER) };
+        self.device.api.check(OP_WORDS, code)
+    }
+}
+
+/// A word of page-locked memory, as a device addresses it, and a value of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Word {
+    /// Where it is, a multiple of 4.
+    pub address: u64,
+    /// What it is to hold.
+    pub value: u32,
+}
+
+fn lacking_words() -> Error {
+    Error::new(ErrorKind::Unsupported, OP_WORDS, "the driver knows no words that streams wait for")
 }
 
 impl Drop for Stream {
@@ -79,6 +121,8 @@ pub(super) fn enter_to_drop(device: &Device) -> Option<Entered<'_>> {
 }
 
 /// A point in a stream, which is reached or not.
+///
+/// Dropping it makes no call of the driver, which may hold up a thread that must not be: the device keeps it for the next one.
 pub struct Event {
     handle: CUevent,
     device: Arc<Device>,
@@ -90,8 +134,11 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// An event of the device, not recorded yet.
+    /// An event of the device, to be recorded.
     pub fn new(device: &Arc<Device>) -> Result<Event> {
+        if let Some(handle) = device.take_event() {
+            return Ok(Event { handle, device: device.clone() });
+        }
         let _in_context = device.enter()?;
         let mut handle: CUevent = core::ptr::null_mut();
         // SAFETY: a place for an event; its context is entered.
@@ -127,10 +174,8 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        if let Some(_in_context) = enter_to_drop(&self.device) {
-            // SAFETY: made by `new`; waits that were enqueued for it stay.
-            let _ = unsafe { (self.device.api.event_destroy)(self.handle) };
-        }
+        // Waits that were enqueued for it stay what they are when it is recorded anew.
+        self.device.keep_event(self.handle);
     }
 }
 
@@ -142,16 +187,6 @@ pub struct UserStream(*mut core::ffi::c_void);
 unsafe impl Send for UserStream {}
 // SAFETY: as above.
 unsafe impl Sync for UserStream {}
-
-/// Of the streams that are to wait for a flag, those that do.
-pub enum Waits {
-    /// All: events behind the waits.
-    All(Vec<Event>),
-    /// At least one; behind it nothing can be known.
-    Some,
-    /// None.
-    None,
-}
 
 impl UserStream {
     /// The stream of that handle.
@@ -212,64 +247,7 @@ impl UserStream {
         self.refuse_capture(device)?;
         // SAFETY: as in `mark`; the event lives.
         let code = unsafe { (device.api.stream_wait_event)(self.handle(), event.handle, 0) };
-        device.api.check(OP_WAIT, code)
-    }
-
-    /// What is enqueued on it from now on runs after the word has been set to `raised`: page-locked memory of the process.
-    /// Of a default stream, that of each device waits.
-    ///
-    /// # Safety
-    ///
-    /// The word stays page-locked until the events are reached; for ever, where only some wait.
-    pub unsafe fn wait_flag(self, devices: &[Arc<Device>], word: *mut u32, raised: u32) -> Waits {
-        let mut any = false;
-        // SAFETY: passed on.
-        match unsafe { self.try_wait_flag(devices, word, raised, &mut any) } {
-            Ok(behind) => Waits::All(behind),
-            Err(_) if any => Waits::Some,
-            Err(_) => Waits::None,
-        }
-    }
-
-    /// `any`: a wait is enqueued.
-    ///
-    /// # Safety
-    ///
-    /// As of [`UserStream::wait_flag`].
-    unsafe fn try_wait_flag(
-        self,
-        devices: &[Arc<Device>],
-        word: *mut u32,
-        raised: u32,
-        any: &mut bool,
-    ) -> Result<Vec<Event>> {
-        let foreign = || Error::new(ErrorKind::InvalidArgument, OP_WAIT, "a stream of another GPU");
-        let devices = match self.is_default() {
-            true => devices,
-            false => std::slice::from_ref(self.device_among(devices)?.ok_or_else(foreign)?),
-        };
-        let mut behind = Vec::with_capacity(devices.len());
-        for device in devices {
-            let lacking = || Error::new(ErrorKind::Unsupported, OP_WAIT, "the driver knows no such waits");
-            let call = device.api.stream_wait_value.ok_or_else(lacking)?;
-            // Made before, so that nothing can fail behind the wait but its recording.
-            let event = Event::new(device)?;
-            let _in_context = device.enter()?;
-            self.refuse_capture(device)?;
-            let mut address = 0;
-            // SAFETY: a place for an address, and memory that is page-locked.
-            let code = unsafe { (device.api.host_address)(&raw mut address, word.cast(), 0) };
-            device.api.check(OP_WAIT, code)?;
-            // SAFETY: `new`'s contract, and the caller's of the word.
-            let code = unsafe { call(self.handle(), address, raised, WAIT_GREATER_OR_EQUAL) };
-            device.api.check(OP_WAIT, code)?;
-            *any = true;
-            // SAFETY: as in `mark`.
-            let code = unsafe { (device.api.event_record)(event.handle, self.handle()) };
-            device.api.check(OP_WAIT, code)?;
-            behind.push(event);
-        }
-        Ok(behind)
+        device.api.check("let the caller's stream wait", code)
     }
 
     /// Which of the devices it belongs to.

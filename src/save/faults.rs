@@ -40,9 +40,15 @@ pub struct Faults {
     /// Take copies of a GPU's memory for done as soon as they are enqueued.
     #[cfg(feature = "sim")]
     pub land_early: bool,
-    /// Have the thread that copies a GPU's memory die when a copy has arrived while a stream waits for a flag.
+    /// Have the thread that copies a GPU's memory die when a copy has arrived while another save's wait for buffers.
     #[cfg(feature = "sim")]
     pub die_at_arrival: bool,
+    /// Have the thread die that takes what arrives in rings of buffers.
+    #[cfg(feature = "sim")]
+    pub die_at_landing: bool,
+    /// Let copies go to buffers that copiers still read.
+    #[cfg(feature = "sim")]
+    pub free_places_early: bool,
     /// Let the caller's stream go on without waiting for the copies.
     #[cfg(feature = "sim")]
     pub stream_waits_for_nothing: bool,
@@ -64,4 +70,6 @@ macro_rules! fault {
 fault! { skip_writing_mark commit_before_payload free_before_commit commit_on_last_chunk pin_after_commit }
 fault! { remember_overwritten know_uncommitted join_after_flush wake_before_forgetting end_with_writes_under_way }
 #[cfg(feature = "cuda")]
-fault! { copy_before_the_event land_early stream_waits_for_nothing die_at_arrival }
+fault! { copy_before_the_event land_early stream_waits_for_nothing }
+#[cfg(feature = "cuda")]
+fault! { die_at_arrival die_at_landing free_places_early }

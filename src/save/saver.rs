@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::save::core::{cancelled, out_of_time, ChunkWork, Origin, SaveCore, SaveSpec};
 #[cfg(feature = "cuda")]
-use crate::save::device::{run_flags, run_pump, Exchange, NewJob};
+use crate::save::device::{run_landing, run_pump, Exchange, NewJob};
 use crate::save::faults::Faults;
 use crate::save::{commit, copier};
 use crate::slots::SlotState;
@@ -57,7 +57,7 @@ pub(crate) struct Shared {
 pub(crate) struct Saver {
     shared: Arc<Shared>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
-    /// Whether the threads that copy from GPUs and that raise flags were started: at the first save that needs them.
+    /// Whether the threads that copy from GPUs and that take what arrives in rings were started: at the first save that needs them.
     #[cfg(feature = "cuda")]
     device_threads: Mutex<(bool, bool)>,
 }
@@ -152,14 +152,14 @@ impl Saver {
     }
 
     #[cfg(feature = "cuda")]
-    fn start_for_devices(&self, flags: bool) -> Result<()> {
+    fn start_for_devices(&self, rings: bool) -> Result<()> {
         let mut started = self.device_threads.lock();
         if !started.0 {
             self.spawn("pcc-device", run_pump)?;
             started.0 = true;
         }
-        if flags && !started.1 {
-            self.spawn("pcc-flag", run_flags)?;
+        if rings && !started.1 {
+            self.spawn("pcc-landing", run_landing)?;
             started.1 = true;
         }
         Ok(())
@@ -248,7 +248,7 @@ impl Shared {
         #[cfg(feature = "cuda")]
         {
             self.exchange.work.notify_all();
-            self.exchange.flags.changed.notify_all();
+            self.exchange.rings.changed.notify_all();
         }
     }
 
@@ -258,7 +258,7 @@ impl Shared {
         self.region.poison();
         self.end_all_by_force();
         #[cfg(feature = "cuda")]
-        self.exchange.flags.end();
+        self.exchange.rings.end();
         self.wake_all();
     }
 

@@ -12,7 +12,7 @@ mod mapping;
 #[cfg(not(loom))]
 mod pool;
 #[cfg(not(loom))]
-pub use pool::{StagingBuffer, StagingOptions, StagingPool, BUFFERS_MIN};
+pub use pool::{Lender, StagingBuffer, StagingOptions, StagingPool, BUFFERS_MIN};
 
 #[cfg(all(test, loom))]
 mod loom_models;

@@ -128,14 +128,14 @@ impl StagingPool {
     /// Takes a free buffer, if there is one. Its contents are what the last owner left (at first zeros).
     #[must_use]
     pub fn try_acquire(self: &Arc<Self>) -> Option<StagingBuffer> {
-        self.free.set().take().map(|index| StagingBuffer { pool: Arc::clone(self), index })
+        self.free.set().take().map(|index| StagingBuffer::of(self, index))
     }
 
     /// Waits for a free buffer until `deadline` (`None`: for ever); then `None`. Waiters are not queued: the
     /// caller decides whose turn it is.
     #[must_use]
     pub fn acquire(self: &Arc<Self>, deadline: Option<Instant>) -> Option<StagingBuffer> {
-        self.free.take_until(deadline).map(|index| StagingBuffer { pool: Arc::clone(self), index })
+        self.free.take_until(deadline).map(|index| StagingBuffer::of(self, index))
     }
 }
 
@@ -151,13 +151,30 @@ impl fmt::Debug for StagingPool {
     }
 }
 
-/// One chunk buffer, owned until dropped; dropping returns it to the pool and wakes who waits for one.
+/// Whom a buffer goes back to that was lent to somebody.
+pub trait Lender: Send + Sync {
+    /// The buffer was dropped that was lent as number `at`.
+    fn take_back(&self, at: usize, buffer: StagingBuffer);
+}
+
+/// One chunk buffer, owned until dropped; dropping returns it to the pool and wakes who waits for one, or to its lender.
 pub struct StagingBuffer {
     pool: Arc<StagingPool>,
     index: usize,
+    lent: Option<(Arc<dyn Lender>, usize)>,
 }
 
 impl StagingBuffer {
+    fn of(pool: &Arc<StagingPool>, index: usize) -> StagingBuffer {
+        StagingBuffer { pool: Arc::clone(pool), index, lent: None }
+    }
+
+    /// The same buffer, which is the lender's again when it is dropped.
+    pub fn lend(mut self, lender: Arc<dyn Lender>, at: usize) -> StagingBuffer {
+        self.lent = Some((lender, at));
+        self
+    }
+
     /// Which buffer of the pool this is.
     pub fn index(&self) -> usize {
         self.index
@@ -202,6 +219,9 @@ impl DerefMut for StagingBuffer {
 
 impl Drop for StagingBuffer {
     fn drop(&mut self) {
+        if let Some((lender, at)) = self.lent.take() {
+            return lender.take_back(at, StagingBuffer::of(&self.pool, self.index));
+        }
         let was_out = self.pool.free.put(self.index);
         debug_assert!(was_out, "buffer {} returned twice", self.index);
     }
@@ -216,7 +236,7 @@ impl fmt::Debug for StagingBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::thread;
+    use crate::sync::{thread, Mutex};
     use std::time::Duration;
 
     fn pool(count: usize, buffer_bytes: usize) -> Arc<StagingPool> {
@@ -278,6 +298,26 @@ mod tests {
         drop(second);
         assert_eq!(waiter.join().expect("waiter"), Some(1));
         drop(first);
+    }
+
+    #[test]
+    fn a_buffer_that_was_lent_goes_back_to_its_lender() {
+        #[derive(Default)]
+        struct Kept(Mutex<Vec<(usize, StagingBuffer)>>);
+        impl Lender for Kept {
+            fn take_back(&self, at: usize, buffer: StagingBuffer) {
+                self.0.lock().push((at, buffer));
+            }
+        }
+        let (pool, lender) = (pool(2, 4096), Arc::new(Kept::default()));
+        let mut buffer = pool.try_acquire().expect("buffer").lend(lender.clone(), 7);
+        buffer.fill(1);
+        drop(buffer);
+        assert_eq!(pool.free_count(), 1);
+        let (at, buffer) = lender.0.lock().pop().expect("it is back");
+        assert_eq!((at, buffer[0]), (7, 1));
+        drop(buffer);
+        assert_eq!(pool.free_count(), 2);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use pccheck::save::{DeviceOptions, Faults, SaveOptions, Snapshot};
 use pccheck::ErrorKind;
 
 use super::bed::{assert_idle, on, store, stream_wait, until, State, MIXED, PROMPT, TWO_GPUS, WAIT};
-use super::flags::flagged;
+use super::rings::queued;
 use super::standin::{Standin, LEGACY};
 
 /// Every call that a save makes, but for those that give something back.
@@ -16,6 +16,7 @@ const CALLS: &[&str] = &[
     "cuStreamCreateWithPriority",
     "cuStreamWaitEvent",
     "cuStreamWaitValue32_v2",
+    "cuStreamWriteValue32_v2",
     "cuStreamIsCapturing",
     "cuStreamGetCtx",
     "cuEventCreate",
@@ -37,26 +38,24 @@ const CALLS: &[&str] = &[
 #[test]
 fn a_call_that_fails_costs_its_save_and_nothing_else() {
     const INVALID: i32 = 1;
-    let mut standin = Standin::take();
-    let (mut failed, mut flags) = (0, 0);
+    let standin = Standin::take();
+    let (mut failed, mut waits) = (0, 0);
     for call in CALLS {
         for (nth, sticky) in [(1, false), (2, false), (5, false), (17, false), (1, true), (4, true)] {
-            for (snapshot, flag_waits) in
+            for (snapshot, in_ring) in
                 [(Snapshot::Staging, false), (Snapshot::Spare, false), (Snapshot::Staging, true)]
             {
                 let stream = standin.stream(0);
-                let options = match flag_waits {
-                    true => flagged(stream, PROMPT),
+                let options = match in_ring {
+                    true => queued(stream, PROMPT),
                     false => on(stream, snapshot),
                 };
                 let store = store(6, Faults::default());
                 let mut state = State::new(&standin, MIXED);
                 state.fill(|_| stream, 1, 0);
                 standin.fail(call, nth, INVALID, sticky);
-                // So that streams come to wait before all copies are enqueued.
-                standin.delay_us(if flag_waits { 100 } else { 0 });
                 let what = format!(
-                    "{call} failing from call {nth}, sticky: {sticky}, {snapshot:?}, flags: {flag_waits}"
+                    "{call} failing from call {nth}, sticky: {sticky}, {snapshot:?}, ring: {in_ring}"
                 );
                 match state.begin(&store, 1, options) {
                     Err(error) => {
@@ -75,7 +74,7 @@ fn a_call_that_fails_costs_its_save_and_nothing_else() {
                         durable.as_ref().err().map(told);
                         assert!(copied.is_ok() || durable.is_err(), "{what}");
                         failed += u32::from(durable.is_err());
-                        flags += standin.calls("cuStreamWaitValue32_v2");
+                        waits += standin.calls("cuStreamWaitValue32_v2");
                         if durable.is_ok() {
                             standin.reset();
                             assert!(state.is_saved(&store, 1), "{what}");
@@ -95,14 +94,13 @@ fn a_call_that_fails_costs_its_save_and_nothing_else() {
                 standin.destroy(stream);
                 match *call {
                     "cuCtxPushCurrent_v2" => {}
-                    "cuEventRecord" if flag_waits => standin.assert_clean_but_for_words(&what),
                     _ => standin.assert_clean(&what),
                 }
             }
         }
     }
     assert!(failed > 30, "only {failed} saves failed: are these the calls that are made?");
-    assert!(flags > 30, "streams waited for {flags} flags only");
+    assert!(waits > 300, "copies waited for buffers {waits} times only");
 }
 
 /// An error that the GPU reports only later, as of an illegal address in somebody's kernel.

@@ -26,7 +26,7 @@ pub struct Stream(pub usize);
 /// The driver's name for the legacy default stream.
 pub const LEGACY: Stream = Stream(0);
 
-/// Set where the stand-in is to lack `cuMemcpyBatchAsync` and the calls for kernels.
+/// Set where the stand-in is to lack `cuMemcpyBatchAsync` and the calls for kernels and for words.
 pub const LACKING: &str = "PCC_STANDIN_LACKING";
 
 /// Compiles `tests/standin/cuda`. Its name is the one that loaders of the driver ask for first, so that no real driver
@@ -67,7 +67,10 @@ fn library() -> usize {
     static LIBRARY: OnceLock<usize> = OnceLock::new();
     *LIBRARY.get_or_init(|| {
         let path = match std::env::var_os(LACKING) {
-            Some(_) => build("lacking", &["-DSTANDIN_WITHOUT_BATCH", "-DSTANDIN_WITHOUT_KERNELS"]),
+            Some(_) => build(
+                "lacking",
+                &["-DSTANDIN_WITHOUT_BATCH", "-DSTANDIN_WITHOUT_KERNELS", "-DSTANDIN_WITHOUT_WORDS"],
+            ),
             None => build("whole", &[]),
         };
         load(&path)
@@ -178,12 +181,6 @@ impl Standin {
         check("synchronize", code);
     }
 
-    pub fn is_idle(&self, device: u32, stream: Stream) -> bool {
-        let code = self
-            .enter(device as i32, || call!("cuStreamQuery"(stream.0 as *mut c_void => *mut c_void) -> i32));
-        code == 0
-    }
-
     /// What [`Standin::fill`] fills with.
     pub fn pattern(&self, seed: u64, bytes: usize) -> Vec<u8> {
         (0..bytes as u64).map(|at| call!("standin_pattern"(seed => u64, at => u64) -> u8)).collect()
@@ -258,18 +255,6 @@ impl Standin {
             }
             assert_eq!(self.live(kind), *before, "{kind} left behind by {what}");
         }
-    }
-
-    /// The same but for one range of page-locked memory and its context, which stay for ever where a stream that waits for a word of
-    /// it cannot be watched any more.
-    pub fn assert_clean_but_for_words(&mut self, what: &str) {
-        for kind in ["registered", "context"] {
-            let place = KINDS.iter().position(|other| *other == kind).expect("a kind");
-            let live = self.live(kind);
-            assert!(live <= self.before[place] + 1, "{live} {kind} left behind by {what}");
-            self.before[place] = live;
-        }
-        self.assert_clean(what);
     }
 
     fn live(&self, kind: &str) -> u64 {

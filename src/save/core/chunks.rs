@@ -292,7 +292,6 @@ impl SaveCore {
         drop(source);
         self.state.lock().copied_at = Some(now());
         self.changed.notify_all();
-        self.tell_streams();
     }
 
     /// What is known of the slot once the commit record is durable.

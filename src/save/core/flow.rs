@@ -156,7 +156,6 @@ impl SaveCore {
             // Waiters for `copied` on a failed save look at `copying`. On any other, nothing changed here that anybody waits
             // for, and waking the trainer for each chunk takes the processor from the copiers.
             self.changed.notify_all();
-            self.tell_streams();
         }
         let Ok(shared) = shared else { return };
         match next {
@@ -253,7 +252,6 @@ impl SaveCore {
             state.copying == 0
         };
         self.changed.notify_all();
-        self.tell_streams();
         // Before the callback, which may wait until all saves have ended.
         if let Ok(shared) = self.shared() {
             shared.told(self);

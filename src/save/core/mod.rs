@@ -339,21 +339,6 @@ impl SaveCore {
         }
     }
 
-    /// Work on the caller's memory may change it: it is copied, or the save has failed.
-    #[cfg(feature = "cuda")]
-    pub fn lets_update(&self) -> bool {
-        let state = self.state.lock();
-        state.copied_at.is_some() || state.failure.is_some() || state.outcome.is_some()
-    }
-
-    /// For those who look at [`lets_update`](SaveCore::lets_update).
-    pub(super) fn tell_streams(&self) {
-        #[cfg(feature = "cuda")]
-        if let (Some(_), Ok(shared)) = (&self.device, self.shared()) {
-            shared.exchange.flags.changed.notify_all();
-        }
-    }
-
     /// Waits until the save has ended.
     pub fn wait_durable(&self, deadline: Option<Instant>) -> Result<Durable> {
         let mut state = self.state.lock();

@@ -143,7 +143,7 @@ impl Hashing {
 pub(super) struct DirectFile(Option<Arc<GdsFile>>);
 
 impl DirectFile {
-    /// Opening it makes no call that may wait for a device.
+    /// Something may go there, or has.
     pub fn is_open(&self) -> bool {
         self.0.is_some()
     }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::direct::Hashing;
+use super::ring::Ring;
 use crate::cuda::{Event, Stream};
 use crate::error::{Error, Result};
 use crate::staging::StagingBuffer;
@@ -30,8 +31,6 @@ impl Mark {
 
 /// Chunks and the buffers that they go to.
 pub(super) type Chunks = Vec<(u64, StagingBuffer)>;
-/// Each with its lane.
-pub(super) type Marks = Vec<(usize, Mark)>;
 
 /// What leaves the caller's memory.
 #[derive(Debug, Clone, Copy, Default)]
@@ -45,13 +44,15 @@ pub(super) struct Flight {
     /// Number of the job that it belongs to.
     pub job: u64,
     /// Its copies are done when all are reached.
-    pub marks: Marks,
+    pub marks: Vec<Mark>,
     /// Lent to the copies.
     pub chunks: Chunks,
     /// What leaves the caller's memory with it.
     pub leaving: Leaving,
     /// It brings no chunk but the hashes of these, in its one buffer.
     pub hashing: Option<Hashing>,
+    /// All copies to a ring, which is over when they are done.
+    pub ring: Option<Arc<Ring>>,
     /// The device has reported nothing but errors since.
     lost_since: Option<Instant>,
 }
@@ -69,13 +70,13 @@ pub(super) enum Arrival {
 }
 
 impl Flight {
-    pub fn new(job: u64, marks: Marks, chunks: Chunks, leaving: Leaving) -> Self {
-        Flight { job, marks, chunks, leaving, hashing: None, lost_since: None }
+    pub fn new(job: u64, marks: Vec<Mark>, chunks: Chunks, leaving: Leaving) -> Self {
+        Flight { job, marks, chunks, leaving, hashing: None, ring: None, lost_since: None }
     }
 
     pub fn look(&mut self) -> Arrival {
         let mut reached = true;
-        for (_, mark) in &self.marks {
+        for mark in &self.marks {
             match mark.reached() {
                 Ok(yes) => reached &= yes,
                 Err(error) => {
@@ -88,22 +89,25 @@ impl Flight {
             }
         }
         self.lost_since = None;
-        if reached {
+        if reached && self.ring.as_ref().is_none_or(|ring| ring.may_end()) {
             Arrival::Reached
         } else {
             Arrival::Pending
         }
     }
 
-    /// Its copies are done: the buffers are nobody's but the caller's, and the events can be used again.
-    pub fn land(mut self) -> (Chunks, Marks) {
-        (std::mem::take(&mut self.chunks), std::mem::take(&mut self.marks))
+    /// Its copies are done: the buffers are nobody's but the caller's.
+    pub fn land(mut self) -> Chunks {
+        if let Some(ring) = self.ring.take() {
+            ring.end();
+        }
+        std::mem::take(&mut self.chunks)
     }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
         // The device may still write to them: better lost than given to somebody else.
-        std::mem::forget(std::mem::take(&mut self.chunks));
+        std::mem::forget((std::mem::take(&mut self.chunks), self.ring.take()));
     }
 }

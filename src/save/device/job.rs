@@ -8,10 +8,11 @@ use super::flight::Leaving;
 use super::spare::Spare;
 use super::{Copies, DevicePart, NewJob, Snapshot};
 use crate::cuda::gds::GdsFile;
-use crate::cuda::{Copy, CopyList, Owners, Turn};
+use crate::cuda::{Copy, CopyList, Owners};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::{DeviceSource, Source};
+use crate::staging::StagingBuffer;
 use crate::sync::Arc;
 
 /// A save that does not end while this lives.
@@ -46,16 +47,36 @@ pub(super) fn late() -> Error {
     .advise("look for a stream that waits for something that never comes, or give a longer device timeout")
 }
 
+/// A chunk of which copies are to be made.
+pub(super) struct Listed {
+    pub chunk: u64,
+    pub bytes: u64,
+    /// So many of them are brought by devices; the others are in host memory.
+    pub fetched: u64,
+}
+
+/// Buffers that are gathered until they are enough.
+#[derive(Default)]
+pub(super) struct Hoard {
+    /// How many chunks they are for.
+    pub chunks: u64,
+    pub buffers: Vec<StagingBuffer>,
+    /// When the last one came.
+    pub grown_at: Option<Instant>,
+}
+
 pub(super) struct Job {
     pub held: Held,
     pub source: Option<Arc<DeviceSource>>,
     pub copies: Arc<Copies>,
     pub snapshot: Snapshot,
     pub flag_waits: bool,
-    /// Streams may wait for a flag until its copies are done.
-    pub offers_flags: bool,
-    /// It is to allocate, and cannot yet.
-    pub turn: Option<Turn>,
+    /// All its copies are to be enqueued at once.
+    pub queues: bool,
+    /// Buffers for that, as they come.
+    pub hoard: Hoard,
+    /// Copies of it wait for buffers that copiers have.
+    pub waits_for_copiers: bool,
     /// None: never.
     pub deadline: Option<Instant>,
     /// Per device of the source, its lane. Empty: not begun.
@@ -75,9 +96,9 @@ pub(super) struct Job {
     pub file: Option<Arc<GdsFile>>,
     /// How many of them are hashed, or are being hashed.
     pub hashed: u64,
-    /// With a snapshot in spare memory, and where streams may wait for flags: of chunks in which host memory stands
-    /// between, that memory's bytes.
-    kept: BTreeMap<u64, Vec<u8>>,
+    /// With a snapshot in spare memory, and where all copies are to be enqueued at once: of chunks in which host memory
+    /// stands between, that memory's bytes.
+    pub kept: BTreeMap<u64, Vec<u8>>,
     next_chunk: u64,
     /// A chunk that a device brings, as was found before.
     peeked: Option<u64>,
@@ -107,8 +128,9 @@ impl Job {
             copies,
             snapshot,
             flag_waits,
-            offers_flags: false,
-            turn: None,
+            queues: false,
+            hoard: Hoard::default(),
+            waits_for_copiers: false,
             deadline,
             lanes: Vec::new(),
             checked: vec![false; addresses.len()],
@@ -190,10 +212,25 @@ impl Job {
     /// Puts what is in host memory of the next chunk into `buffer`, and adds what is to be copied to the lists, one for
     /// each device. Returns chunk and bytes.
     pub fn take_chunk(&mut self, buffer: &mut [u8], lists: &mut [CopyList]) -> Result<Option<(u64, u64)>> {
+        let Some(Listed { chunk, bytes, fetched }) = self.list_chunk(buffer.as_ptr() as u64, lists)? else {
+            return Ok(None);
+        };
+        if fetched < bytes {
+            let (source, (offset, len)) = (self.source()?, self.span(chunk));
+            match self.kept.remove(&chunk) {
+                Some(kept) => source.place_host(offset, &mut buffer[..len], &kept),
+                None => source.copy_host(offset, &mut buffer[..len])?,
+            }
+        }
+        Ok(Some((chunk, bytes)))
+    }
+
+    /// Adds what is to be copied of the next chunk, into memory that begins at `to`, to the lists, one for each device.
+    pub fn list_chunk(&mut self, to: u64, lists: &mut [CopyList]) -> Result<Option<Listed>> {
         let Some(chunk) = self.peek() else { return Ok(None) };
         let source = self.source()?;
         let (offset, len) = self.span(chunk);
-        let (to, mut fetched) = (buffer.as_ptr() as u64, 0);
+        let mut fetched = 0;
         for fetch in source.fetches(offset, len) {
             self.check_owner(&source, fetch.segment)?;
             let from = self.addresses[fetch.segment] + fetch.skip;
@@ -201,16 +238,20 @@ impl Job {
             // A spare is one memory, whatever lies in it.
             let of = if self.spares.is_empty() { fetch.segment as u64 } else { 0 };
             lists[fetch.device].push(of, copy);
-            fetched += fetch.bytes;
-        }
-        if fetched < len {
-            match self.kept.remove(&chunk) {
-                Some(kept) => source.place_host(offset, &mut buffer[..len], &kept),
-                None => source.copy_host(offset, &mut buffer[..len])?,
-            }
+            fetched += fetch.bytes as u64;
         }
         self.next_chunk += 1;
-        Ok(Some((chunk, len as u64)))
+        Ok(Some(Listed { chunk, bytes: len as u64, fetched }))
+    }
+
+    /// How many chunks devices bring into the staging pool.
+    pub fn chunks_to_fetch(&self) -> Result<u64> {
+        let source = self.source()?;
+        let is_fetched = |&chunk: &u64| {
+            let (offset, len) = self.span(chunk);
+            source.is_fetched(offset, len) && !self.goes_directly(chunk)
+        };
+        Ok((0..self.held.save().chunk_count).filter(is_fetched).count() as u64)
     }
 
     /// Whether copies can be enqueued without waiting for the caller's streams inside the driver.

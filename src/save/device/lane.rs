@@ -1,10 +1,10 @@
-//! One device as the pump uses it: two streams, events to use again, and spare memory.
+//! One device as the pump uses it: two streams and spare memory.
 #![expect(unsafe_code, reason = "buffers are lent to a device's copy engines")]
 
 use super::direct::{Hashing, HASH_BYTES};
 use super::flight::{Flight, Mark};
 use super::spare::Spare;
-use crate::cuda::{free_memory, Copy, CopyList, Device, Direction, Event, Hasher, Stream};
+use crate::cuda::{free_memory, Copy, CopyList, Device, Direction, Event, Hasher, Stream, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 
@@ -19,7 +19,6 @@ pub(super) struct Lane {
     device: Arc<Device>,
     streams: Vec<Arc<Stream>>,
     turn: usize,
-    events: Vec<Event>,
     spares: Vec<Spare>,
     hasher: Option<Hasher>,
 }
@@ -28,7 +27,7 @@ impl Lane {
     pub fn new(device: &Arc<Device>) -> Result<Lane> {
         let streams = (0..STREAMS).map(|_| Stream::new(device).map(Arc::new)).collect::<Result<_>>()?;
         let device = device.clone();
-        Ok(Lane { device, streams, turn: 0, events: Vec::new(), spares: Vec::new(), hasher: None })
+        Ok(Lane { device, streams, turn: 0, spares: Vec::new(), hasher: None })
     }
 
     pub fn is_of(&self, device: &Arc<Device>) -> bool {
@@ -47,6 +46,22 @@ impl Lane {
         // (or for ever); sources are the caller's memory, lent until the save is copied, which is told later, or a
         // spare, which the job keeps as long as it has flights.
         unsafe { self.copy(Direction::ToHost, copies) }
+    }
+
+    /// Enqueues copies out of the device to a place of a ring: behind what they wait for, and before what tells that they are done. After an
+    /// error some of it may run.
+    pub fn fetch_to_ring(&mut self, copies: &CopyList, free: Option<Word>, arrived: Word) -> Result<()> {
+        self.turn = (self.turn + 1) % STREAMS;
+        let stream = &self.streams[self.turn];
+        if let Some(free) = free {
+            // SAFETY: a word of the ring, whose flight keeps it until the stream has come past this, or for ever.
+            unsafe { stream.wait_word(free) }?;
+        }
+        // SAFETY: destinations are disjoint parts of the place's buffers, which the ring keeps as its words: nobody reads them before the
+        // copies have arrived, and these wait until nobody does any more, or nobody minds. Sources as of `fetch`.
+        unsafe { stream.copy(Direction::ToHost, copies.copies()) }?;
+        // SAFETY: as of the other word.
+        unsafe { stream.write_word(arrived) }
     }
 
     /// Enqueues copies into spare memory of the device; all that is enqueued later comes after them. The events are reached
@@ -71,7 +86,7 @@ impl Lane {
         lent: &Flight,
     ) -> Result<Event> {
         let lacking = || Error::new(ErrorKind::Internal, "save", "no code to hash with was loaded");
-        let event = self.event()?;
+        let event = Event::new(&self.device)?;
         self.turn = (self.turn + 1) % STREAMS;
         let (stream, hasher) = (&self.streams[self.turn], self.hasher.as_ref().ok_or_else(lacking)?);
         let (chunks, hashes) = (spare.address() + hashing.at, spare.address() + hashing.hashes);
@@ -88,11 +103,6 @@ impl Lane {
         Ok(event)
     }
 
-    /// It can hash.
-    pub fn has_hasher(&self) -> bool {
-        self.hasher.is_some()
-    }
-
     /// Loads the code that hashes, once.
     pub fn load_hasher(&mut self) -> Result<()> {
         if self.hasher.is_none() {
@@ -107,7 +117,7 @@ impl Lane {
     ///
     /// As [`Stream::copy`].
     unsafe fn copy(&mut self, direction: Direction, copies: &CopyList) -> Result<Event> {
-        let event = self.event()?;
+        let event = Event::new(&self.device)?;
         self.turn = (self.turn + 1) % STREAMS;
         let stream = &self.streams[self.turn];
         // SAFETY: the caller's promise.
@@ -129,25 +139,6 @@ impl Lane {
             Ok(event)
         };
         self.streams.iter().map(mark).collect()
-    }
-
-    fn event(&mut self) -> Result<Event> {
-        match self.events.pop() {
-            Some(event) => Ok(event),
-            None => Event::new(&self.device),
-        }
-    }
-
-    /// Takes back an event that was reached.
-    pub fn recycle(&mut self, mark: Mark) {
-        if let Mark::Event(event) = mark {
-            self.events.push(event);
-        }
-    }
-
-    /// Spare memory for so many bytes that an earlier save has left.
-    pub fn spare(&self, bytes: u64) -> Option<&Spare> {
-        self.spare_for(bytes).map(|at| &self.spares[at])
     }
 
     fn spare_for(&self, bytes: u64) -> Option<usize> {

@@ -3,7 +3,8 @@
 //! One thread, the [`pump`], makes all calls of the driver that copy: it never waits inside one, but looks at events, so
 //! that a device that hangs holds up nothing but the saves of its own memory. It enqueues copies as long as there are
 //! free buffers, several groups of chunks ahead on two streams per device, and hands what has arrived to the copiers,
-//! which hash and write it. So a chunk has left the caller's memory before it is hashed, and `copied` is told before.
+//! which hash and write it. So a chunk has left the caller's memory before it is hashed, and `copied` is told before. Where the pool is smaller
+//! than the state, a save may have all its copies enqueued at once for a [`ring`] of buffers; what arrives there is taken by a thread of its own.
 //!
 //! | module | what |
 //! |---|---|
@@ -12,8 +13,8 @@
 //! | [`job`] | one save, as the pump sees it |
 //! | [`flight`] | copies that were enqueued, and the buffers that are lent to them |
 //! | [`lane`] | one device: its streams and its spare memory |
-//! | [`flags`] | streams of the program that wait for a flag |
-//! | [`watch`] | whether the driver holds up the pump |
+//! | [`ring`] | buffers that a GPU's own copies wait for |
+//! | [`landing`] | the thread that takes what arrives there |
 //! | [`courtesy`] | how many copiers are at what has arrived |
 //! | [`spare`] | spare memory of a device |
 //! | [`direct`] | which chunks go from there to the file by cuFile |
@@ -21,26 +22,25 @@
 
 mod courtesy;
 mod direct;
-mod flags;
 mod flight;
 mod job;
+mod landing;
 mod lane;
 mod on_device;
 mod pump;
+mod ring;
 mod spare;
-mod watch;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 pub use direct::DirectStorage;
-pub(super) use flags::run_flags;
+pub(super) use landing::run_landing;
 pub(super) use on_device::{write_from_device, OnDevice};
 pub(super) use pump::run_pump;
 
 use courtesy::Courtesy;
-use flags::Flags;
-use watch::Beats;
+use landing::Rings;
 
 use crate::cuda::{Device, Event, Owners, Relaxed, UserStream};
 use crate::error::{Error, ErrorKind, Result};
@@ -73,8 +73,8 @@ pub struct DeviceOptions {
     pub snapshot: Snapshot,
     /// Whether chunks go from spare memory to the file past host memory. Default: not.
     pub direct_storage: DirectStorage,
-    /// A stream that is made to wait for the copies waits for a flag in memory where they are not all enqueued yet, instead of
-    /// the calling thread: see [`Save::stream_wait_copied`](super::Save::stream_wait_copied). Default false.
+    /// Where the staging pool is smaller than the state, copies wait on the GPU for buffers to become free, by flags in memory, so that all
+    /// are enqueued at once and [`Save::stream_wait_copied`](super::Save::stream_wait_copied) waits for no writing. Default false.
     pub flag_waits: bool,
     /// After so long without all of it having arrived the save fails: the device hangs, or its stream waits for
     /// something that never comes. Default 10 minutes.
@@ -136,12 +136,10 @@ pub(crate) struct Exchange {
     jobs: Mutex<VecDeque<NewJob>>,
     pub work: Signal,
     arrived: Mutex<VecDeque<Arrived>>,
-    pub flags: Flags,
+    pub rings: Rings,
     pub courtesy: Courtesy,
     /// Something of direct storage was not to be had, or has failed.
     direct_refused: AtomicBool,
-    /// The pump's.
-    pub beats: Beats,
     /// Whose memory saves have been of. It may have become another's since: the pump asks before it copies.
     owners: Mutex<Seen>,
 }
@@ -235,8 +233,6 @@ pub(crate) struct Copies {
 enum Enqueued {
     #[default]
     Pending,
-    /// Streams may wait for a flag meanwhile. The source's devices, and the deadline of the save.
-    Begun(Arc<[Arc<Device>]>, Option<Instant>),
     /// All are; they are done when these are reached.
     All(Arc<Vec<Event>>),
     /// They never will be: the save has failed.
@@ -249,16 +245,6 @@ impl Copies {
         self.changed.notify_all();
     }
 
-    pub(super) fn begun(&self, devices: Arc<[Arc<Device>]>, deadline: Option<Instant>) {
-        let mut state = self.state.lock();
-        // The save may have been ended meanwhile.
-        if matches!(*state, Enqueued::Pending) {
-            *state = Enqueued::Begun(devices, deadline);
-        }
-        drop(state);
-        self.changed.notify_all();
-    }
-
     pub(super) fn all_enqueued(&self, events: Vec<Event>) {
         self.set(Enqueued::All(Arc::new(events)));
     }
@@ -267,21 +253,18 @@ impl Copies {
         self.set(Enqueued::Failed);
     }
 
-    /// Waits until all copies are enqueued, or, where `flags` may be waited for, they may; none where the save has failed before.
-    fn wait(&self, flags: bool, deadline: Option<Instant>) -> Result<Option<Ready>> {
+    /// Waits until all copies are enqueued: they are done when these are reached. None where the save has failed before.
+    fn wait(&self, deadline: Option<Instant>) -> Result<Option<Arc<Vec<Event>>>> {
         let mut state = self.state.lock();
         loop {
             match &*state {
-                Enqueued::All(events) => return Ok(Some(Ready::Enqueued(events.clone()))),
+                Enqueued::All(events) => return Ok(Some(events.clone())),
                 Enqueued::Failed => return Ok(None),
-                Enqueued::Begun(devices, until) if flags => {
-                    return Ok(Some(Ready::Begun(devices.clone(), *until)));
-                }
-                Enqueued::Pending | Enqueued::Begun(..) => {}
+                Enqueued::Pending => {}
             }
             let timed_out;
             (state, timed_out) = self.changed.wait_until(state, deadline);
-            if timed_out && matches!(*state, Enqueued::Pending | Enqueued::Begun(..)) {
+            if timed_out && matches!(*state, Enqueued::Pending) {
                 return Err(Error::new(
                     ErrorKind::TimedOut,
                     "wait for copied",
@@ -291,12 +274,6 @@ impl Copies {
             }
         }
     }
-}
-
-/// What a stream may wait for.
-enum Ready {
-    Begun(Arc<[Arc<Device>]>, Option<Instant>),
-    Enqueued(Arc<Vec<Event>>),
 }
 
 impl SaveCore {
@@ -310,15 +287,8 @@ impl SaveCore {
             // Copiers may still read host memory.
             return self.wait_copied(deadline);
         }
-        if let Some(Ready::Begun(devices, until)) = copies.wait(true, deadline)? {
-            if let (Ok(shared), Ok(_relaxed)) = (self.shared(), Relaxed::enter()) {
-                if shared.exchange.flags.wait_on(stream, &devices, self, until) {
-                    return Ok(());
-                }
-            }
-        }
-        match copies.wait(false, deadline)? {
-            Some(Ready::Enqueued(events)) => {
+        match copies.wait(deadline)? {
+            Some(events) => {
                 let wait = || -> Result<()> {
                     let _relaxed = Relaxed::enter()?;
                     events.iter().try_for_each(|event| stream.wait(event))
@@ -326,7 +296,7 @@ impl SaveCore {
                 wait().or_else(|_| self.wait_copied(deadline))
             }
             // It has failed: says why, once the memory is the caller's again.
-            _ => self.wait_copied(deadline),
+            None => self.wait_copied(deadline),
         }
     }
 }

@@ -34,11 +34,6 @@ impl Spare {
         self.len
     }
 
-    /// cuFile knows it.
-    pub fn is_registered(&self) -> bool {
-        self.registered.is_some()
-    }
-
     /// Makes it known to cuFile, once.
     pub fn register(&mut self) -> Result<()> {
         if self.registered.is_none() {

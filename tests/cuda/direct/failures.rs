@@ -101,33 +101,6 @@ fn what_was_refused_once_is_not_tried_again_by_auto() {
     assert_eq!(standin.calls("cuModuleLoadData"), 1);
 }
 
-/// Loading the code for hashes may wait for a stream that waits for a flag.
-#[test]
-fn what_was_refused_once_holds_up_no_stream_that_waits_for_a_flag() {
-    let standin = Standin::take();
-    let cufile = Cufile::take(&standin);
-    cufile.set_properties(2, 0);
-    let (home, stream, other) = (Home::new(), standin.stream(0), standin.stream(0));
-    let (store, mut state) = (home.open(Requested::Direct, 8), State::new(&standin, SHAPE));
-    state.fill(|_| stream, 1, 0);
-    standin.fail("cuModuleLoadData", 1, 209, false);
-    let auto = directly(stream, Snapshot::Spare, DirectStorage::Auto);
-    state.begin(&store, 1, auto).expect("begin").wait_durable(WAIT).expect("durable");
-    crate::flags::warm(&store, &mut state, stream);
-    for step in 3..=5 {
-        state.fill(|_| stream, step, 0);
-        standin.synchronize(0, stream);
-        standin.delay_us(100_000);
-        let flagged = state.begin(&store, step, crate::flags::flagged(other, PROMPT)).expect("begin");
-        stream_wait(&flagged, stream).expect("wait");
-        let second =
-            state.begin(&store, step, directly(other, Snapshot::Spare, DirectStorage::Auto)).expect("begin");
-        flagged.wait_durable(WAIT).expect("the first is durable");
-        second.wait_durable(WAIT).expect("the second, too");
-        standin.delay_us(0);
-    }
-}
-
 /// What only shows when it is used: `Auto` may lose a save to it, and does without from then on.
 fn auto_does_without_what_never_works(fail: impl Fn(&Standin, &Cufile<'_>)) {
     let standin = Standin::take();
@@ -159,32 +132,33 @@ fn auto_does_without_a_kernel_that_is_never_launched() {
     auto_does_without_what_never_works(|standin, _| standin.fail("cuLaunchKernel", 1, INVALID, true));
 }
 
-/// Opening the file, loading the code and registering the spare may wait for a device: not while a stream waits for a flag.
+/// Calls of cuFile may wait for a device, whose copies may wait for the copiers that make them: so there is either the one or the other.
 #[test]
-fn what_direct_storage_has_to_load_waits_for_streams_that_wait_for_a_flag() {
+fn copies_that_wait_for_buffers_and_cufile_do_not_meet() {
+    const WAITS: &str = "cuStreamWaitValue32_v2";
     let standin = Standin::take();
     let cufile = Cufile::take(&standin);
     cufile.set_properties(2, 0);
     let (home, stream, other) = (Home::new(), standin.stream(0), standin.stream(0));
     let (store, mut state) = (home.open(Requested::Direct, 8), State::new(&standin, SHAPE));
     state.fill(|_| stream, 1, 0);
-    // A direct save leaves a spare that is large enough, and is refused what would go with it.
-    standin.fail("cuModuleLoadData", 1, 209, false);
-    let save = state.begin(&store, 1, required(stream)).expect("begin");
-    save.wait_durable(WAIT).expect_err("refused");
-    let plain = directly(stream, Snapshot::Spare, DirectStorage::Off);
-    let mut larger = State::new(&standin, &[(400_000, Some(0))]);
-    larger.fill(|_| stream, 1, 0);
-    larger.begin(&store, 1, plain).expect("begin").wait_durable(WAIT).expect("durable");
-    crate::flags::warm(&store, &mut state, stream);
-    state.fill(|_| stream, 3, 0);
     standin.synchronize(0, stream);
-    standin.delay_us(100_000);
-    let flagged = state.begin(&store, 3, crate::flags::flagged(other, PROMPT)).expect("begin");
-    stream_wait(&flagged, stream).expect("wait");
-    let second =
-        state.begin(&store, 4, directly(other, Snapshot::Spare, DirectStorage::Required)).expect("begin");
-    flagged.wait_durable(WAIT).expect("the first is durable");
+    standin.hold_stream(other, true);
+    let first = state.begin(&store, 1, crate::rings::queued(other, PROMPT)).expect("begin");
+    stream_wait(&first, stream).expect("wait");
+    assert!(standin.calls(WAITS) > 0, "all copies are enqueued");
+    let second = state.begin(&store, 2, required(stream)).expect("begin");
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    let wrote = cufile.calls("cuFileWrite");
+    standin.hold_stream(other, false);
+    assert_eq!(wrote, 0);
+    first.wait_durable(WAIT).expect("the first is durable");
     second.wait_durable(WAIT).expect("the second, too");
     assert!(store.stats().direct_bytes > 0);
+    let waits = standin.calls(WAITS);
+    let third = state.begin(&store, 3, crate::rings::queued(stream, PROMPT)).expect("begin");
+    stream_wait(&third, stream).expect("wait");
+    third.wait_durable(WAIT).expect("the third, too");
+    assert_eq!(standin.calls(WAITS), waits);
+    assert_idle(&store);
 }

@@ -85,6 +85,7 @@ enum { CODES(CODE_NUMBER) };
     X(cuCtxPushCurrent_v2) X(cuCtxPopCurrent_v2) X(cuCtxGetCurrent) X(cuCtxSetCurrent) X(cuCtxGetDevice)       \
     X(cuStreamCreateWithPriority) X(cuStreamCreate) X(cuStreamDestroy_v2) X(cuStreamWaitEvent)                 \
     X(cuStreamIsCapturing) X(cuStreamGetCtx) X(cuStreamQuery) X(cuStreamSynchronize) X(cuStreamWaitValue32_v2) \
+    X(cuStreamWriteValue32_v2)                                                                                 \
     X(cuEventCreate) X(cuEventDestroy_v2) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)               \
     X(cuMemAlloc_v2) X(cuMemFree_v2) X(cuMemGetInfo_v2)                                                        \
     X(cuMemHostRegister_v2) X(cuMemHostUnregister) X(cuMemHostGetDevicePointer_v2) X(cuPointerGetAttributes)   \
@@ -166,7 +167,7 @@ struct copy {
     bool to_pageable, from_pageable;
 };
 
-enum kind { WORK_MARK, WORK_WAIT, WORK_POLL, WORK_FILL, WORK_KERNEL, WORK_COPIES };
+enum kind { WORK_MARK, WORK_WAIT, WORK_POLL, WORK_STORE, WORK_FILL, WORK_KERNEL, WORK_COPIES };
 enum { WAIT_GEQ, WAIT_EQ };
 
 struct work {

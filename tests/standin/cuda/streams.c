@@ -130,6 +130,22 @@ EXPORTED CUresult cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr address, u
     return CUDA_SUCCESS;
 }
 
+#ifndef STANDIN_WITHOUT_WORDS
+/* Without flags: everything before it on the stream is visible to whoever sees the value. */
+EXPORTED CUresult cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr address, uint32_t value, uint32_t flags) {
+    ENTER(cuStreamWriteValue32_v2);
+    LANE(lane, stream);
+    TRY(check_lane(lane));
+    NEED(flags == 0, CUDA_ERROR_NOT_SUPPORTED);
+    NEED_VALID(address % 4 == 0 && containing(address, 4) != NULL);
+    struct work *work = make_work(WORK_STORE, 0);
+    work->address = address;
+    work->value = value;
+    enqueue(lane, work);
+    return CUDA_SUCCESS;
+}
+#endif
+
 /* ---- Captures ---- */
 
 EXPORTED CUresult cuStreamIsCapturing(CUstream stream, uint32_t *status) {

@@ -95,6 +95,14 @@ static void poll_value(struct context *context, const struct work *work) {
     }
 }
 
+static void store_value(struct context *context, const struct work *work) {
+    uint32_t *place = (uint32_t *)(void *)bytes_at(work->address, 4);
+    if (place == NULL)
+        fail_context(context, CUDA_ERROR_ILLEGAL_ADDRESS);
+    else if (context->failed == 0)
+        __atomic_store_n(place, work->value, __ATOMIC_RELEASE);
+}
+
 EXPORTED uint8_t standin_pattern(uint64_t seed, uint64_t i) {
     return (uint8_t)(((seed * 0x9E3779B97F4A7C15u + i) * 0xBF58476D1CE4E5B9u) >> 56);
 }
@@ -169,6 +177,8 @@ void run(struct lane *lane, struct work *work) {
         reach(work->lane, work->until, context);
     else if (work->kind == WORK_POLL)
         poll_value(context, work);
+    else if (work->kind == WORK_STORE)
+        store_value(context, work);
     else if (work->kind == WORK_FILL)
         fill(context, work);
     else if (work->kind == WORK_KERNEL)

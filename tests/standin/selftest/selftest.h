@@ -54,6 +54,7 @@ enum { TYPE_HOST = 1, TYPE_DEVICE = 2 };
     F(int, cuStreamQuery, (CUstream))                                                                              \
     F(int, cuStreamSynchronize, (CUstream))                                                                        \
     F(int, cuStreamWaitValue32_v2, (CUstream, CUdeviceptr, uint32_t, uint32_t))                                    \
+    F(int, cuStreamWriteValue32_v2, (CUstream, CUdeviceptr, uint32_t, uint32_t))                                   \
     F(int, cuEventCreate, (CUevent *, uint32_t))                                                                   \
     F(int, cuEventDestroy_v2, (CUevent))                                                                           \
     F(int, cuEventRecord, (CUevent, CUstream))                                                                     \

@@ -1,6 +1,6 @@
 //! What the pump does for chunks that go from spare memory to the file by cuFile.
 
-use super::{Flight, Job, Lane, Leaving, Mark, Pump};
+use super::{Flight, Job, Leaving, Mark, Pump};
 use crate::cuda::gds::GdsFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::device::direct::{unsupported, DirectStorage, Hashing, Layout};
@@ -13,15 +13,6 @@ use crate::sync::Arc;
 const PIECE_BYTES: u64 = 16 << 20;
 
 impl Pump<'_> {
-    /// An earlier save has left spare memory that a job can use as it is.
-    pub(super) fn has_spare(&self, job: &Job, lane: &Lane, bytes: u64) -> bool {
-        let spare = lane.spare(bytes);
-        if job.layout.is_none() {
-            return spare.is_some();
-        }
-        spare.is_some_and(|spare| self.file.is_open() && lane.has_hasher() && spare.is_registered())
-    }
-
     /// Opens the file and loads the code that hashes, where a job's chunks are to go directly. Where that cannot be, they go through
     /// the staging pool, or the save fails.
     pub(super) fn prepare_direct(&mut self, at: usize) -> Result<()> {
@@ -95,12 +86,12 @@ impl Pump<'_> {
             flight.hashing = Some(hashing);
             let failure = match enqueued {
                 Ok(event) => {
-                    flight.marks.push((lane, Mark::Event(event)));
+                    flight.marks.push(Mark::Event(event));
                     None
                 }
                 Err(error) => {
                     // Some of it may run all the same.
-                    flight.marks.extend(self.lanes[lane].when_idle().map(|mark| (lane, mark)));
+                    flight.marks.extend(self.lanes[lane].when_idle());
                     Some(error)
                 }
             };

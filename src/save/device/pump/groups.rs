@@ -25,8 +25,11 @@ impl Pump<'_> {
         if self.jobs[at].lanes.is_empty() {
             return Ok(false);
         }
+        if self.jobs[at].queues {
+            return self.enqueue_all(at);
+        }
         while self.jobs[at].peek().is_some() && self.jobs[at].is_ready()? {
-            let buffers = self.free_buffers(usize::MAX);
+            let buffers = self.free_buffers(self.group());
             if buffers.is_empty() {
                 return Ok(moved);
             }
@@ -36,11 +39,22 @@ impl Pump<'_> {
         Ok(moved)
     }
 
-    /// As many as a group takes, at most `most`, where others are left enough.
+    /// How many buffers a group takes.
+    pub(super) fn group(&self) -> usize {
+        let pool = self.shared.region.pool();
+        group_of(pool.buffer_bytes(), pool.buffer_count())
+    }
+
+    /// How many buffers devices may have at the same time.
+    pub(super) fn most_buffers(&self) -> usize {
+        let count = self.shared.region.pool().buffer_count();
+        count - (count / LEFT_SHARE).clamp(1, LEFT_BUFFERS)
+    }
+
+    /// At most so many, where others are left enough.
     pub(super) fn free_buffers(&self, most: usize) -> Vec<StagingBuffer> {
         let pool = self.shared.region.pool();
-        let most = group_of(pool.buffer_bytes(), pool.buffer_count()).min(most);
-        let left = (pool.buffer_count() / LEFT_SHARE).clamp(1, LEFT_BUFFERS);
+        let left = pool.buffer_count() - self.most_buffers();
         let free = pool.free_count().saturating_sub(left);
         std::iter::from_fn(|| pool.try_acquire()).take(most.min(free)).collect()
     }
@@ -63,10 +77,10 @@ impl Pump<'_> {
         let mut failure = None;
         for (&lane, copies) in job.lanes.iter().zip(&lists).filter(|(_, copies)| !copies.is_empty()) {
             match self.lanes[lane].fetch(copies, &flight) {
-                Ok(event) => flight.marks.push((lane, Mark::Event(event))),
+                Ok(event) => flight.marks.push(Mark::Event(event)),
                 Err(error) => {
                     // Some of them may run all the same.
-                    flight.marks.extend(self.lanes[lane].when_idle().map(|mark| (lane, mark)));
+                    flight.marks.extend(self.lanes[lane].when_idle());
                     failure.get_or_insert(error);
                 }
             }

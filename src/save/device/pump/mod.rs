@@ -1,8 +1,9 @@
 //! The thread that enqueues copies and looks at how far they are. Which groups of chunks are brought is in `groups`, what goes past host
-//! memory in `direct`.
+//! memory in `direct`, what is enqueued all at once in `queue`.
 
 mod direct;
 mod groups;
+mod queue;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -10,21 +11,14 @@ use std::time::{Duration, Instant};
 use super::direct::{DirectFile, DirectStorage};
 use super::flight::{Arrival, Flight, Leaving, Mark};
 use super::job::{late, Job};
+use super::landing::Pace;
 use super::lane::Lane;
 use super::spare::Spare;
 use super::{Arrived, Bytes, Snapshot};
-use crate::cuda::{Allocating, Device, Relaxed, Turn};
+use crate::cuda::Relaxed;
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::saver::Shared;
 use crate::sync::{thread, Arc};
-
-/// Streams may wait for flags where no more than so much host memory stands between that of devices.
-const KEPT_FOR_FLAGS: usize = 16 << 20;
-
-/// How long the thread sleeps while copies are on their way: a share of the time since something moved, within limits.
-const PAUSE_SHARE: u32 = 16;
-const PAUSE_MIN: Duration = Duration::from_micros(20);
-const PAUSE_MAX: Duration = Duration::from_millis(1);
 
 /// How long a store that is closed waits for copies on their way.
 const CLOSE_GRACE: Duration = Duration::from_secs(10);
@@ -40,14 +34,13 @@ pub(in crate::save) fn run_pump(shared: &Shared) {
         lent: Vec::new(),
         file: DirectFile::default(),
     };
-    let mut moved_at = Instant::now();
+    let mut pace = Pace::new();
     let mut closing_since = None;
     loop {
         let ticket = shared.exchange.work.ticket();
-        shared.exchange.beats.beat();
         let moved = pump.step();
         if moved {
-            moved_at = Instant::now();
+            pace.moved();
             continue;
         }
         let idle = pump.jobs.is_empty() && pump.flights.is_empty();
@@ -60,8 +53,7 @@ pub(in crate::save) fn run_pump(shared: &Shared) {
                 return;
             }
         }
-        let pause = (moved_at.elapsed() / PAUSE_SHARE).clamp(PAUSE_MIN, PAUSE_MAX);
-        let until = (!idle).then(|| Instant::now() + pause);
+        let until = (!idle).then(|| pace.next_look());
         let _ = shared.exchange.work.wait(ticket, until);
     }
 }
@@ -105,8 +97,10 @@ impl Pump<'_> {
     fn wants_memory(&mut self) -> bool {
         let alone = self.jobs.len() == 1 && self.shared.at_most_one_is_active();
         let mut job = self.jobs.front_mut().filter(|_| alone);
-        job.as_mut()
-            .is_some_and(|job| !job.failed && job.spares.is_empty() && job.flights > 0 && job.is_enqueued())
+        job.as_mut().is_some_and(|job| {
+            let fills_buffers = job.spares.is_empty() && !job.waits_for_copiers;
+            !job.failed && fills_buffers && job.flights > 0 && job.is_enqueued()
+        })
     }
 
     // ---- enqueuing ------------------------------------------------------------------------------------
@@ -145,61 +139,19 @@ impl Pump<'_> {
         job.copies.failed();
     }
 
-    /// False where it would wait for a stream of the program that waits for the engine: where it allocates while one waits for a
-    /// flag, and where copies of an earlier save, for which a stream may wait, would come behind the wait for that stream or want for
-    /// buffers that this save has taken.
+    /// False where its turn has not come: an earlier save is still gathering buffers for all its copies, or cuFile would be called while
+    /// copies wait for copiers. That may be held up in the driver, and copiers with it.
     fn try_begin(&mut self, at: usize) -> Result<bool> {
-        let is_waited_for = |job: &mut Job| job.offers_flags && !job.failed && job.peek().is_some();
-        if self.jobs.iter_mut().take(at).any(is_waited_for) {
+        let gathers = |job: &mut Job| job.queues && !job.failed && job.peek().is_some();
+        if self.jobs.iter_mut().take(at).any(gathers) {
             return Ok(false);
         }
-        let allocating = if self.allocates(at)? {
-            match Allocating::begin() {
-                None => {
-                    self.jobs[at].turn.get_or_insert_with(Turn::ask);
-                    return Ok(false);
-                }
-                some => some,
-            }
-        } else {
-            None
-        };
-        self.jobs[at].turn = None;
+        if self.jobs[at].layout.is_some() && !self.shared.exchange.rings.is_empty() {
+            return Ok(false);
+        }
         self.begin(at)?;
-        drop(allocating);
-        self.offer_flags(at)?;
+        self.decide_to_queue(at)?;
         Ok(true)
-    }
-
-    /// Whether beginning takes calls that may wait for a device.
-    fn allocates(&self, at: usize) -> Result<bool> {
-        let job = &self.jobs[at];
-        let source = job.source()?;
-        let bytes = job.spare_bytes()?;
-        let is_prepared = |(device, &bytes): (&Arc<Device>, &u64)| {
-            let lane = self.lanes.iter().find(|lane| lane.is_of(device));
-            lane.is_some_and(|lane| job.snapshot == Snapshot::Staging || self.has_spare(job, lane, bytes))
-        };
-        let is_prepared = source.devices().iter().zip(&bytes).all(is_prepared);
-        Ok(!is_prepared || job.flag_waits && self.shared.exchange.flags.is_unprepared())
-    }
-
-    /// Lets streams wait for a flag from now on, where the state is still to be fetched out of the caller's memory.
-    fn offer_flags(&mut self, at: usize) -> Result<()> {
-        let job = &mut self.jobs[at];
-        let source = job.source()?;
-        // Copies into memory that is not page-locked hold this thread up in the driver.
-        if !job.flag_waits || !job.spares.is_empty() || !job.locked {
-            return Ok(());
-        }
-        if source.devices().iter().any(|device| device.has_one_queue()) {
-            return Ok(());
-        }
-        if self.shared.exchange.flags.is_ready() && job.keep_host(KEPT_FOR_FLAGS)? {
-            job.offers_flags = true;
-            job.copies.begun(source.devices().into(), job.deadline);
-        }
-        Ok(())
     }
 
     /// Finds the lanes, orders them after the caller's streams, and takes the snapshot, where one is to be taken.
@@ -222,9 +174,6 @@ impl Pump<'_> {
             lanes.push(lane);
         }
         self.jobs[at].lanes = lanes;
-        if let (true, Some(device)) = (self.jobs[at].flag_waits, source.devices().first()) {
-            self.shared.exchange.flags.prepare(device);
-        }
         self.prepare_direct(at)?;
         let required = self.jobs[at].direct_storage == DirectStorage::Required;
         match self.jobs[at].snapshot {
@@ -262,12 +211,12 @@ impl Pump<'_> {
         for (&lane, copies) in job.lanes.iter().zip(&lists) {
             match self.lanes[lane].snapshot(copies) {
                 Ok((event, for_streams)) => {
-                    flight.marks.push((lane, Mark::Event(event)));
+                    flight.marks.push(Mark::Event(event));
                     kept.push(for_streams);
                 }
                 Err(error) => {
                     // Some of them may run all the same: until they are done the spare is no other save's.
-                    flight.marks.extend(self.lanes[lane].when_idle().map(|mark| (lane, mark)));
+                    flight.marks.extend(self.lanes[lane].when_idle());
                     failure = Some(error);
                     break;
                 }
@@ -292,9 +241,9 @@ impl Pump<'_> {
         let mut landed = false;
         let mut at = 0;
         while let Some(flight) = self.flights.get_mut(at) {
-            let arrival = flight.look();
-            match arrival {
-                Arrival::Pending if !self.shared.faults.land_early() => at += 1,
+            let early = self.shared.faults.land_early() && flight.ring.is_none();
+            match flight.look() {
+                Arrival::Pending if !early => at += 1,
                 Arrival::Pending | Arrival::Reached => {
                     self.settle(at, None);
                     landed = true;
@@ -335,14 +284,14 @@ impl Pump<'_> {
         }
         let Some(mut flight) = self.flights.remove(at) else { return };
         let (number, leaving, hashing) = (flight.job, flight.leaving, flight.hashing.take());
-        let (chunks, marks) = flight.land();
-        if lost.is_none() {
-            marks.into_iter().for_each(|(lane, mark)| self.lanes[lane].recycle(mark));
+        if let Some(ring) = &flight.ring {
+            self.shared.exchange.rings.remove(ring);
         }
+        let chunks = flight.land();
         let Some(job) = self.jobs.iter_mut().find(|job| job.number() == number) else { return };
         job.flights -= 1;
         if self.shared.faults.die_at_arrival() {
-            assert!(!self.shared.exchange.flags.are_waited_for(), "dies, as planted");
+            assert!(self.shared.exchange.rings.is_empty(), "dies, as planted");
         }
         if job.failed {
             return;
@@ -411,8 +360,8 @@ impl Pump<'_> {
         self.jobs.drain(..).for_each(|mut job| std::mem::forget(std::mem::take(&mut job.spares)));
         std::mem::forget(std::mem::take(&mut self.lent));
         std::mem::forget(std::mem::take(&mut self.lanes));
+        self.shared.exchange.rings.end();
         std::mem::forget(std::mem::take(&mut self.flights));
-        self.shared.exchange.flags.keep();
     }
 }
 

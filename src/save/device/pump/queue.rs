@@ -1,0 +1,157 @@
+//! All copies of a save enqueued at once, to a ring of buffers.
+
+use std::time::{Duration, Instant};
+
+use super::{Flight, Leaving, Mark, Pump};
+use crate::cuda::{CopyList, Device, Event};
+use crate::error::{Error, ErrorKind, Result};
+use crate::save::device::job::Hoard;
+use crate::save::device::ring::{Group, Ring, RingParts};
+use crate::sync::Arc;
+
+/// Copies are enqueued at once where no more than so much host memory stands between that of devices: it is kept aside.
+const KEPT_BYTES: usize = 16 << 20;
+/// A ring is made of no less than this share of the buffers that there are for it,
+const ENOUGH_SHARE: usize = 2;
+/// but where none has become free for so long, of what there is.
+const PATIENCE: Duration = Duration::from_millis(10);
+/// Places are at least so many: one is filled while another is written.
+const PLACES_MIN: usize = 2;
+
+impl Pump<'_> {
+    /// Whether all copies of a job that has just begun are to be enqueued at once. Otherwise they are when there are buffers for them, and
+    /// a thread that has a stream wait for them waits until the last are.
+    pub(super) fn decide_to_queue(&mut self, at: usize) -> Result<()> {
+        let most = self.most_buffers();
+        // Copiers that call cuFile may be held up in the driver.
+        let copiers_are_free = !self.file.is_open();
+        let job = &mut self.jobs[at];
+        // Copies into memory that is not page-locked hold this thread up in the driver.
+        if !job.flag_waits || !job.spares.is_empty() || !job.locked || !copiers_are_free {
+            return Ok(());
+        }
+        // In a queue that all streams share, the program's work would wait for the copiers.
+        let can = |device: &Arc<Device>| device.has_words() && !device.has_one_queue();
+        let can = job.source()?.devices().iter().all(can);
+        job.queues = can && most > PLACES_MIN && job.peek().is_some() && job.keep_host(KEPT_BYTES)?;
+        if job.queues {
+            job.hoard.chunks = job.chunks_to_fetch()?;
+        }
+        Ok(())
+    }
+
+    /// Gathers buffers for a job, and enqueues all its copies when they are enough. True where something moved.
+    pub(super) fn enqueue_all(&mut self, at: usize) -> Result<bool> {
+        if self.jobs[at].peek().is_none() {
+            return Ok(false);
+        }
+        let chunks = self.jobs[at].hoard.chunks;
+        // One is for the words.
+        let most = usize::try_from(chunks).unwrap_or(usize::MAX).saturating_add(1).min(self.most_buffers());
+        let came = self.free_buffers(most.saturating_sub(self.jobs[at].hoard.buffers.len()));
+        let hoard = &mut self.jobs[at].hoard;
+        let grown = !came.is_empty();
+        hoard.buffers.extend(came);
+        let grown_at = *hoard.grown_at.get_or_insert_with(Instant::now);
+        if grown {
+            hoard.grown_at = Some(Instant::now());
+        }
+        let enough = match !grown && grown_at.elapsed() > PATIENCE {
+            true => PLACES_MIN + 1,
+            false => most.div_ceil(ENOUGH_SHARE).max(PLACES_MIN + 1),
+        };
+        if hoard.buffers.len() < enough.min(most) {
+            return Ok(grown);
+        }
+        let ring = self.make_ring(at)?;
+        let job = &mut self.jobs[at];
+        // At once: whatever comes, it keeps the ring until the GPU is done with it.
+        let mut flight = Flight::new(job.number(), Vec::new(), Vec::new(), Leaving::default());
+        flight.ring = Some(ring.clone());
+        if !self.shared.exchange.rings.add(ring.clone()) {
+            return Err(Error::new(ErrorKind::Cancelled, "save", "the store is being closed"));
+        }
+        let enqueued = self.enqueue_to(at, &ring);
+        ring.seal();
+        let marked = self.mark(at, &mut flight);
+        let job = &mut self.jobs[at];
+        job.flights += 1;
+        self.flights.push_back(flight);
+        let events = enqueued.and(marked)?;
+        // The ring has it until all has arrived.
+        job.source = None;
+        job.copies.all_enqueued(events);
+        Ok(true)
+    }
+
+    /// Of what was gathered.
+    fn make_ring(&mut self, at: usize) -> Result<Arc<Ring>> {
+        let group = self.group();
+        let job = &mut self.jobs[at];
+        let Hoard { chunks, mut buffers, .. } = std::mem::take(&mut job.hoard);
+        let nothing = || Error::new(ErrorKind::Internal, "save", "no buffers were gathered");
+        let words = buffers.pop().ok_or_else(nothing)?;
+        let group = group.min(buffers.len() / PLACES_MIN).max(1);
+        job.waits_for_copiers = chunks > buffers.len() as u64;
+        Ring::new(RingParts {
+            save: job.held.save().clone(),
+            source: job.source()?,
+            kept: std::mem::take(&mut job.kept),
+            chunks,
+            words,
+            buffers,
+            group,
+            deadline: job.deadline,
+        })
+    }
+
+    fn enqueue_to(&mut self, at: usize, ring: &Ring) -> Result<()> {
+        let early = self.shared.faults.free_places_early();
+        for number in 0.. {
+            let job = &mut self.jobs[at];
+            job.held.save().check()?;
+            if job.peek().is_none() {
+                break;
+            }
+            let turn = ring.give(number);
+            let mut lists = vec![CopyList::default(); job.lanes.len()];
+            let mut group = Group { turn, chunks: Vec::new(), devices: Vec::new(), bytes: 0 };
+            for &address in ring.addresses(turn) {
+                let Some(listed) = job.list_chunk(address, &mut lists)? else { break };
+                group.chunks.push(listed.chunk);
+                group.bytes += listed.bytes;
+            }
+            for (device, copies) in lists.iter().enumerate().filter(|(_, copies)| !copies.is_empty()) {
+                group.devices.push(device);
+                let free = ring.is_free(device, turn).filter(|_| !early);
+                let arrived = ring.has_arrived(device, turn);
+                self.lanes[job.lanes[device]].fetch_to_ring(copies, free, arrived)?;
+            }
+            ring.comes(group);
+        }
+        Ok(())
+    }
+
+    /// Adds to the flight what tells that all is done that was enqueued for a job, and returns the same for streams of the program.
+    fn mark(&self, at: usize, flight: &mut Flight) -> Result<Vec<Event>> {
+        let (mut events, mut failure) = (Vec::new(), None);
+        for &lane in &self.jobs[at].lanes {
+            let marks =
+                self.lanes[lane].mark_all().and_then(|marks| Ok((marks, self.lanes[lane].mark_all()?)));
+            match marks {
+                Ok((marks, for_streams)) => {
+                    flight.marks.extend(marks.into_iter().map(Mark::Event));
+                    events.extend(for_streams);
+                }
+                Err(error) => {
+                    flight.marks.extend(self.lanes[lane].when_idle());
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        if self.shared.faults.stream_waits_for_nothing() {
+            events.clear();
+        }
+        failure.map_or(Ok(events), Err)
+    }
+}
