@@ -1,9 +1,11 @@
 //! Spare memory of a snapshot that failed: its copies may run all the same, and must not reach what is saved next.
 
+use std::time::Instant;
+
 use pccheck::save::{Faults, Snapshot};
 use pccheck::ErrorKind;
 
-use super::bed::{on, store, stream_wait, State, WAIT};
+use super::bed::{on, store, stream_wait, State, MIXED, WAIT};
 use super::standin::Standin;
 
 /// A snapshot of which the driver refuses the nth call of a kind from its begin on, and the next one, which is quicker.
@@ -53,4 +55,22 @@ fn a_stream_waits_for_nothing_where_all_tensors_on_gpus_are_empty() {
             assert!(state.is_saved(&store, 1));
         }
     }
+}
+
+/// The state has left the caller's memory with the snapshot, however long it takes to be fetched from there.
+#[test]
+fn a_save_tells_when_its_snapshot_was_taken() {
+    let standin = Standin::take();
+    let stream = standin.stream(0);
+    let store = store(4, Faults::default());
+    let mut state = State::new(&standin, MIXED);
+    state.fill(|_| stream, 1, 0);
+    standin.synchronize(0, stream);
+    standin.delay_us(20_000);
+    let began = Instant::now();
+    let save = state.begin(&store, 1, on(stream, Snapshot::Spare)).expect("begin");
+    save.wait_copied(WAIT).expect("copied");
+    let copied = began.elapsed();
+    let durable = save.wait_durable(WAIT).expect("durable");
+    assert!(durable.copied_after <= copied, "{:?} after {copied:?}", durable.copied_after);
 }

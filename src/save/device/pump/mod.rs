@@ -318,7 +318,9 @@ impl Pump<'_> {
             // Before `copied` is told.
             job.source = None;
         }
-        save.chunks_left(leaving.chunks, leaving.bytes);
+        if leaving.chunks > 0 {
+            save.chunks_left(leaving.chunks, leaving.bytes);
+        }
     }
 
     /// Lets go of jobs that are done, or have failed and have nothing on its way any more, or not in time.
