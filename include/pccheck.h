@@ -428,14 +428,12 @@ typedef struct pcc_save_options {
     uint32_t pin;
     // Where a state on GPUs goes first: PCC_SNAPSHOT_... Default PCC_SNAPSHOT_STAGING.
     uint32_t snapshot;
-    // 1: a stream that is given to `pcc_save_stream_wait_copied` before all copies are enqueued waits for a flag in memory, and the
-    // calling thread does not wait for them (only until those of earlier saves are enqueued). The flag is raised when the state
-    // is copied, when the save has failed or its store is closed, and at `device_timeout_ms` at the latest. Until then the program
-    // should do nothing that makes the driver wait for that stream, and so hold up the copies: allocate, free or page-lock
-    // memory of that GPU, create streams, launch a kernel for the first time or enqueue more (about a thousand) than the driver
-    // queues, copy from or to pageable memory on that stream, restore into GPU memory, close a store. Where the driver lets
-    // nothing pass for 5 seconds the save fails with PCC_DEVICE and the stream goes on. The thread waits all the same under
-    // CUDA_DEVICE_MAX_CONNECTIONS=1, and where more than 16 MiB in host memory stand between tensors of GPUs. Default 0.
+    // 1: where the staging pool is smaller than the state, copies wait on the GPU, by flags in memory, for buffers to be written, so
+    // that all are enqueued at once: `pcc_save_stream_wait_copied` has a stream wait for the copies, and the calling thread waits for
+    // none (only until those of earlier saves are enqueued). At `device_timeout_ms` the save fails, and nothing waits for storage any
+    // more. What waits for all that runs on the GPU (synchronising the device, freeing its memory) waits for storage meanwhile, too.
+    // As if 0 under CUDA_DEVICE_MAX_CONNECTIONS=1, where more than 16 MiB in host memory stand between tensors of GPUs, with
+    // fewer than four buffers, and once chunks of the store have gone past host memory. Default 0.
     uint32_t flag_waits;
     // Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
     // 0 or default: 600000.
@@ -1155,7 +1153,7 @@ pcc_status pcc_save_wait_copied(const struct pcc_save *save,
 // Makes a CUDA stream wait until every byte of the state has left the caller's memory, so that what is enqueued on it from
 // now on may update the state. The calling thread waits, for at most `timeout_ms` (negative: for ever), only until all
 // copies are enqueued: not at all worth speaking of where the state goes into spare memory of its GPU or finds room in the
-// staging pool, else until all but the last pool's worth has passed through it, unless the save was begun with `flag_waits`;
+// staging pool, or where the save was begun with `flag_waits`, else until all but the last pool's worth has passed through it;
 // and for tensors in host memory until they are copied. Where the stream cannot be made to wait (it captures a graph, the
 // driver refuses), the calling thread waits until all is copied. `stream` NULL is the legacy default stream. For tensors on
 // several GPUs each stream that may update one of them is to wait.

@@ -45,7 +45,7 @@ def store(tmp_path: Path):
 
 @pytest.fixture(autouse=True, scope="session")
 def warm() -> None:
-    """All kernels are there: none is loaded while a stream waits for a flag."""
+    """All kernels are there: loading one waits for the GPU."""
     for tensor in tensors(0).values():
         tensor.copy_(tensor.clone()).zero_()
         tensor.reshape(-1).view(torch.uint8).bitwise_xor_(1)
@@ -149,7 +149,7 @@ def test_the_host_does_not_wait_for_a_busy_stream(tmp_path, snapshot):
     assert host < stream / 4, (host, stream)
 
 
-def test_with_a_flag_the_host_does_not_wait_for_a_small_pool(tmp_path):
+def test_the_host_does_not_wait_for_a_small_pool(tmp_path):
     new, state = (torch.rand(64 << 20, device="cuda") for _ in range(2))
     path = tmp_path / "region"
     pccheck.format_region(path, slots=3, payload_bytes=pccheck.payload_bytes({"w": state}))
@@ -191,8 +191,15 @@ def many_streams(tensor: torch.Tensor) -> None:
             torch.zeros_like(tensor).add_(1)
 
 
-@pytest.mark.parametrize("work", [many_kernels, one_value, many_streams])
-def test_whatever_comes_behind_a_flag_nothing_hangs_and_nothing_wrong_is_saved(tmp_path, work):
+def new_memory(tensor: torch.Tensor) -> None:
+    """Allocated and freed by the driver, which may wait for all that runs."""
+    for mib in (300, 500):
+        torch.empty(mib << 20, dtype=torch.uint8, device="cuda").fill_(int(tensor[0]))
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("work", [many_kernels, one_value, many_streams, new_memory])
+def test_whatever_comes_behind_the_wait_the_save_becomes_durable(tmp_path, work):
     """What the stand-in of the tests without a GPU does not have: queues with ends, and streams that share them."""
     new, state = (torch.rand(64 << 20, device="cuda") for _ in range(2))
     small = torch.zeros(1000, device="cuda")
@@ -211,11 +218,9 @@ def test_whatever_comes_behind_a_flag_nothing_hangs_and_nothing_wrong_is_saved(t
         work(small)
         torch.cuda.synchronize()
         took = time.perf_counter() - began
-        why = save.error()
-        if why is None:
-            save.durable()
-            assert_saved(store, 1, {"w": new})
-        print(f"{work.__name__}: {took:.2f} s, {why or 'durable'}")
+        save.durable()
+        assert_saved(store, 1, {"w": new})
+        print(f"{work.__name__}: {took:.2f} s")
         assert took < PROMPT
         # The next one is like any other.
         state.copy_(new)

@@ -110,14 +110,12 @@ pub struct pcc_save_options {
     pub pin: u32,
     /// Where a state on GPUs goes first: PCC_SNAPSHOT_... Default PCC_SNAPSHOT_STAGING.
     pub snapshot: u32,
-    /// 1: a stream that is given to `pcc_save_stream_wait_copied` before all copies are enqueued waits for a flag in memory, and the
-    /// calling thread does not wait for them (only until those of earlier saves are enqueued). The flag is raised when the state
-    /// is copied, when the save has failed or its store is closed, and at `device_timeout_ms` at the latest. Until then the program
-    /// should do nothing that makes the driver wait for that stream, and so hold up the copies: allocate, free or page-lock
-    /// memory of that GPU, create streams, launch a kernel for the first time or enqueue more (about a thousand) than the driver
-    /// queues, copy from or to pageable memory on that stream, restore into GPU memory, close a store. Where the driver lets
-    /// nothing pass for 5 seconds the save fails with PCC_DEVICE and the stream goes on. The thread waits all the same under
-    /// CUDA_DEVICE_MAX_CONNECTIONS=1, and where more than 16 MiB in host memory stand between tensors of GPUs. Default 0.
+    /// 1: where the staging pool is smaller than the state, copies wait on the GPU, by flags in memory, for buffers to be written, so
+    /// that all are enqueued at once: `pcc_save_stream_wait_copied` has a stream wait for the copies, and the calling thread waits for
+    /// none (only until those of earlier saves are enqueued). At `device_timeout_ms` the save fails, and nothing waits for storage any
+    /// more. What waits for all that runs on the GPU (synchronising the device, freeing its memory) waits for storage meanwhile, too.
+    /// As if 0 under CUDA_DEVICE_MAX_CONNECTIONS=1, where more than 16 MiB in host memory stand between tensors of GPUs, with
+    /// fewer than four buffers, and once chunks of the store have gone past host memory. Default 0.
     pub flag_waits: u32,
     /// Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
     /// 0 or default: 600000.

@@ -26,7 +26,7 @@ pub const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("staging/pool.rs", "buffers are disjoint parts of the pool's memory"),
     ("source/", "the caller's memory"),
     ("cuda/", "calls of a library that is loaded at run time"),
-    ("save/device/flags.rs", "words of a mapping that devices read"),
+    ("save/device/ring.rs", "words of buffers that devices write and wait for"),
     ("save/device/lane.rs", "buffers are lent to a device's copy engines"),
     ("save/device/on_device.rs", "cuFile reads memory of the device"),
     ("save/device/spare.rs", "cuFile reads memory of the device"),

@@ -232,13 +232,12 @@ class Store:
                 does that, and the region is one file on the direct medium; :attr:`Stats.direct_bytes` tells.
                 "required": the save fails and says why where that is not so, and cuFile is used also where it goes
                 through host memory itself.
-            flag_waits: :meth:`Save.stream_wait_copied` does not wait for a staging pool that is smaller than the state:
-                the stream waits for a flag in memory. Until it goes on, what makes the driver wait for that stream
-                holds up the copies: allocating, freeing or page-locking memory of the GPU, creating streams, launching
-                a kernel for the first time or more of them (about a thousand) than the driver queues, copies to or from
-                pageable memory on that stream, restoring to the GPU, closing a store. The save fails then, and the
-                stream goes on, after 5 seconds in which the driver let nothing pass, or after ``gpu_timeout``. Ignored
-                under ``CUDA_DEVICE_MAX_CONNECTIONS=1``.
+            flag_waits: where the staging pool is smaller than the state, copies wait on the GPU, by flags in memory,
+                for buffers to be written, so that all are enqueued at once and :meth:`Save.stream_wait_copied` waits
+                for no writing, but the stream. What waits for all that runs on the GPU (``torch.cuda.synchronize``,
+                freeing its memory) waits for storage meanwhile, too. After ``gpu_timeout`` the save fails, and nothing
+                waits for storage any more. Ignored under ``CUDA_DEVICE_MAX_CONNECTIONS=1`` and once chunks of the store
+                have gone past host memory.
             gpu_timeout: seconds after which a save that a GPU has not finished copying fails (default 600).
 
         Raises:

@@ -78,8 +78,7 @@ class Checkpointer:
         direct_storage: "auto" has state on one CUDA device go from spare memory (so ``snapshot`` must be "spare" or
             "auto") to the file past host memory, where that is possible; see :meth:`pccheck.Store.save`.
         flag_waits: where the staging pool is smaller than the state, not the host waits before updates, but the GPU's
-            stream. Only for programs that launch little between an update and the end of the copies, as by replaying
-            graphs; see :meth:`pccheck.Store.save` for what a program must not do meanwhile.
+            stream; see :meth:`pccheck.Store.save`.
         durability, medium, staging_bytes, chunk_bytes, writers, lock_timeout: see :class:`pccheck.Store`.
         slot_timeout: seconds that :meth:`step` waits for a slot while N saves are in flight, and before the region
             grows.
