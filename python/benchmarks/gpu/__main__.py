@@ -148,12 +148,15 @@ def train_arm(bed: Bed, options: argparse.Namespace, name: str, every: int) -> d
 
 
 @contextmanager
-def store_for(named: dict[str, torch.Tensor], options: argparse.Namespace) -> Iterator[pccheck.Store]:
-    """A store in memory whose staging pool holds the state."""
+def store_for(
+    named: dict[str, torch.Tensor], options: argparse.Namespace, *, small: bool = False
+) -> Iterator[pccheck.Store]:
+    """A store in memory whose staging pool holds the state; or is as small as it is by default."""
     with tempfile.TemporaryDirectory(prefix="gpu-", dir=options.dir) as own:
         payload, region = pccheck.payload_bytes(named), Path(own) / "region.pcc"
         pccheck.format_region(region, slots=3, payload_bytes=payload)
-        how: Any = {"writers": options.writers, "readers": options.readers, "staging_bytes": payload + (64 << 20)}
+        how: Any = {"writers": options.writers, "readers": options.readers}
+        how["staging_bytes"] = None if small else payload + (64 << 20)
         with pccheck.Store(region, durability="process", **how) as store:
             yield store
 
@@ -184,14 +187,20 @@ def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         views.append(pinned[at : at + tensor.nbytes])
         at += tensor.nbytes
     rounds = []
-    with store_for(named, options) as store, patch.object(pccheck.store, "lib", Library()) as library:
-        for index in range(2 * options.rounds + 3):
-            plain = min(
-                timed_gpu(partial(pinned.copy_, flat, non_blocking=True)), timed_gpu(partial(copy_each, views, tensors))
-            )
-            by_event = timed_save(store, library, 2 * index, named, flag_waits=False)
-            by_flag = timed_save(store, library, 2 * index + 1, named, flag_waits=True)
-            rounds.append({"plain": plain} | by_event | {f"{name}_flags": took for name, took in by_flag.items()})
+    with patch.object(pccheck.store, "lib", Library()) as library:
+        with store_for(named, options) as store:
+            for index in range(2 * options.rounds + 3):
+                plain = min(
+                    timed_gpu(partial(pinned.copy_, flat, non_blocking=True)),
+                    timed_gpu(partial(copy_each, views, tensors)),
+                )
+                rounds.append({"plain": plain} | timed_save(store, library, index, named))
+        # Not beside the other one: memory holds three states.
+        with store_for(named, options, small=True) as store:
+            for index, found in enumerate(rounds):
+                for step, (what, flag_waits) in enumerate((("small", False), ("flags", True)), 2 * index):
+                    took = timed_save(store, library, step, named, flag_waits=flag_waits)
+                    found |= {f"{name}_{what}": seconds for name, seconds in took.items()}
     del pinned, views, flat
     gc.collect()
     torch.cuda.empty_cache()
@@ -205,7 +214,7 @@ def pinned_and_flat(nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def timed_save(
-    store: pccheck.Store, library: Library, step: int, named: dict[str, torch.Tensor], *, flag_waits: bool
+    store: pccheck.Store, library: Library, step: int, named: dict[str, torch.Tensor], *, flag_waits: bool = False
 ) -> dict[str, float]:
     torch.cuda.synchronize()
     began = time.perf_counter()

@@ -43,7 +43,7 @@ def _copying(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
     whole, copies = ([row["plain"] / row[name] for row in rounds] for name in ("copied", "since_begun"))
     yield f"  plain copy {plain:.1f} GB/s, save {copied:.1f} GB/s"
     yield f"  ratio {_spread(whole)}, after begin {_spread(copies)}"
-    for what, suffix in (("", ""), ("with flag_waits: ", "_flags")):
+    for what, suffix in (("", ""), ("a pool of 256 MiB: ", "_small"), ("the same, flag_waits: ", "_flags")):
         begin, library, wait = (1e3 * _column(rounds, name + suffix) for name in ("begin", "library", "wait"))
         copied, durable = (bytes / _column(rounds, name + suffix) / 1e9 for name in ("copied", "durable"))
         yield (
