@@ -147,6 +147,7 @@ void initialisation(void), devices(void), contexts(void), texts(void);
 
 /* streams.c */
 void streams(void), legacy_stream(void), events(void), events_recorded_anew(void), waits_for_values(void);
+void writes_of_values(void);
 
 /* memory.c */
 void memory_of_devices(void), registered_memory(void), pointers(void), giving_back_waits(void),

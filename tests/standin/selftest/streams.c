@@ -185,3 +185,30 @@ void waits_for_values(void) {
     __atomic_store_n(word, 3, __ATOMIC_RELEASE);
     OK(cuStreamSynchronize(stream));
 }
+
+/* A value is written behind all that was enqueued before, and not before. */
+void writes_of_values(void) {
+    uint32_t *word = word_of_pinned();
+    CUdeviceptr address = (uintptr_t)word;
+    *word = 7;
+    SAME(cuStreamWriteValue32_v2(stream, (uintptr_t)plain, 1, 0), INVALID_VALUE);
+    SAME(cuStreamWriteValue32_v2(stream, address + 2, 1, 0), INVALID_VALUE);
+    fill(stream, 1, 5000);
+    OK(cuStreamWriteValue32_v2(stream, address, 8, 0));
+    fill(stream, 2, 5000);
+    CHECK(__atomic_load_n(word, __ATOMIC_ACQUIRE) == 7);
+    while (__atomic_load_n(word, __ATOMIC_ACQUIRE) == 7)
+        nap();
+    CHECK(*word == 8);
+    OK(cuStreamSynchronize(stream));
+    CHECK(is_at(memory, 2));
+    /* Another stream waits for what this one writes. */
+    OK(cuStreamWaitValue32_v2(alone, address, 9, GEQ));
+    fill(alone, 3, 0);
+    nap();
+    SAME(cuStreamQuery(alone), NOT_READY);
+    CHECK(is_at(memory, 2));
+    OK(cuStreamWriteValue32_v2(stream, address, 9, 0));
+    OK(cuStreamSynchronize(alone));
+    CHECK(is_at(memory, 3));
+}
