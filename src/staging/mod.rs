@@ -5,7 +5,9 @@
 //! the speed), is not inherited by forked children, and can be locked in memory.
 
 mod set;
+mod turns;
 pub use set::{BufferSet, FreeList};
+pub use turns::{Turn, Turns, Words};
 
 #[cfg(not(loom))]
 mod mapping;
@@ -16,3 +18,5 @@ pub use pool::{Lender, StagingBuffer, StagingOptions, StagingPool, BUFFERS_MIN};
 
 #[cfg(all(test, loom))]
 mod loom_models;
+#[cfg(all(test, loom))]
+mod loom_models_turns;

@@ -4,8 +4,6 @@
 //! page-locked memory: the host sets it when the copiers have let go of that group. Behind each group's copies the GPU sets a word that tells
 //! that they have arrived. So once all is enqueued no call of the driver is needed until the state is copied: whatever holds up the driver, a
 //! stream of the program that waits for the copies goes on.
-//!
-//! Each word has one writer, and its values only grow: how many groups have passed through its place.
 #![expect(unsafe_code, reason = "words that devices write and wait for")]
 
 use std::collections::{BTreeMap, VecDeque};
@@ -18,15 +16,12 @@ use crate::cuda::{Device, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
 use crate::source::DeviceSource;
-use crate::staging::{Lender, StagingBuffer};
-use crate::sync::atomic::{AtomicU32, Ordering};
+use crate::staging::{Lender, StagingBuffer, Turn, Turns, Words};
+use crate::sync::atomic::AtomicU32;
 use crate::sync::{now, Arc, Mutex};
 
 /// No two words in one line of the cache.
 const WORD_STRIDE: usize = 64;
-
-/// A place that no group waits for: more than there are groups, by the device's comparison, which takes numbers as going round.
-const OPEN: u32 = i32::MAX as u32;
 
 /// What a ring is made of.
 pub(super) struct RingParts {
@@ -48,7 +43,7 @@ pub(super) struct RingParts {
 /// See the module.
 pub(super) struct Ring {
     save: Arc<SaveCore>,
-    words: Words,
+    words: PinnedWords,
     group: usize,
     /// By number, whoever has the buffer.
     addresses: Vec<u64>,
@@ -57,7 +52,7 @@ pub(super) struct Ring {
 }
 
 struct State {
-    places: Vec<Place>,
+    turns: Turns,
     /// By number; none: a copier has it, or it is given back.
     buffers: Vec<Option<StagingBuffer>>,
     /// Groups whose copies are enqueued and that have not landed, oldest first.
@@ -66,30 +61,8 @@ struct State {
     chunks_to_come: u64,
     source: Option<Arc<DeviceSource>>,
     kept: BTreeMap<u64, Vec<u8>>,
-    /// Nothing more will be enqueued.
-    sealed: bool,
-    /// Nobody waits for places any more, and nothing that arrives is taken.
-    opened: bool,
     /// The GPU uses nothing of it any more.
     over: bool,
-}
-
-/// Buffers that a group of chunks goes to.
-#[derive(Debug, Clone, Default)]
-struct Place {
-    /// Groups that were given to it.
-    given: u32,
-    /// Groups of these that have landed.
-    landed: u32,
-    /// Buffers that copiers have.
-    out: usize,
-}
-
-/// A place, and which one of the groups that go there this is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Turn {
-    place: usize,
-    before: u32,
 }
 
 /// Chunks whose copies were enqueued together.
@@ -108,22 +81,20 @@ impl Ring {
     pub fn new(parts: RingParts) -> Result<Arc<Ring>> {
         let RingParts { save, source, kept, chunks, words, mut buffers, group, deadline } = parts;
         // The last one may be smaller.
-        let places = buffers.len().div_ceil(group).min(Words::most(&words, source.devices()));
+        let places = buffers.len().div_ceil(group).min(PinnedWords::most(&words, source.devices()));
         if places == 0 {
             return Err(Error::new(ErrorKind::Internal, "save", "a ring without a place"));
         }
         buffers.truncate(places * group);
         let addresses = buffers.iter().map(|buffer| buffer.as_ptr() as u64).collect();
-        let words = Words::new(words, source.devices(), places)?;
+        let words = PinnedWords::new(words, source.devices(), places)?;
         let state = State {
-            places: vec![Place::default(); places],
+            turns: Turns::new(places),
             buffers: buffers.into_iter().map(Some).collect(),
             coming: VecDeque::new(),
             chunks_to_come: chunks,
             source: Some(source),
             kept,
-            sealed: false,
-            opened: false,
             over: false,
         };
         Ok(Arc::new(Ring { save, words, group, addresses, deadline, state: Mutex::new(state) }))
@@ -134,11 +105,7 @@ impl Ring {
     /// Where the group with that number goes. It counts as given from now on: should copies to it fail half-way, the place is not used for
     /// anything else.
     pub fn give(&self, number: usize) -> Turn {
-        let mut state = self.state.lock();
-        let place = number % state.places.len();
-        let before = state.places[place].given;
-        state.places[place].given += 1;
-        Turn { place, before }
+        self.state.lock().turns.give(number)
     }
 
     /// First bytes of the place's buffers.
@@ -165,13 +132,11 @@ impl Ring {
 
     /// Nothing more will be enqueued: what has passed is given back.
     pub fn seal(&self) {
-        let mut unused = Vec::new();
-        let mut state = self.state.lock();
-        state.sealed = true;
-        for place in 0..state.places.len() {
-            unused.extend(self.pass(&mut state, place));
-        }
-        drop(state);
+        let unused: Vec<_> = {
+            let mut state = self.state.lock();
+            let places = state.turns.seal(&self.words);
+            places.into_iter().flat_map(|place| self.give_back(&mut state, place)).collect()
+        };
         drop(unused);
     }
 
@@ -179,7 +144,7 @@ impl Ring {
     pub fn may_end(&self) -> bool {
         let failed = self.save.check().is_err();
         let state = self.state.lock();
-        failed || state.opened || state.coming.is_empty()
+        failed || state.turns.is_open() || state.coming.is_empty()
     }
 
     /// The GPU uses nothing of it any more.
@@ -205,27 +170,26 @@ impl Ring {
         let (source, done) = {
             let mut state = self.state.lock();
             let mut at = 0;
-            // The next group of each place is among so many.
-            while at < state.coming.len().min(state.places.len()) {
-                let group = &state.coming[at];
-                let place = &state.places[group.turn.place];
-                let is_next = place.out == 0 && place.landed == group.turn.before;
-                if state.opened || !is_next || !early && !self.words.tell_arrival(group) {
+            while at < state.coming.len().min(state.turns.may_be_next()) {
+                let State { turns, coming, .. } = &mut *state;
+                let group = &coming[at];
+                if !turns.lands(&self.words, group.turn, group.devices.iter().copied(), early) {
                     at += 1;
                     continue;
                 }
                 let Some(group) = state.coming.remove(at) else { break };
                 moved = true;
                 let place = group.turn.place;
-                state.places[place].landed += 1;
                 state.chunks_to_come -= group.chunks.len() as u64;
                 if failed {
-                    unused.extend(self.pass(&mut state, place));
+                    if state.turns.pass(&self.words, place) {
+                        unused.extend(self.give_back(&mut state, place));
+                    }
                     continue;
                 }
                 chunks += group.chunks.len() as u64;
                 bytes += group.bytes;
-                state.places[place].out += group.chunks.len();
+                state.turns.take(place, group.chunks.len());
                 for (number, chunk) in self.numbers(place).zip(group.chunks) {
                     let buffer = state.buffers[number].take();
                     let kept = state.kept.remove(&chunk);
@@ -268,14 +232,7 @@ impl Ring {
     /// Lets all copies run, also into buffers that copiers may still read, and takes nothing of what they bring: the save can only fail, and
     /// then nothing is believed of what it has written.
     pub fn open(&self) {
-        let mut state = self.state.lock();
-        if std::mem::replace(&mut state.opened, true) {
-            return;
-        }
-        for place in 0..state.places.len() {
-            // Relaxed: what was read of the buffers is worthless.
-            self.words.free(place).store(OPEN, Ordering::Relaxed);
-        }
+        self.state.lock().turns.open(&self.words);
     }
 
     // ---- inside ------------------------------------------------------------------------------------------
@@ -285,18 +242,9 @@ impl Ring {
         place * self.group..self.addresses.len().min((place + 1) * self.group)
     }
 
-    /// All buffers of a place are here: its next group may come, or they are given back.
-    fn pass(&self, state: &mut State, place: usize) -> Vec<StagingBuffer> {
-        let of = &state.places[place];
-        if state.opened || of.out > 0 {
-            return Vec::new();
-        }
-        if state.sealed && of.landed == of.given {
-            return state.buffers[self.numbers(place)].iter_mut().filter_map(Option::take).collect();
-        }
-        // What was read of the buffers comes before; pairs with the stream's look, behind which they are written.
-        self.words.free(place).store(of.landed, Ordering::Release);
-        Vec::new()
+    /// What a place has, which is not used any more.
+    fn give_back(&self, state: &mut State, place: usize) -> Vec<StagingBuffer> {
+        state.buffers[self.numbers(place)].iter_mut().filter_map(Option::take).collect()
     }
 }
 
@@ -309,8 +257,10 @@ impl Lender for Ring {
             } else {
                 let place = number / self.group;
                 state.buffers[number] = Some(buffer);
-                state.places[place].out -= 1;
-                self.pass(&mut state, place)
+                match state.turns.back(&self.words, place) {
+                    true => self.give_back(&mut state, place),
+                    false => Vec::new(),
+                }
             }
         };
         // They may wake somebody.
@@ -318,18 +268,18 @@ impl Lender for Ring {
     }
 }
 
-/// Words of page-locked memory: of each place one that the host writes, and one that each device writes.
-struct Words {
+/// The words, in page-locked memory.
+struct PinnedWords {
     buffer: StagingBuffer,
     /// Where the buffer begins, as each device addresses it.
     bases: Vec<u64>,
 }
 
-impl Words {
-    fn new(buffer: StagingBuffer, devices: &[Arc<Device>], places: usize) -> Result<Words> {
+impl PinnedWords {
+    fn new(buffer: StagingBuffer, devices: &[Arc<Device>], places: usize) -> Result<PinnedWords> {
         let base = buffer.as_ptr();
         let bases = devices.iter().map(|device| device.address_of(base)).collect::<Result<_>>()?;
-        let mut words = Words { buffer, bases };
+        let mut words = PinnedWords { buffer, bases };
         let end = words.offset(places, 0);
         words.buffer[..end].fill(0);
         Ok(words)
@@ -355,18 +305,14 @@ impl Words {
         // accesses it but through these, and devices by whole words.
         unsafe { AtomicU32::from_ptr(at) }
     }
+}
 
-    /// Groups that have passed through a place.
-    fn free(&self, place: usize) -> &AtomicU32 {
+impl Words for PinnedWords {
+    fn passed(&self, place: usize) -> &AtomicU32 {
         self.word(place, 0)
     }
 
-    /// All devices that bring a group say that it has arrived.
-    fn tell_arrival(&self, group: &Group) -> bool {
-        let arrived = |&device: &usize| {
-            // Pairs with the device's write, before which what it has copied can be seen.
-            self.word(group.turn.place, 1 + device).load(Ordering::Acquire) > group.turn.before
-        };
-        group.devices.iter().all(arrived)
+    fn arrived(&self, place: usize, device: usize) -> &AtomicU32 {
+        self.word(place, 1 + device)
     }
 }
