@@ -98,7 +98,7 @@ pub(in crate::save) fn run_landing(shared: &Shared) {
         let all = rings.state.lock().rings.clone();
         let mut moved = false;
         for ring in &all {
-            moved |= ring.land(&shared.exchange, shared.faults.land_early());
+            moved |= ring.land(&shared.exchange, &shared.faults);
             ring.keep_deadline();
         }
         if moved {

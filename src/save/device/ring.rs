@@ -15,9 +15,10 @@ use super::{Arrived, Bytes, Exchange};
 use crate::cuda::{Device, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::core::SaveCore;
+use crate::save::faults::Faults;
 use crate::source::DeviceSource;
 use crate::staging::{Lender, StagingBuffer, Turn, Turns, Words};
-use crate::sync::atomic::AtomicU32;
+use crate::sync::atomic::{AtomicU32, Ordering};
 use crate::sync::{now, Arc, Mutex};
 
 /// No two words in one line of the cache.
@@ -161,9 +162,8 @@ impl Ring {
 
     // ---- for the thread that lands -----------------------------------------------------------------------
 
-    /// Takes what has arrived to the copiers, or drops it where the save has failed. True where something had. `early`: whether or not
-    /// it has, as a fault.
-    pub fn land(self: &Arc<Self>, exchange: &Exchange, early: bool) -> bool {
+    /// Takes what has arrived to the copiers, or drops it where the save has failed. True where something had.
+    pub fn land(self: &Arc<Self>, exchange: &Exchange, faults: &Faults) -> bool {
         let failed = self.save.check().is_err();
         let (mut landed, mut chunks, mut bytes) = (Vec::new(), 0, 0);
         let (mut moved, mut unused) = (false, Vec::new());
@@ -173,7 +173,7 @@ impl Ring {
             while at < state.coming.len().min(state.turns.may_be_next()) {
                 let State { turns, coming, .. } = &mut *state;
                 let group = &coming[at];
-                if !turns.lands(&self.words, group.turn, group.devices.iter().copied(), early) {
+                if !turns.lands(&self.words, group.turn, group.devices.iter().copied(), faults.land_early()) {
                     at += 1;
                     continue;
                 }
@@ -190,6 +190,9 @@ impl Ring {
                 chunks += group.chunks.len() as u64;
                 bytes += group.bytes;
                 state.turns.take(place, group.chunks.len());
+                if faults.free_places_early() {
+                    self.words.passed(place).store(group.turn.before + 1, Ordering::Relaxed);
+                }
                 for (number, chunk) in self.numbers(place).zip(group.chunks) {
                     let buffer = state.buffers[number].take();
                     let kept = state.kept.remove(&chunk);

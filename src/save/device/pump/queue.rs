@@ -106,7 +106,6 @@ impl Pump<'_> {
     }
 
     fn enqueue_to(&mut self, at: usize, ring: &Ring) -> Result<()> {
-        let early = self.shared.faults.free_places_early();
         for number in 0.. {
             let job = &mut self.jobs[at];
             job.held.save().check()?;
@@ -123,7 +122,7 @@ impl Pump<'_> {
             }
             for (device, copies) in lists.iter().enumerate().filter(|(_, copies)| !copies.is_empty()) {
                 group.devices.push(device);
-                let free = ring.is_free(device, turn).filter(|_| !early);
+                let free = ring.is_free(device, turn);
                 let arrived = ring.has_arrived(device, turn);
                 self.lanes[job.lanes[device]].fetch_to_ring(copies, free, arrived)?;
             }
