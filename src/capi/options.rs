@@ -112,7 +112,7 @@ pub struct pcc_save_options {
     pub snapshot: u32,
     /// 1: where the staging pool is smaller than the state, copies wait on the GPU, by flags in memory, for buffers to be written, so
     /// that all are enqueued at once: `pcc_save_stream_wait_copied` has a stream wait for the copies, and the calling thread waits for
-    /// none (only until those of earlier saves are enqueued). At `device_timeout_ms` the save fails, and nothing waits for storage any
+    /// none (only until those of earlier saves are enqueued, and of states of many hundred tensors all but the last). At `device_timeout_ms` the save fails, and nothing waits for storage any
     /// more. What waits for all that runs on the GPU (synchronising the device, freeing its memory) waits for storage meanwhile, too.
     /// As if 0 under CUDA_DEVICE_MAX_CONNECTIONS=1, where more than 16 MiB in host memory stand between tensors of GPUs, with
     /// fewer than four buffers, and once chunks of the store have gone past host memory. Default 0.

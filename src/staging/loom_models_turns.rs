@@ -57,7 +57,7 @@ enum Fault {
 fn through_one_place<H: Host>(make: fn(Turns) -> H, fault: Fault) {
     explore(PREEMPTIONS, move || {
         let mut turns = Turns::new(1);
-        let given: Vec<Turn> = (0..GROUPS).map(|number| turns.give(number)).collect();
+        let given: Vec<Turn> = (0..GROUPS).map(|_| turns.give()).collect();
         let words = OnePlace { passed: AtomicU32::new(0), arrived: AtomicU32::new(0) };
         assert!(turns.seal(&words).is_empty(), "law: a place that groups are to come to is used");
         let shared = Arc::new((words, Mutex::new(make(turns)), UnsafeCell::new(())));

@@ -39,6 +39,8 @@ struct Place {
 #[derive(Debug)]
 pub struct Turns {
     places: Vec<Place>,
+    /// Where the next group goes.
+    next: usize,
     sealed: bool,
     opened: bool,
 }
@@ -46,13 +48,13 @@ pub struct Turns {
 impl Turns {
     /// Turns at so many places.
     pub fn new(places: usize) -> Turns {
-        Turns { places: vec![Place::default(); places], sealed: false, opened: false }
+        Turns { places: vec![Place::default(); places], next: 0, sealed: false, opened: false }
     }
 
-    /// The turn of the group with that number. It counts from now on: should its copies fail half-way, the place is not used for
-    /// anything else.
-    pub fn give(&mut self, number: usize) -> Turn {
-        let place = number % self.places.len();
+    /// The next group's turn. It counts from now on: should its copies fail half-way, the place is not used for anything else.
+    pub fn give(&mut self) -> Turn {
+        let place = self.next;
+        self.next = (place + 1) % self.places.len();
         let of = &mut self.places[place];
         of.given += 1;
         Turn { place, before: of.given - 1 }

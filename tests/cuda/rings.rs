@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use pccheck::engine::Store;
 use pccheck::error::ErrorKind;
-use pccheck::medium::sim::{AttemptKind, SimMedium};
+use pccheck::medium::sim::{AttemptKind, SimMedium, SimModel};
 use pccheck::save::{DeviceOptions, Faults, Save, SaveOptions, Snapshot};
+use pccheck::store::{format_medium, FormatOptions};
 
 use super::bed::{
     assert_idle, medium, on, open, store, stream_wait, until, State, CHUNK, MIXED, PROMPT, TWO_GPUS, WAIT,
@@ -187,6 +188,75 @@ fn a_driver_that_is_held_up_holds_up_nothing() {
         save.wait_durable(WAIT).expect("durable");
         assert!(state.is_saved(&store, step));
     }
+    assert_idle(&store);
+}
+
+/// A plain training loop launches more behind the wait than the driver queues. A launch then waits for room with the driver's lock, and
+/// there is room when the copies have ended.
+#[test]
+fn launch_queues_that_are_full_hold_up_nothing() {
+    let standin = Standin::take();
+    let (stream, other) = (standin.stream(0), standin.stream(0));
+    let (store, mut state) = warmed(&standin, stream);
+    let mut work = State::new(&standin, &[(100, Some(0)); 10]);
+    for step in 2..5 {
+        state.fill(|_| stream, step, 0);
+        standin.synchronize(0, stream);
+        let jams = standin.jams();
+        let save = begin_held(&state, &store, step, other, stream);
+        standin.queue_limit(64);
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..50).for_each(|times| work.fill(|_| stream, times, 0)));
+            until("the queue is full", || standin.jams() > jams);
+            standin.hold_stream(other, false);
+        });
+        standin.queue_limit(0);
+        save.wait_durable(WAIT).expect("durable");
+        assert!(state.is_saved(&store, step));
+    }
+    standin.synchronize(0, stream);
+    assert_idle(&store);
+}
+
+/// The engine itself enqueues no more than there is room for, and the rest as copies end: the program's calls are not held up.
+#[test]
+fn a_state_of_more_copies_than_the_driver_queues_leaves_room() {
+    let standin = Standin::take();
+    let (stream, other) = (standin.stream(0), standin.stream(0));
+    let sim = Arc::new(SimMedium::new(80 << 20, SimModel::Ssd { torn: false }));
+    format_medium(&*sim, &FormatOptions::new(3, 20 << 20)).expect("format");
+    let store = open(&sim, CHUNK, FEW, Faults::default());
+    let mut state = State::new(&standin, &[(3_000, Some(0)); 3_000]);
+    warm(&store, &mut state, stream);
+    standin.allocations_wait(false);
+    state.fill(|_| stream, 2, 0);
+    standin.synchronize(0, stream);
+    standin.queue_limit(500);
+    standin.hold_stream(other, true);
+    let copies = standin.calls("cuStreamWriteValue32_v2");
+    let save = state.begin(&store, 2, queued(other, PROMPT)).expect("begin");
+    until("copies are enqueued", || standin.calls("cuStreamWriteValue32_v2") > copies + 50);
+    std::thread::sleep(Duration::from_millis(50));
+    let jams = standin.jams();
+    // SAFETY: the stream lives.
+    let waited = unsafe { save.stream_wait_copied(stream.0, Some(Duration::from_millis(20))) };
+    standin.hold_stream(other, false);
+    assert_eq!(jams, 0);
+    assert_eq!(waited.expect_err("not all are enqueued").kind(), ErrorKind::TimedOut);
+    stream_wait(&save, stream).expect("wait");
+    state.fill(|_| stream, 3, 0);
+    standin.queue_limit(0);
+    save.wait_durable(WAIT).expect("durable");
+    assert!(state.is_saved(&store, 2));
+    standin.synchronize(0, stream);
+    // One that ends while it is being enqueued.
+    standin.hold_stream(other, true);
+    let save = state.begin(&store, 3, queued(other, PROMPT)).expect("begin");
+    std::thread::sleep(Duration::from_millis(20));
+    save.cancel();
+    standin.hold_stream(other, false);
+    assert_eq!(save.wait_durable(WAIT).unwrap_err().kind(), ErrorKind::Cancelled);
+    drop(save);
     assert_idle(&store);
 }
 

@@ -225,6 +225,16 @@ impl Standin {
         call!("standin_delay_us"(us => u64) -> ());
     }
 
+    /// So many pieces of work that are not done have room on a stream; 0: any number.
+    pub fn queue_limit(&self, most: u64) {
+        call!("standin_queue_limit"(most => u64) -> ());
+    }
+
+    /// How often a call had to wait for room, and all others with it.
+    pub fn jams(&self) -> u64 {
+        call!("standin_jams"() -> u64)
+    }
+
     pub fn allocations_wait(&self, on: bool) {
         call!("standin_allocations_wait"(u32::from(on) => u32) -> ());
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::direct::{DirectStorage, Hashing, Layout, HASH_BYTES};
 use super::flight::Leaving;
+use super::ring::Ring;
 use super::spare::Spare;
 use super::{Copies, DevicePart, NewJob, Snapshot};
 use crate::cuda::gds::GdsFile;
@@ -75,6 +76,8 @@ pub(super) struct Job {
     pub queues: bool,
     /// Buffers for that, as they come.
     pub hoard: Hoard,
+    /// What was made of them, until all is enqueued.
+    pub ring: Option<Arc<Ring>>,
     /// Copies of it wait for buffers that copiers have.
     pub waits_for_copiers: bool,
     /// None: never.
@@ -130,6 +133,7 @@ impl Job {
             flag_waits,
             queues: false,
             hoard: Hoard::default(),
+            ring: None,
             waits_for_copiers: false,
             deadline,
             lanes: Vec::new(),

@@ -75,6 +75,8 @@ pub(super) struct Group {
     /// Which of the source's devices bring them.
     pub devices: Vec<usize>,
     pub bytes: u64,
+    /// What was enqueued for them.
+    pub operations: usize,
 }
 
 impl Ring {
@@ -103,10 +105,14 @@ impl Ring {
 
     // ---- for the pump, which enqueues ------------------------------------------------------------------
 
-    /// Where the group with that number goes. It counts as given from now on: should copies to it fail half-way, the place is not used for
-    /// anything else.
-    pub fn give(&self, number: usize) -> Turn {
-        self.state.lock().turns.give(number)
+    /// Where the next group goes. It counts as given from now on: should copies to it fail half-way, the place is not used for anything else.
+    pub fn give(&self) -> Turn {
+        self.state.lock().turns.give()
+    }
+
+    /// Operations of groups that have yet to land.
+    pub fn operations(&self) -> usize {
+        self.state.lock().coming.iter().map(|group| group.operations).sum()
     }
 
     /// First bytes of the place's buffers.

@@ -21,6 +21,7 @@ struct fault {
 
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t moved = PTHREAD_COND_INITIALIZER;
+uint32_t jammed;
 
 static struct fault faults[MAX_FAULTS];
 static uint64_t calls_ever[CALL_COUNT], calls_at_reset[CALL_COUNT];
@@ -50,7 +51,7 @@ void *allocate(size_t bytes) {
 
 CUresult enter(enum call call) {
     uint64_t now = ++calls_ever[call];
-    while (stalled[call])
+    while (stalled[call] || jammed > 0)
         pthread_cond_wait(&moved, &mutex);
     for (struct fault *fault = faults; fault < faults + MAX_FAULTS; fault++) {
         if (fault->armed && fault->call == call && now >= fault->at) {

@@ -11,17 +11,25 @@ static void wake_all(void) {
             pthread_cond_signal(&lane->more);
 }
 
+static void wake_the_jammed(void) {
+    for (int i = 0; i < device_count; i++)
+        for (struct lane *lane = contexts[i].lanes; lane != NULL; lane = lane->next)
+            pthread_cond_broadcast(&lane->progress);
+}
+
 /* Takes back all that tests set, and counts anew. Objects and enqueued work stay. */
 EXPORTED void standin_reset(void) {
     LOCKED;
     reset_calls();
     work_to_fail = delay_us = copied_bytes = copies_done = captures = 0;
+    queue_limit = jams = 0;
     all_held = capture_invalidated = allocations_wait = false;
     for (int i = 0; i < device_count; i++) {
         contexts[i].failed = CUDA_SUCCESS;
         for (struct lane *lane = contexts[i].lanes; lane != NULL; lane = lane->next)
             lane->held = lane->capturing = false;
     }
+    wake_the_jammed();
     for (struct event *event = events; event != NULL; event = event->next)
         event->captured = false;
     wake_all();
@@ -39,6 +47,19 @@ EXPORTED void standin_fail_work(uint64_t nth, int32_t code) {
 EXPORTED void standin_delay_us(uint64_t us) {
     LOCKED;
     delay_us = us;
+}
+
+/* A stream takes so many pieces of work that are not done; 0: any number. */
+EXPORTED void standin_queue_limit(uint64_t most) {
+    LOCKED;
+    queue_limit = most;
+    wake_the_jammed();
+}
+
+/* How often a call had to wait for room. */
+EXPORTED uint64_t standin_jams(void) {
+    LOCKED;
+    return jams;
 }
 
 /* While on, allocating, page-locking and loading code wait for all that has been enqueued on any device. */

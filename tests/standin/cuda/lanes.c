@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 bool all_held;
+uint64_t queue_limit, jams;
 
 static void *serve(void *argument) {
     struct lane *lane = argument, **link;
@@ -21,6 +22,7 @@ static void *serve(void *argument) {
         if (lane->context->failed == 0)
             run(lane, work);
         lane->first = work->next;
+        lane->length--;
         if (lane->first == NULL)
             lane->last = &lane->first;
         if (work->lane != NULL)
@@ -57,6 +59,7 @@ static uint64_t append(struct lane *lane, struct work *work) {
     work->number = ++last_number;
     *lane->last = work;
     lane->last = &work->next;
+    lane->length++;
     pthread_cond_signal(&lane->more);
     return work->number;
 }
@@ -74,7 +77,22 @@ void order_by_legacy(struct lane *lane) {
     }
 }
 
+/* As the driver does where a queue has no room: the call waits, with the lock that all others want. */
+static void wait_for_room(struct lane *lane) {
+    if (queue_limit == 0 || lane->length < queue_limit)
+        return;
+    jams++;
+    jammed++;
+    lane->users++;
+    while (queue_limit > 0 && lane->length >= queue_limit)
+        pthread_cond_wait(&lane->progress, &mutex);
+    release_lane(lane);
+    if (--jammed == 0)
+        pthread_cond_broadcast(&moved);
+}
+
 uint64_t enqueue(struct lane *lane, struct work *work) {
+    wait_for_room(lane);
     order_by_legacy(lane);
     return append(lane, work);
 }

@@ -12,6 +12,7 @@
  *    counted, and is there again when the context is retained again.
  *  - The per-thread default stream (2) is one stream per context, which all threads share. Like the driver's it is
  *    ordered with the legacy default stream.
+ *  - Streams take any number of pieces of work, unless standin_queue_limit says otherwise; each has a queue of its own.
  *  - A capture records nothing: its stream refuses work.
  *  - The copies of a batch run from the last to the first, since their order is open; sources are read in stream order,
  *    whatever the attributes allow. A batch is one piece of work, and delayed once.
@@ -123,8 +124,9 @@ struct lane {
     bool open, blocking, capturing, held;
     /* Its thread and all that name a point on it. */
     uint32_t users;
-    /* What is being done, and what comes after it. */
+    /* What is being done, and what comes after it; how much that is. */
     struct work *first, **last;
+    size_t length;
     pthread_cond_t more, progress;
 };
 
@@ -224,6 +226,8 @@ enum side { SIDE_HOST, SIDE_DEVICE, SIDE_EITHER };
 extern pthread_mutex_t mutex;
 /* A context's lanes have stopped moving bytes, or a call is not stalled any more. */
 extern pthread_cond_t moved;
+/* Calls that wait for room on a stream: no other call gets in meanwhile. */
+extern uint32_t jammed;
 int lock(void);
 void unlock(int *unused);
 void die(const char *what, const char *name);
@@ -269,6 +273,7 @@ void run(struct lane *lane, struct work *work);
 /* ---- lanes.c ---- */
 
 extern bool all_held;
+extern uint64_t queue_limit, jams;
 struct lane *make_lane(struct context *context, bool blocking);
 void order_by_legacy(struct lane *lane);
 uint64_t enqueue(struct lane *lane, struct work *work);

@@ -40,6 +40,7 @@ int main(int count, char **arguments) {
     RUN(launches_that_are_refused);
     RUN(waits_for_values);
     RUN(writes_of_values);
+    RUN(full_queues);
     RUN(faults);
     RUN(failing_work);
     RUN(memory_that_is_gone);

@@ -86,6 +86,8 @@ enum { TYPE_HOST = 1, TYPE_DEVICE = 2 };
     F(void, standin_fail_work, (uint64_t, int32_t))                                                                \
     F(uint64_t, standin_calls, (const char *))                                                                     \
     F(void, standin_delay_us, (uint64_t))                                                                          \
+    F(void, standin_queue_limit, (uint64_t))                                                                       \
+    F(uint64_t, standin_jams, (void))                                                                              \
     F(void, standin_hold, (uint32_t))                                                                              \
     F(void, standin_hold_stream, (void *, uint32_t))                                                               \
     F(uint64_t, standin_live, (const char *))                                                                      \
@@ -147,7 +149,7 @@ void initialisation(void), devices(void), contexts(void), texts(void);
 
 /* streams.c */
 void streams(void), legacy_stream(void), events(void), events_recorded_anew(void), waits_for_values(void);
-void writes_of_values(void);
+void writes_of_values(void), full_queues(void);
 
 /* memory.c */
 void memory_of_devices(void), registered_memory(void), pointers(void), giving_back_waits(void),

@@ -212,3 +212,29 @@ void writes_of_values(void) {
     OK(cuStreamSynchronize(alone));
     CHECK(is_at(memory, 3));
 }
+
+static void *let_go(void *unused) {
+    (void)unused;
+    while (standin_jams() == 0)
+        nap();
+    nap();
+    standin_hold_stream(stream, 0);
+    return NULL;
+}
+
+/* A call that finds no room on its stream waits, and others with it. */
+void full_queues(void) {
+    pthread_t other;
+    standin_queue_limit(3);
+    standin_hold_stream(stream, 1);
+    for (int i = 0; i < 3; i++)
+        fill(stream, 1, 0);
+    SAME(standin_jams(), 0);
+    SAME(pthread_create(&other, NULL, let_go, NULL), 0);
+    fill(stream, 2, 0);
+    SAME(standin_jams(), 1);
+    pthread_join(other, NULL);
+    OK(cuStreamSynchronize(stream));
+    CHECK(is_at(memory, 2));
+    standin_queue_limit(0);
+}

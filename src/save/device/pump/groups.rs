@@ -12,7 +12,7 @@ const GROUP_SHARE: usize = 4;
 /// Of a large pool groups take this share, up to so many bytes: each costs calls of the driver, and until all are enqueued a
 /// trainer may wait.
 const LARGE_GROUP_SHARE: usize = 64;
-const LARGE_GROUP_BYTES: usize = 64 << 20;
+pub(super) const LARGE_GROUP_BYTES: usize = 64 << 20;
 /// So many buffers, or that share of the pool, are left to others, who would else wait for as long as a stream takes to
 /// reach the copies.
 const LEFT_BUFFERS: usize = 4;

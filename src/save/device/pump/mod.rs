@@ -137,6 +137,8 @@ impl Pump<'_> {
         job.failed = true;
         job.held.save().fail(error);
         job.copies.failed();
+        // It has failed anyhow.
+        let _ = self.end_ring(at);
     }
 
     /// False where its turn has not come: an earlier save is still gathering buffers for all its copies, or cuFile would be called while
@@ -351,6 +353,8 @@ impl Pump<'_> {
     /// The store is closed, and copies do not end: what they use stays theirs.
     fn abandon(mut self) {
         for at in 0..self.jobs.len() {
+            // Kept by all rings' end.
+            self.jobs[at].ring = None;
             let error = Error::new(ErrorKind::Device, "close", "the GPU did not finish its copies");
             self.fail(at, error);
         }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::groups::LARGE_GROUP_BYTES;
 use super::{Flight, Leaving, Mark, Pump};
 use crate::cuda::{CopyList, Device, Event};
 use crate::error::{Error, ErrorKind, Result};
@@ -17,6 +18,11 @@ const ENOUGH_SHARE: usize = 2;
 const PATIENCE: Duration = Duration::from_millis(10);
 /// Places are at least so many: one is filled while another is written.
 const PLACES_MIN: usize = 2;
+/// Groups are so large that there are no more places than this, within limits.
+const PLACES: usize = 8;
+/// So many copies, waits and words that have not come to their end are enqueued: a call of the driver for one that its queues (of about a
+/// thousand each) have no room for waits, and holds up the program's calls meanwhile, here for as long as storage takes.
+const OPERATIONS_MAX: usize = 800;
 
 impl Pump<'_> {
     /// Whether all copies of a job that has just begun are to be enqueued at once. Otherwise they are when there are buffers for them, and
@@ -40,23 +46,42 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// Gathers buffers for a job, and enqueues all its copies when they are enough. True where something moved.
+    /// Gathers buffers for a job, and enqueues all its copies when they are enough, as far as the driver takes them without waiting. True
+    /// where something moved.
     pub(super) fn enqueue_all(&mut self, at: usize) -> Result<bool> {
         if self.jobs[at].peek().is_none() {
             return Ok(false);
         }
-        let chunks = self.jobs[at].hoard.chunks;
+        let Some(ring) = self.jobs[at].ring.clone() else { return self.gather(at) };
+        let mut moved = false;
+        while self.jobs[at].peek().is_some() {
+            if ring.operations() >= OPERATIONS_MAX {
+                return Ok(moved);
+            }
+            self.enqueue_to(at, &ring)?;
+            moved = true;
+        }
+        let events = self.end_ring(at)?;
+        let job = &mut self.jobs[at];
+        // The ring has it until all has arrived.
+        job.source = None;
+        job.copies.all_enqueued(events);
+        Ok(true)
+    }
+
+    /// Makes the ring of a job once there are buffers enough. True where something moved.
+    fn gather(&mut self, at: usize) -> Result<bool> {
+        let chunks = usize::try_from(self.jobs[at].hoard.chunks).unwrap_or(usize::MAX);
         // One is for the words.
-        let most = usize::try_from(chunks).unwrap_or(usize::MAX).saturating_add(1).min(self.most_buffers());
+        let most = chunks.saturating_add(1).min(self.most_buffers());
         let came = self.free_buffers(most.saturating_sub(self.jobs[at].hoard.buffers.len()));
         let hoard = &mut self.jobs[at].hoard;
         let grown = !came.is_empty();
-        hoard.buffers.extend(came);
-        let grown_at = *hoard.grown_at.get_or_insert_with(Instant::now);
-        if grown {
+        if grown || hoard.grown_at.is_none() {
             hoard.grown_at = Some(Instant::now());
         }
-        let enough = match !grown && grown_at.elapsed() > PATIENCE {
+        hoard.buffers.extend(came);
+        let enough = match hoard.grown_at.is_some_and(|at| at.elapsed() > PATIENCE) {
             true => PLACES_MIN + 1,
             false => most.div_ceil(ENOUGH_SHARE).max(PLACES_MIN + 1),
         };
@@ -64,34 +89,23 @@ impl Pump<'_> {
             return Ok(grown);
         }
         let ring = self.make_ring(at)?;
-        let job = &mut self.jobs[at];
-        // At once: whatever comes, it keeps the ring until the GPU is done with it.
-        let mut flight = Flight::new(job.number(), Vec::new(), Vec::new(), Leaving::default());
-        flight.ring = Some(ring.clone());
         if !self.shared.exchange.rings.add(ring.clone()) {
             return Err(Error::new(ErrorKind::Cancelled, "save", "the store is being closed"));
         }
-        let enqueued = self.enqueue_to(at, &ring);
-        ring.seal();
-        let marked = self.mark(at, &mut flight);
-        let job = &mut self.jobs[at];
-        job.flights += 1;
-        self.flights.push_back(flight);
-        let events = enqueued.and(marked)?;
-        // The ring has it until all has arrived.
-        job.source = None;
-        job.copies.all_enqueued(events);
+        self.jobs[at].ring = Some(ring);
         Ok(true)
     }
 
     /// Of what was gathered.
     fn make_ring(&mut self, at: usize) -> Result<Arc<Ring>> {
-        let group = self.group();
+        let (group, buffer_bytes) = (self.group(), self.shared.region.pool().buffer_bytes());
         let job = &mut self.jobs[at];
         let Hoard { chunks, mut buffers, .. } = std::mem::take(&mut job.hoard);
         let nothing = || Error::new(ErrorKind::Internal, "save", "no buffers were gathered");
         let words = buffers.pop().ok_or_else(nothing)?;
-        let group = group.min(buffers.len() / PLACES_MIN).max(1);
+        // The larger, the fewer there are to be enqueued.
+        let large = (buffers.len() / PLACES).min(LARGE_GROUP_BYTES / buffer_bytes);
+        let group = group.max(large).min(buffers.len() / PLACES_MIN).max(1);
         job.waits_for_copiers = chunks > buffers.len() as u64;
         Ring::new(RingParts {
             save: job.held.save().clone(),
@@ -105,30 +119,39 @@ impl Pump<'_> {
         })
     }
 
+    /// Enqueues the next group.
     fn enqueue_to(&mut self, at: usize, ring: &Ring) -> Result<()> {
-        for number in 0.. {
-            let job = &mut self.jobs[at];
-            job.held.save().check()?;
-            if job.peek().is_none() {
-                break;
-            }
-            let turn = ring.give(number);
-            let mut lists = vec![CopyList::default(); job.lanes.len()];
-            let mut group = Group { turn, chunks: Vec::new(), devices: Vec::new(), bytes: 0 };
-            for &address in ring.addresses(turn) {
-                let Some(listed) = job.list_chunk(address, &mut lists)? else { break };
-                group.chunks.push(listed.chunk);
-                group.bytes += listed.bytes;
-            }
-            for (device, copies) in lists.iter().enumerate().filter(|(_, copies)| !copies.is_empty()) {
-                group.devices.push(device);
-                let free = ring.is_free(device, turn);
-                let arrived = ring.has_arrived(device, turn);
-                self.lanes[job.lanes[device]].fetch_to_ring(copies, free, arrived)?;
-            }
-            ring.comes(group);
+        let job = &mut self.jobs[at];
+        let turn = ring.give();
+        let mut lists = vec![CopyList::default(); job.lanes.len()];
+        let mut group = Group { turn, chunks: Vec::new(), devices: Vec::new(), bytes: 0, operations: 0 };
+        for &address in ring.addresses(turn) {
+            let Some(listed) = job.list_chunk(address, &mut lists)? else { break };
+            group.chunks.push(listed.chunk);
+            group.bytes += listed.bytes;
         }
+        for (device, copies) in lists.iter().enumerate().filter(|(_, copies)| !copies.is_empty()) {
+            group.devices.push(device);
+            group.operations += copies.copies().len() + 2;
+            let (free, arrived) = (ring.is_free(device, turn), ring.has_arrived(device, turn));
+            self.lanes[job.lanes[device]].fetch_to_ring(copies, free, arrived)?;
+        }
+        ring.comes(group);
         Ok(())
+    }
+
+    /// Nothing more is enqueued to the ring of a job, if it has one: a flight keeps it until the GPU is done with it. Returns what is
+    /// reached then, for streams of the program.
+    pub(super) fn end_ring(&mut self, at: usize) -> Result<Vec<Event>> {
+        let job = &mut self.jobs[at];
+        let Some(ring) = job.ring.take() else { return Ok(Vec::new()) };
+        ring.seal();
+        job.flights += 1;
+        let mut flight = Flight::new(job.number(), Vec::new(), Vec::new(), Leaving::default());
+        flight.ring = Some(ring);
+        let events = self.mark(at, &mut flight);
+        self.flights.push_back(flight);
+        events
     }
 
     /// Adds to the flight what tells that all is done that was enqueued for a job, and returns the same for streams of the program.
