@@ -205,7 +205,8 @@ impl Deref for StagingBuffer {
 
     fn deref(&self) -> &[u8] {
         // SAFETY: the pool is alive (held by Arc); `index` is this buffer's alone until it is put back, so
-        // nobody writes these `buffer_bytes` initialised bytes while `self` is borrowed.
+        // nobody writes these `buffer_bytes` initialised bytes while `self` is borrowed: but for a GPU, where the save has failed that
+        // the buffer is lent to. What is read then is any bytes, of which nobody believes anything.
         unsafe { std::slice::from_raw_parts(self.start(), self.pool.buffer_bytes) }
     }
 }

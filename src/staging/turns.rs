@@ -60,11 +60,6 @@ impl Turns {
         Turn { place, before: of.given - 1 }
     }
 
-    /// How many groups may be the next at their places, among those that are to come in their order.
-    pub fn may_be_next(&self) -> usize {
-        self.places.len()
-    }
-
     /// Whether a group is there that these devices bring: it counts as landed then. `early`: believed without the devices, as a fault.
     pub fn lands(
         &mut self,

@@ -11,7 +11,8 @@ use pccheck::save::{Faults, Snapshot};
 use pccheck::store::{format_medium, FormatOptions, OpenOptions};
 use pccheck::Result;
 
-use super::bed::{on, until, State, CHUNK, WAIT};
+use super::bed::{on, until, State, CHUNK, PROMPT, WAIT};
+use super::rings::queued;
 use super::standin::Standin;
 
 const WRITERS: u32 = 8;
@@ -118,11 +119,14 @@ fn all_copiers_write_where_the_copies_wait_for_their_buffers() {
     standin.synchronize(0, stream);
     // Something is always on its way.
     standin.delay_us(20_000);
-    let save = state.begin(&store, 1, on(stream, Snapshot::Staging)).expect("begin");
-    until("some are written", || slow.handed.load(Ordering::SeqCst) > 40);
-    assert!(slow.most() > 4);
-    save.wait_durable(WAIT).expect("durable");
-    assert!(state.is_saved(&store, 1));
+    for options in [on(stream, Snapshot::Staging), queued(stream, PROMPT)] {
+        let before = slow.handed.load(Ordering::SeqCst);
+        let save = state.begin(&store, 1, options).expect("begin");
+        until("some are written", || slow.handed.load(Ordering::SeqCst) > before + 40);
+        assert!(slow.most() > 4);
+        save.wait_durable(WAIT).expect("durable");
+        assert!(state.is_saved(&store, 1));
+    }
 }
 
 /// Saves that are begun one after the other while the copies of the first one are on their way.

@@ -181,6 +181,13 @@ impl Standin {
         check("synchronize", code);
     }
 
+    /// Everything that was enqueued on the stream has been done.
+    pub fn is_idle(&self, device: u32, stream: Stream) -> bool {
+        let code = self
+            .enter(device as i32, || call!("cuStreamQuery"(stream.0 as *mut c_void => *mut c_void) -> i32));
+        code == 0
+    }
+
     /// What [`Standin::fill`] fills with.
     pub fn pattern(&self, seed: u64, bytes: usize) -> Vec<u8> {
         (0..bytes as u64).map(|at| call!("standin_pattern"(seed => u64, at => u64) -> u8)).collect()

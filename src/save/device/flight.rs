@@ -75,24 +75,27 @@ impl Flight {
     }
 
     pub fn look(&mut self) -> Arrival {
-        let mut reached = true;
+        let (mut pending, mut failure) = (false, None);
         for mark in &self.marks {
             match mark.reached() {
-                Ok(yes) => reached &= yes,
+                Ok(reached) => pending |= !reached,
                 Err(error) => {
-                    let since = *self.lost_since.get_or_insert_with(Instant::now);
-                    return match since.elapsed() < LOST_AFTER {
-                        true => Arrival::Failing(error),
-                        false => Arrival::Lost(error),
-                    };
+                    failure.get_or_insert(error);
                 }
             }
         }
+        if let Some(error) = failure {
+            let since = self.lost_since.get_or_insert_with(Instant::now);
+            // Another device that brings parts of it may go on.
+            return match pending || since.elapsed() < LOST_AFTER {
+                true => Arrival::Failing(error),
+                false => Arrival::Lost(error),
+            };
+        }
         self.lost_since = None;
-        if reached && self.ring.as_ref().is_none_or(|ring| ring.may_end()) {
-            Arrival::Reached
-        } else {
-            Arrival::Pending
+        match pending || self.ring.as_ref().is_some_and(|ring| !ring.may_end()) {
+            true => Arrival::Pending,
+            false => Arrival::Reached,
         }
     }
 

@@ -89,7 +89,7 @@ impl Rings {
     }
 }
 
-/// Should it or another thread of the engine die, [`Rings::end`] comes after the saves were ended.
+/// Should it or another thread of the engine die, [`Rings::end`] is called.
 pub(in crate::save) fn run_landing(shared: &Shared) {
     let rings = &shared.exchange.rings;
     let mut pace = Pace::new();

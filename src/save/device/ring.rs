@@ -56,8 +56,10 @@ struct State {
     turns: Turns,
     /// By number; none: a copier has it, or it is given back.
     buffers: Vec<Option<StagingBuffer>>,
-    /// Groups whose copies are enqueued and that have not landed, oldest first.
-    coming: VecDeque<Group>,
+    /// Of each place, groups whose copies are enqueued and that have not landed, oldest first.
+    coming: Vec<VecDeque<Group>>,
+    /// What was enqueued for them.
+    operations: usize,
     /// How many chunks have yet to land.
     chunks_to_come: u64,
     source: Option<Arc<DeviceSource>>,
@@ -94,7 +96,8 @@ impl Ring {
         let state = State {
             turns: Turns::new(places),
             buffers: buffers.into_iter().map(Some).collect(),
-            coming: VecDeque::new(),
+            coming: (0..places).map(|_| VecDeque::new()).collect(),
+            operations: 0,
             chunks_to_come: chunks,
             source: Some(source),
             kept,
@@ -110,9 +113,14 @@ impl Ring {
         self.state.lock().turns.give()
     }
 
-    /// Operations of groups that have yet to land.
+    /// Operations that were enqueued for groups that have yet to land.
     pub fn operations(&self) -> usize {
-        self.state.lock().coming.iter().map(|group| group.operations).sum()
+        self.state.lock().operations
+    }
+
+    /// For how many chunks it has buffers.
+    pub fn chunks(&self) -> u64 {
+        self.addresses.len() as u64
     }
 
     /// First bytes of the place's buffers.
@@ -134,7 +142,9 @@ impl Ring {
 
     /// All copies of a group are enqueued.
     pub fn comes(&self, group: Group) {
-        self.state.lock().coming.push_back(group);
+        let mut state = self.state.lock();
+        state.operations += group.operations;
+        state.coming[group.turn.place].push_back(group);
     }
 
     /// Nothing more will be enqueued: what has passed is given back.
@@ -149,9 +159,8 @@ impl Ring {
 
     /// All that arrives has been taken, or nothing will be: once the GPU has done all that was enqueued, the ring is over.
     pub fn may_end(&self) -> bool {
-        let failed = self.save.check().is_err();
         let state = self.state.lock();
-        failed || state.turns.is_open() || state.coming.is_empty()
+        state.turns.is_open() || state.coming.iter().all(VecDeque::is_empty)
     }
 
     /// The GPU uses nothing of it any more.
@@ -159,7 +168,7 @@ impl Ring {
         let (buffers, source) = {
             let mut state = self.state.lock();
             state.over = true;
-            state.coming.clear();
+            state.coming.iter_mut().for_each(VecDeque::clear);
             let buffers: Vec<_> = state.buffers.iter_mut().filter_map(Option::take).collect();
             (buffers, state.source.take())
         };
@@ -168,78 +177,71 @@ impl Ring {
 
     // ---- for the thread that lands -----------------------------------------------------------------------
 
-    /// Takes what has arrived to the copiers, or drops it where the save has failed. True where something had.
+    /// Takes what has arrived to the copiers; where the save has failed nothing is taken any more, nor waited for. True where something
+    /// had arrived.
     pub fn land(self: &Arc<Self>, exchange: &Exchange, faults: &Faults) -> bool {
-        let failed = self.save.check().is_err();
-        let (mut landed, mut chunks, mut bytes) = (Vec::new(), 0, 0);
-        let (mut moved, mut unused) = (false, Vec::new());
+        if self.save.check().is_err() {
+            self.open();
+            return false;
+        }
+        let (mut landed, mut bytes) = (Vec::new(), 0);
         let (source, done) = {
             let mut state = self.state.lock();
-            let mut at = 0;
-            while at < state.coming.len().min(state.turns.may_be_next()) {
+            for place in 0..state.coming.len() {
                 let State { turns, coming, .. } = &mut *state;
-                let group = &coming[at];
-                if !turns.lands(&self.words, group.turn, group.devices.iter().copied(), faults.land_early()) {
-                    at += 1;
-                    continue;
-                }
-                let Some(group) = state.coming.remove(at) else { break };
-                moved = true;
-                let place = group.turn.place;
-                state.chunks_to_come -= group.chunks.len() as u64;
-                if failed {
-                    if state.turns.pass(&self.words, place) {
-                        unused.extend(self.give_back(&mut state, place));
-                    }
-                    continue;
-                }
-                chunks += group.chunks.len() as u64;
+                let is_here = coming[place].front().is_some_and(|group| {
+                    turns.lands(&self.words, group.turn, group.devices.iter().copied(), faults.land_early())
+                });
+                let Some(group) = is_here.then(|| coming[place].pop_front()).flatten() else { continue };
                 bytes += group.bytes;
+                state.operations -= group.operations;
+                state.chunks_to_come -= group.chunks.len() as u64;
                 state.turns.take(place, group.chunks.len());
                 if faults.free_places_early() {
                     self.words.passed(place).store(group.turn.before + 1, Ordering::Relaxed);
                 }
                 for (number, chunk) in self.numbers(place).zip(group.chunks) {
-                    let buffer = state.buffers[number].take();
+                    // At once: whatever comes, they come back here.
+                    let buffer = state.buffers[number].take().map(|buffer| buffer.lend(self.clone(), number));
                     let kept = state.kept.remove(&chunk);
-                    landed.extend(buffer.map(|buffer| (number, chunk, buffer, kept)));
+                    landed.extend(buffer.map(|buffer| (chunk, buffer, kept)));
                 }
             }
-            let source = state.source.clone();
-            // Before `copied` is told.
             let done = if state.chunks_to_come == 0 { state.source.take() } else { None };
-            (source, done)
+            (done.clone().or_else(|| state.source.clone()), done)
         };
-        drop(unused);
-        for (number, chunk, mut buffer, kept) in landed {
+        if landed.is_empty() {
+            return false;
+        }
+        for (chunk, buffer, kept) in &mut landed {
             if let (Some(kept), Some(source)) = (kept, &source) {
-                let len = self.save.chunk_len(chunk);
-                source.place_host(chunk * self.save.chunk_bytes, &mut buffer[..len], &kept);
+                let len = self.save.chunk_len(*chunk);
+                source.place_host(*chunk * self.save.chunk_bytes, &mut buffer[..len], kept);
             }
-            let buffer = buffer.lend(self.clone(), number);
+        }
+        // Before `copied` is told; and that before copiers may make the save durable.
+        drop((source, done));
+        self.save.chunks_left(landed.len() as u64, bytes);
+        for (chunk, buffer, _) in landed {
             let Ok(at_work) = self.save.enter() else { continue };
             // Taken over by the copier.
             std::mem::forget(at_work);
             exchange.arrive(Arrived { save: self.save.clone(), bytes: Bytes::Staged { chunk, buffer } });
         }
-        drop((source, done));
-        if chunks > 0 {
-            self.save.chunks_left(chunks, bytes);
-        }
-        moved
+        true
     }
 
-    /// At its deadline the save fails, and nothing waits for its copiers any more.
+    /// A save that has not all landed at its deadline fails.
     pub fn keep_deadline(&self) {
         let is_due = self.deadline.is_some_and(|deadline| now() >= deadline);
         if is_due && self.state.lock().chunks_to_come > 0 {
             self.save.doom(late());
-            self.open();
         }
     }
 
-    /// Lets all copies run, also into buffers that copiers may still read, and takes nothing of what they bring: the save can only fail, and
-    /// then nothing is believed of what it has written.
+    /// Lets all copies run, also into buffers that copiers still read, and takes nothing of what they bring: the save can only fail, and
+    /// of a place that it had begun to write to nothing is believed then. So a stream that waits for the copies waits for no
+    /// storage.
     pub fn open(&self) {
         self.state.lock().turns.open(&self.words);
     }

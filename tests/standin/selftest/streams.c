@@ -1,6 +1,8 @@
 /*
  * Checks of streams and events: the order of work.
  */
+#include <pthread.h>
+
 #include "selftest.h"
 
 void streams(void) {

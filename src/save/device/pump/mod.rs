@@ -141,11 +141,12 @@ impl Pump<'_> {
         let _ = self.end_ring(at);
     }
 
-    /// False where its turn has not come: an earlier save is still gathering buffers for all its copies, or cuFile would be called while
-    /// copies wait for copiers. That may be held up in the driver, and copiers with it.
+    /// False where its turn has not come: an earlier save waits for its own, or is being enqueued all at once; or cuFile would be called
+    /// while copies wait for copiers, which the driver may hold up in such calls.
     fn try_begin(&mut self, at: usize) -> Result<bool> {
-        let gathers = |job: &mut Job| job.queues && !job.failed && job.peek().is_some();
-        if self.jobs.iter_mut().take(at).any(gathers) {
+        let is_ahead =
+            |job: &mut Job| !job.failed && (job.lanes.is_empty() || job.queues && job.peek().is_some());
+        if self.jobs.iter_mut().take(at).any(is_ahead) {
             return Ok(false);
         }
         if self.jobs[at].layout.is_some() && !self.shared.exchange.rings.is_empty() {

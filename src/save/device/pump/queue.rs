@@ -12,10 +12,10 @@ use crate::sync::Arc;
 
 /// Copies are enqueued at once where no more than so much host memory stands between that of devices: it is kept aside.
 const KEPT_BYTES: usize = 16 << 20;
-/// A ring is made of no less than this share of the buffers that there are for it,
+/// A ring is made of no less than this share of the buffers that there are for it.
 const ENOUGH_SHARE: usize = 2;
-/// but where none has become free for so long, of what there is.
-const PATIENCE: Duration = Duration::from_millis(10);
+/// Where none has become free for so long they may never be so many: somebody holds them.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// Places are at least so many: one is filled while another is written.
 const PLACES_MIN: usize = 2;
 /// Groups are so large that there are no more places than this, within limits.
@@ -81,11 +81,14 @@ impl Pump<'_> {
             hoard.grown_at = Some(Instant::now());
         }
         hoard.buffers.extend(came);
-        let enough = match hoard.grown_at.is_some_and(|at| at.elapsed() > PATIENCE) {
-            true => PLACES_MIN + 1,
-            false => most.div_ceil(ENOUGH_SHARE).max(PLACES_MIN + 1),
-        };
-        if hoard.buffers.len() < enough.min(most) {
+        let enough = most.div_ceil(ENOUGH_SHARE).max(PLACES_MIN + 1).min(most);
+        if hoard.buffers.len() < enough {
+            if hoard.grown_at.is_some_and(|at| at.elapsed() > PATIENCE) {
+                // As they come, then.
+                hoard.buffers.clear();
+                self.jobs[at].queues = false;
+                return Ok(true);
+            }
             return Ok(grown);
         }
         let ring = self.make_ring(at)?;
@@ -106,8 +109,7 @@ impl Pump<'_> {
         // The larger, the fewer there are to be enqueued.
         let large = (buffers.len() / PLACES).min(LARGE_GROUP_BYTES / buffer_bytes);
         let group = group.max(large).min(buffers.len() / PLACES_MIN).max(1);
-        job.waits_for_copiers = chunks > buffers.len() as u64;
-        Ring::new(RingParts {
+        let ring = Ring::new(RingParts {
             save: job.held.save().clone(),
             source: job.source()?,
             kept: std::mem::take(&mut job.kept),
@@ -116,7 +118,9 @@ impl Pump<'_> {
             buffers,
             group,
             deadline: job.deadline,
-        })
+        })?;
+        job.waits_for_copiers = chunks > ring.chunks();
+        Ok(ring)
     }
 
     /// Enqueues the next group.
