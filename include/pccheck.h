@@ -1236,7 +1236,8 @@ pcc_status pcc_save_event_fd(const struct pcc_save *save,
 // if it has ended already. Replaces an earlier one that was not called yet; NULL only takes that back.
 //
 // Durability: the end is not success: ask `pcc_save_wait_durable` with 0.
-// Threads: any number at once. The callback holds up other saves while it runs: keep it short.
+// Threads: any number at once. The callback holds up other saves while it runs: keep it short, and call no function of CUDA in it,
+// nor wait for a thread that does: that may wait for copies, and they for this.
 // Ownership: function and `user` must stay valid until it was called or `pcc_save_free` has returned, which waits for
 // a call that is running on another thread, and after which none begins: a save that is freed early tells nobody.
 // Errors: PCC_FORKED, PCC_BAD_POINTER.

@@ -8,6 +8,7 @@ use crate::cuda::{CopyList, Device, Event};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::device::job::Hoard;
 use crate::save::device::ring::{Group, Ring, RingParts};
+use crate::staging::StagingBuffer;
 use crate::sync::Arc;
 
 /// Copies are enqueued at once where no more than so much host memory stands between that of devices: it is kept aside.
@@ -105,6 +106,8 @@ impl Pump<'_> {
         let job = &mut self.jobs[at];
         let Hoard { chunks, mut buffers, .. } = std::mem::take(&mut job.hoard);
         let nothing = || Error::new(ErrorKind::Internal, "save", "no buffers were gathered");
+        // What goes to neighbours is one copy.
+        buffers.sort_unstable_by_key(StagingBuffer::index);
         let words = buffers.pop().ok_or_else(nothing)?;
         // The larger, the fewer there are to be enqueued.
         let large = (buffers.len() / PLACES).min(LARGE_GROUP_BYTES / buffer_bytes);
