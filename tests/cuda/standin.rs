@@ -223,6 +223,10 @@ impl Standin {
         call!("standin_fail_work"(nth => u64, code => i32) -> ());
     }
 
+    pub fn fail_device(&self, device: u32, code: i32) {
+        call!("standin_fail_device"(device => u32, code => i32) -> ());
+    }
+
     pub fn calls(&self, function: &str) -> u64 {
         let name = CString::new(function).expect("no NUL");
         call!("standin_calls"(name.as_ptr() => *const c_char) -> u64)

@@ -211,11 +211,9 @@ fn a_gpu_that_fails_leaves_another_alone() {
     state.fill(|device| streams[device as usize], 1, 0);
     (0..2).for_each(|device| standin.synchronize(device, streams[device as usize]));
     standin.hold_stream(fails, true);
-    let scratch = standin.allocate(0, 1);
-    standin.fill(0, fails, scratch, 1, 1, 0);
     let save = state.begin(&store, 1, queued(fails, PROMPT)).expect("begin");
     streams.iter().for_each(|&stream| stream_wait(&save, stream).expect("wait"));
-    standin.fail_work(1, 700);
+    standin.fail_device(0, 700);
     standin.hold_stream(fails, false);
     assert_eq!(save.wait_durable(WAIT).unwrap_err().kind(), ErrorKind::Device);
     drop(save);
@@ -233,7 +231,6 @@ fn a_gpu_that_fails_leaves_another_alone() {
     }
     drop(store);
     standin.reset();
-    standin.free(0, scratch);
 }
 
 /// Whichever thread of the engine dies: what it had would be given back by calls that wait for the stream.

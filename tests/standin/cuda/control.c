@@ -43,6 +43,14 @@ EXPORTED void standin_fail_work(uint64_t nth, int32_t code) {
     work_code = code;
 }
 
+/* A device fails at what it is doing. */
+EXPORTED void standin_fail_device(uint32_t device, int32_t code) {
+    LOCKED;
+    if (device >= (uint32_t)device_count)
+        die("no such device", "standin_fail_device");
+    fail_context(&contexts[device], code);
+}
+
 /* How long copies and kernels wait on their stream before they touch a byte. */
 EXPORTED void standin_delay_us(uint64_t us) {
     LOCKED;
