@@ -231,10 +231,9 @@ impl Ring {
         true
     }
 
-    /// A save that has not all landed at its deadline fails.
+    /// A save that is not copied at its deadline fails.
     pub fn keep_deadline(&self) {
-        let is_due = self.deadline.is_some_and(|deadline| now() >= deadline);
-        if is_due && self.state.lock().chunks_to_come > 0 {
+        if self.deadline.is_some_and(|deadline| now() >= deadline) {
             self.save.doom(late());
         }
     }
