@@ -110,12 +110,14 @@ pub struct pcc_save_options {
     pub pin: u32,
     /// Where a state on GPUs goes first: PCC_SNAPSHOT_... Default PCC_SNAPSHOT_STAGING.
     pub snapshot: u32,
-    /// 1: where the staging pool is smaller than the state, copies wait on the GPU, by flags in memory, for buffers to be written, so
-    /// that all are enqueued at once: `pcc_save_stream_wait_copied` has a stream wait for the copies, and the calling thread waits for
-    /// none (only until those of earlier saves are enqueued, and of states of many hundred tensors all but the last). At `device_timeout_ms` the save fails, and nothing waits for storage any
-    /// more. What waits for all that runs on the GPU (synchronising the device, freeing its memory) waits for storage meanwhile, too.
-    /// As if 0 under CUDA_DEVICE_MAX_CONNECTIONS=1, where more than 16 MiB in host memory stand between tensors of GPUs, with
-    /// fewer than four buffers, and once chunks of the store have gone past host memory. Default 0.
+    /// 1: where the staging pool is smaller than the state, copies wait on the GPU, by flags in memory, for buffers to be
+    /// written, so that all are enqueued at once: `pcc_save_stream_wait_copied` has a stream wait for the copies, and the
+    /// calling thread waits only until they are enqueued, for no storage (but that of earlier saves; and of a state of many
+    /// hundred tensors for all but the last copies). At `device_timeout_ms` the save fails, and nothing waits for storage any
+    /// more. What waits for all that runs on the GPU (synchronising the device, freeing its memory) waits for storage
+    /// meanwhile, too. As if 0 with a driver before CUDA 11.7, under CUDA_DEVICE_MAX_CONNECTIONS=1, where the staging pool
+    /// cannot be page-locked, has fewer than four buffers or too few that become free, where more than 16 MiB in host memory
+    /// stand between tensors of GPUs, and once chunks of the store have gone past host memory. Default 0.
     pub flag_waits: u32,
     /// Milliseconds after which a save that a GPU has not finished copying fails, lest one that hangs hold it for ever.
     /// 0 or default: 600000.

@@ -5,9 +5,12 @@
 //! the speed), is not inherited by forked children, and can be locked in memory.
 
 mod set;
-mod turns;
 pub use set::{BufferSet, FreeList};
-pub use turns::{Turn, Turns, Words};
+
+#[cfg(any(all(feature = "cuda", not(loom)), all(test, loom)))]
+mod turns;
+#[cfg(any(all(feature = "cuda", not(loom)), all(test, loom)))]
+pub(crate) use turns::{Turn, Turns, Words};
 
 #[cfg(not(loom))]
 mod mapping;

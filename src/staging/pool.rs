@@ -213,7 +213,7 @@ impl Deref for StagingBuffer {
 
 impl DerefMut for StagingBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `deref`; `&mut self` makes this the only access.
+        // SAFETY: as in `deref`, with the same exception; `&mut self` makes this the only access else.
         unsafe { std::slice::from_raw_parts_mut(self.start(), self.pool.buffer_bytes) }
     }
 }

@@ -245,7 +245,6 @@ fn a_read_that_fails_returns_only_when_its_uploads_are_done() {
     let standin = Standin::take();
     for (shape, call, nth) in [
         (LONG_ON_TWO, "cuMemcpyHtoDAsync_v2", 6),
-        (LONG_ON_TWO, "cuEventCreate", 3),
         (LONG_ON_TWO, "cuEventRecord", 7),
         (ONE_CHUNK, "cuEventRecord", 1),
         // One look that fails says nothing of the copies.

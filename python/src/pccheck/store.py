@@ -236,8 +236,10 @@ class Store:
                 for buffers to be written, so that all are enqueued at once and :meth:`Save.stream_wait_copied` waits
                 for no writing, but the stream. What waits for all that runs on the GPU (``torch.cuda.synchronize``,
                 freeing its memory) waits for storage meanwhile, too. After ``gpu_timeout`` the save fails, and nothing
-                waits for storage any more. Ignored under ``CUDA_DEVICE_MAX_CONNECTIONS=1`` and once chunks of the store
-                have gone past host memory.
+                waits for storage any more. Ignored with a driver before CUDA 11.7, under
+                ``CUDA_DEVICE_MAX_CONNECTIONS=1``, where too few buffers become free (or there are fewer than four, or
+                they cannot be page-locked), where more than 16 MiB in host memory stand between tensors of GPUs, and
+                once chunks of the store have gone past host memory.
             gpu_timeout: seconds after which a save that a GPU has not finished copying fails (default 600).
 
         Raises:

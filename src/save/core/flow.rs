@@ -11,13 +11,18 @@ use crate::sync::now;
 impl SaveCore {
     /// False where the save failed before its mark was written: the marker must then leave the slot alone.
     pub fn wants_mark(&self) -> bool {
-        let wanted = {
+        let (wanted, parked) = {
             let mut state = self.state.lock();
+            let mut parked = Vec::new();
             if state.failure.is_some() {
                 state.mark = Mark::Abandoned;
+                // Who recorded the failure may have left them.
+                parked = std::mem::take(&mut state.parked);
+                state.in_flight -= parked.len() as u32;
             }
-            state.mark == Mark::Pending
+            (state.mark == Mark::Pending, parked)
         };
+        drop(parked);
         if !wanted {
             self.settle();
         }
@@ -74,7 +79,9 @@ impl SaveCore {
     pub fn doom(&self, error: Error) {
         {
             let mut state = self.state.lock();
-            if state.outcome.is_some() || state.committing || state.copied_at.is_some() {
+            // Nobody at work: what devices bring is here, and nobody would see to the rest.
+            let is_done = state.copied_at.is_some() || state.copying == 0;
+            if state.outcome.is_some() || state.committing || is_done {
                 return;
             }
             state.failure.get_or_insert(error);

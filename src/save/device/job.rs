@@ -62,6 +62,8 @@ pub(super) struct Hoard {
     /// How many chunks they are for.
     pub chunks: u64,
     pub buffers: Vec<StagingBuffer>,
+    /// When that began.
+    pub since: Option<Instant>,
     /// When the last one came.
     pub grown_at: Option<Instant>,
 }

@@ -92,10 +92,14 @@ impl Rings {
 /// Should it or another thread of the engine die, [`Rings::end`] is called.
 pub(in crate::save) fn run_landing(shared: &Shared) {
     let rings = &shared.exchange.rings;
-    let mut pace = Pace::new();
+    let (mut pace, mut known) = (Pace::new(), 0);
     loop {
         let ticket = rings.changed.ticket();
         let all = rings.state.lock().rings.clone();
+        if all.len() != known {
+            known = all.len();
+            pace.moved();
+        }
         let mut moved = false;
         for ring in &all {
             moved |= ring.land(&shared.exchange, &shared.faults);

@@ -21,9 +21,14 @@ const PATIENCE: Duration = Duration::from_millis(100);
 const PLACES_MIN: usize = 2;
 /// Groups are so large that there are no more places than this, within limits.
 const PLACES: usize = 8;
-/// So many copies, waits and words that have not come to their end are enqueued: a call of the driver for one that its queues (of about a
-/// thousand each) have no room for waits, and holds up the program's calls meanwhile, here for as long as storage takes.
+/// It takes no longer than this in any case.
+const GATHERING_MAX: Duration = Duration::from_secs(1);
+/// So many copies, waits and words that have not come to their end are enqueued, on two streams, before the last group: a call of the driver
+/// for one that its queues (of about a thousand each) have no room for waits, and holds up the program's calls meanwhile, here for as
+/// long as storage takes.
 const OPERATIONS_MAX: usize = 800;
+/// No chunk is added to a group of so many copies.
+const GROUP_COPIES: usize = 400;
 
 impl Pump<'_> {
     /// Whether all copies of a job that has just begun are to be enqueued at once. Otherwise they are when there are buffers for them, and
@@ -56,7 +61,7 @@ impl Pump<'_> {
         let Some(ring) = self.jobs[at].ring.clone() else { return self.gather(at) };
         let mut moved = false;
         while self.jobs[at].peek().is_some() {
-            if ring.operations() >= OPERATIONS_MAX {
+            if self.operations() + ring.operations() >= OPERATIONS_MAX {
                 return Ok(moved);
             }
             self.enqueue_to(at, &ring)?;
@@ -70,6 +75,11 @@ impl Pump<'_> {
         Ok(true)
     }
 
+    /// Operations of earlier saves that have not come to their end.
+    fn operations(&self) -> usize {
+        self.flights.iter().filter_map(|flight| flight.ring.as_ref()).map(|ring| ring.operations()).sum()
+    }
+
     /// Makes the ring of a job once there are buffers enough. True where something moved.
     fn gather(&mut self, at: usize) -> Result<bool> {
         let chunks = usize::try_from(self.jobs[at].hoard.chunks).unwrap_or(usize::MAX);
@@ -78,13 +88,15 @@ impl Pump<'_> {
         let came = self.free_buffers(most.saturating_sub(self.jobs[at].hoard.buffers.len()));
         let hoard = &mut self.jobs[at].hoard;
         let grown = !came.is_empty();
+        let since = *hoard.since.get_or_insert_with(Instant::now);
         if grown || hoard.grown_at.is_none() {
             hoard.grown_at = Some(Instant::now());
         }
         hoard.buffers.extend(came);
         let enough = most.div_ceil(ENOUGH_SHARE).max(PLACES_MIN + 1).min(most);
         if hoard.buffers.len() < enough {
-            if hoard.grown_at.is_some_and(|at| at.elapsed() > PATIENCE) {
+            let in_vain = hoard.grown_at.is_some_and(|at| at.elapsed() > PATIENCE);
+            if in_vain || since.elapsed() > GATHERING_MAX {
                 // As they come, then.
                 hoard.buffers.clear();
                 self.jobs[at].queues = false;
@@ -136,6 +148,9 @@ impl Pump<'_> {
             let Some(listed) = job.list_chunk(address, &mut lists)? else { break };
             group.chunks.push(listed.chunk);
             group.bytes += listed.bytes;
+            if lists.iter().map(|list| list.copies().len()).sum::<usize>() >= GROUP_COPIES {
+                break;
+            }
         }
         for (device, copies) in lists.iter().enumerate().filter(|(_, copies)| !copies.is_empty()) {
             group.devices.push(device);
