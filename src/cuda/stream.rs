@@ -63,11 +63,11 @@ impl Stream {
         self.device.api.check("order copies", code)
     }
 
-    /// What is enqueued from now on runs once the word holds `word.value` or has come past it. No other word must be needed for that.
+    /// What is enqueued from now on runs once the word holds `word.value` or has come past it.
     ///
     /// # Safety
     ///
-    /// It is page-locked until the stream has come past it.
+    /// The word is page-locked until the stream has come past this.
     pub unsafe fn wait_word(&self, word: Word) -> Result<()> {
         let calls = self.device.api.words.ok_or_else(lacking_words)?;
         let _in_context = self.device.enter()?;
@@ -80,7 +80,7 @@ impl Stream {
     ///
     /// # Safety
     ///
-    /// It is page-locked until the stream has come past this, and nobody else writes it.
+    /// The word is page-locked until the stream has come past this, and nobody else writes it.
     pub unsafe fn write_word(&self, word: Word) -> Result<()> {
         let calls = self.device.api.words.ok_or_else(lacking_words)?;
         let _in_context = self.device.enter()?;
