@@ -2,6 +2,7 @@
 
 use std::fs::{self, OpenOptions as FileOptions};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -111,12 +112,24 @@ struct Lent {
 
 impl Lent {
     fn new(bytes: usize) -> Lent {
+        // Far below where the kernel puts what asks for no address, so that nothing of another test's
+        // thread is mapped there once it is gone.
+        static NEXT: AtomicUsize = AtomicUsize::new(0x2000_0000_0000);
+        let wanted = NEXT.fetch_add(1 << 30, Ordering::Relaxed);
         let (protection, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
-        assert_ne!(start, libc::MAP_FAILED);
-        // So that nothing else is put there once it is gone: pages without access lie on both sides.
+        // SAFETY: a new mapping; one that is there already is kept.
+        let start = unsafe {
+            libc::mmap(
+                wanted as *mut libc::c_void,
+                bytes,
+                protection,
+                flags | libc::MAP_FIXED_NOREPLACE,
+                -1,
+                0,
+            )
+        };
+        assert_eq!(start as usize, wanted, "{}", std::io::Error::last_os_error());
         Lent { start: start.cast(), bytes }
     }
 
