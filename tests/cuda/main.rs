@@ -13,6 +13,7 @@ mod gds;
 mod kernels;
 mod marks;
 mod owners;
+mod queues;
 mod restores;
 mod rings;
 mod saves;

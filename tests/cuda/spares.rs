@@ -33,11 +33,15 @@ fn the_next_snapshot_is_right(call: &str, nth: u64) {
 #[test]
 fn a_snapshot_that_fails_does_not_write_into_the_next_one() {
     the_next_snapshot_is_right("cuMemcpyDtoDAsync_v2", 3);
-    // The first is that of the caller's stream; then come the pump's and that for streams.
-    the_next_snapshot_is_right("cuEventRecord", 2);
-    the_next_snapshot_is_right("cuEventRecord", 3);
-    // Two streams of the engine are ordered after the caller's before.
-    the_next_snapshot_is_right("cuStreamWaitEvent", 3);
+    // The first is that of the caller's stream; then come that behind the copies, two of the pump's, of its two streams, and two for
+    // streams of the program.
+    for nth in 2..=6 {
+        the_next_snapshot_is_right("cuEventRecord", nth);
+    }
+    // Two streams of the engine are ordered after the caller's before, and after each other with the copies.
+    for nth in 3..=6 {
+        the_next_snapshot_is_right("cuStreamWaitEvent", nth);
+    }
 }
 
 #[test]

@@ -53,6 +53,8 @@ pub(super) struct Flight {
     pub hashing: Option<Hashing>,
     /// All copies to a ring, which is over when they are done.
     pub ring: Option<Arc<Ring>>,
+    /// What was enqueued for it, but for a ring.
+    pub operations: usize,
     /// The device has reported nothing but errors since.
     lost_since: Option<Instant>,
 }
@@ -71,7 +73,7 @@ pub(super) enum Arrival {
 
 impl Flight {
     pub fn new(job: u64, marks: Vec<Mark>, chunks: Chunks, leaving: Leaving) -> Self {
-        Flight { job, marks, chunks, leaving, hashing: None, ring: None, lost_since: None }
+        Flight { job, marks, chunks, leaving, hashing: None, ring: None, operations: 0, lost_since: None }
     }
 
     pub fn look(&mut self) -> Arrival {

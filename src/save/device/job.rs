@@ -1,6 +1,6 @@
 //! One save as the pump sees it: what is to be copied from where, and how far that is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use super::direct::{DirectStorage, Hashing, Layout, HASH_BYTES};
@@ -68,6 +68,14 @@ pub(super) struct Hoard {
     pub grown_at: Option<Instant>,
 }
 
+/// A snapshot that is being enqueued.
+pub(super) struct ToSpares {
+    /// Copies that are to be enqueued together, each of one device of the source.
+    pub pieces: VecDeque<(usize, Vec<Copy>)>,
+    /// What leaves the caller's memory with all of them.
+    pub leaving: Leaving,
+}
+
 pub(super) struct Job {
     pub held: Held,
     pub source: Option<Arc<DeviceSource>>,
@@ -94,6 +102,8 @@ pub(super) struct Job {
     asked: Owners,
     /// Per lane that has one.
     pub spares: Vec<(usize, Arc<Spare>)>,
+    /// Copies into these that are to be enqueued.
+    pub to_spares: Option<ToSpares>,
     pub direct_storage: DirectStorage,
     /// How its spare is laid out where chunks go directly from there; before it has one, how it would be.
     pub layout: Option<Layout>,
@@ -143,6 +153,7 @@ impl Job {
             addresses,
             asked,
             spares: Vec::new(),
+            to_spares: None,
             direct_storage,
             layout,
             file: None,
@@ -210,9 +221,17 @@ impl Job {
         layout.next_to_hash(self.hashed, bytes as u64 / HASH_BYTES)
     }
 
+    /// Its snapshot is being enqueued.
+    pub fn leaves_for_spares(&self) -> bool {
+        self.to_spares.is_some()
+    }
+
     /// All copies are enqueued, and all hashing.
     pub fn is_enqueued(&mut self) -> bool {
-        !self.lanes.is_empty() && self.peek().is_none() && self.next_to_hash(usize::MAX).is_none()
+        !self.lanes.is_empty()
+            && !self.leaves_for_spares()
+            && self.peek().is_none()
+            && self.next_to_hash(usize::MAX).is_none()
     }
 
     /// Puts what is in host memory of the next chunk into `buffer`, and adds what is to be copied to the lists, one for
@@ -286,9 +305,9 @@ impl Job {
         Ok(bytes)
     }
 
-    /// From now on the segments are read in spare memory, one for each device, which the returned copies fill; what stands
-    /// in host memory between them is copied at once. Also returns what leaves the caller's memory so.
-    pub fn move_to_spares(&mut self, spares: Vec<(usize, Spare)>) -> Result<(Vec<CopyList>, Leaving)> {
+    /// From now on the segments are read in spare memory, one for each device, which copies are to be enqueued for; what stands
+    /// in host memory between them is copied at once. `together`: so many copies at most.
+    pub fn move_to_spares(&mut self, spares: Vec<(usize, Spare)>, together: usize) -> Result<()> {
         let source = self.source()?;
         let mut lists = vec![CopyList::default(); spares.len()];
         let mut ends: Vec<u64> = spares.iter().map(|(_, spare)| spare.address()).collect();
@@ -315,7 +334,12 @@ impl Job {
                 leaving.bytes += len as u64;
             }
         }
-        Ok((lists, leaving))
+        let of_each = lists.iter().enumerate();
+        let pieces = of_each
+            .flat_map(|(nth, list)| list.copies().chunks(together).map(move |piece| (nth, piece.to_vec())))
+            .collect();
+        self.to_spares = Some(ToSpares { pieces, leaving });
+        Ok(())
     }
 
     /// Copies what stands in host memory between a device's. False, and nothing is kept, where that is more than `most` bytes.

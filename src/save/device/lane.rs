@@ -45,7 +45,7 @@ impl Lane {
         // SAFETY: destinations are disjoint parts of the flight's buffers, which it keeps until all its events are reached
         // (or for ever); sources are the caller's memory, lent until the save is copied, which is told later, or a
         // spare, which the job keeps as long as it has flights.
-        unsafe { self.copy(Direction::ToHost, copies) }
+        unsafe { self.copy(Direction::ToHost, copies.copies()) }
     }
 
     /// Enqueues copies out of the device to a place of a ring: behind what they wait for, and before what tells that they are done. After an
@@ -64,16 +64,18 @@ impl Lane {
         unsafe { stream.write_word(arrived) }
     }
 
-    /// Enqueues copies into spare memory of the device; all that is enqueued later comes after them. The events are reached
-    /// when they are done: the first is for the pump, the second for streams of the program.
-    pub fn snapshot(&mut self, copies: &CopyList) -> Result<(Event, Event)> {
-        let kept = Event::new(&self.device)?;
+    /// Enqueues copies into spare memory of the device; the event is reached when they are done. After an error some of them may run.
+    pub fn snapshot(&mut self, copies: &[Copy]) -> Result<Event> {
         // SAFETY: destinations are disjoint parts of a spare, which the job keeps as long as it has flights; sources are
         // the caller's memory, lent until the save is copied, which is told later.
-        let event = unsafe { self.copy(Direction::OnDevice, copies) }?;
-        kept.record(&self.streams[self.turn])?;
-        self.wait(std::slice::from_ref(&event))?;
-        Ok((event, kept))
+        unsafe { self.copy(Direction::OnDevice, copies) }
+    }
+
+    /// All that is enqueued from now on comes after what was enqueued before. Returns what is reached then.
+    pub fn join(&self) -> Result<Vec<Event>> {
+        let events = self.mark_all()?;
+        self.wait(&events)?;
+        Ok(events)
     }
 
     /// Enqueues the hashing of chunks of a spare that a snapshot was taken into, and the copying of the hashes to a flight's one
@@ -116,12 +118,12 @@ impl Lane {
     /// # Safety
     ///
     /// As [`Stream::copy`].
-    unsafe fn copy(&mut self, direction: Direction, copies: &CopyList) -> Result<Event> {
+    unsafe fn copy(&mut self, direction: Direction, copies: &[Copy]) -> Result<Event> {
         let event = Event::new(&self.device)?;
         self.turn = (self.turn + 1) % STREAMS;
         let stream = &self.streams[self.turn];
         // SAFETY: the caller's promise.
-        unsafe { stream.copy(direction, copies.copies()) }?;
+        unsafe { stream.copy(direction, copies) }?;
         event.record(stream)?;
         Ok(event)
     }

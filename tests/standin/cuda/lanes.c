@@ -8,6 +8,11 @@
 bool all_held;
 uint64_t queue_limit, jams;
 
+/* In the queue of its stream: each copy of a batch takes as much as one alone. */
+static size_t room_of(const struct work *work) {
+    return work->count > 0 ? work->count : 1;
+}
+
 static void *serve(void *argument) {
     struct lane *lane = argument, **link;
     struct work *work;
@@ -22,7 +27,7 @@ static void *serve(void *argument) {
         if (lane->context->failed == 0)
             run(lane, work);
         lane->first = work->next;
-        lane->length--;
+        lane->length -= room_of(work);
         if (lane->first == NULL)
             lane->last = &lane->first;
         if (work->lane != NULL)
@@ -59,7 +64,7 @@ static uint64_t append(struct lane *lane, struct work *work) {
     work->number = ++last_number;
     *lane->last = work;
     lane->last = &work->next;
-    lane->length++;
+    lane->length += room_of(work);
     pthread_cond_signal(&lane->more);
     return work->number;
 }
@@ -77,14 +82,18 @@ void order_by_legacy(struct lane *lane) {
     }
 }
 
+static bool lacks_room(const struct lane *lane, const struct work *work) {
+    return queue_limit > 0 && lane->length > 0 && lane->length + room_of(work) > queue_limit;
+}
+
 /* As the driver does where a queue has no room: the call waits, with the lock that all others want. */
-static void wait_for_room(struct lane *lane) {
-    if (queue_limit == 0 || lane->length < queue_limit)
+static void wait_for_room(struct lane *lane, const struct work *work) {
+    if (!lacks_room(lane, work))
         return;
     jams++;
     jammed++;
     lane->users++;
-    while (queue_limit > 0 && lane->length >= queue_limit)
+    while (lacks_room(lane, work))
         pthread_cond_wait(&lane->progress, &mutex);
     release_lane(lane);
     if (--jammed == 0)
@@ -92,7 +101,7 @@ static void wait_for_room(struct lane *lane) {
 }
 
 uint64_t enqueue(struct lane *lane, struct work *work) {
-    wait_for_room(lane);
+    wait_for_room(lane, work);
     order_by_legacy(lane);
     return append(lane, work);
 }

@@ -15,7 +15,8 @@
  *  - Streams take any number of pieces of work, unless standin_queue_limit says otherwise; each has a queue of its own.
  *  - A capture records nothing: its stream refuses work.
  *  - The copies of a batch run from the last to the first, since their order is open; sources are read in stream order,
- *    whatever the attributes allow. A batch is one piece of work, and delayed once.
+ *    whatever the attributes allow. A batch is one piece of work, and delayed once; of a queue it takes the room of as
+ *    many as there are copies, and goes there as a whole.
  *
  * It is compiled with -fvisibility=hidden: what is not EXPORTED stays out of the way of the program's own names. What
  * the files share is below, file by file; each uses only those before it.
@@ -124,7 +125,7 @@ struct lane {
     bool open, blocking, capturing, held;
     /* Its thread and all that name a point on it. */
     uint32_t users;
-    /* What is being done, and what comes after it; how much that is. */
+    /* What is being done, and what comes after it; how much room that takes. */
     struct work *first, **last;
     size_t length;
     pthread_cond_t more, progress;

@@ -13,6 +13,11 @@ const GROUP_SHARE: usize = 4;
 /// trainer may wait.
 const LARGE_GROUP_SHARE: usize = 64;
 pub(super) const LARGE_GROUP_BYTES: usize = 64 << 20;
+/// No chunk is added to a group of so many copies.
+pub(super) const GROUP_COPIES: usize = 400;
+/// So many copies that have not come to their end are enqueued, on two streams, before the last group: a call of the driver for one that
+/// its queues (of about a thousand each) have no room for waits until the GPU has come so far, and holds up the program's calls meanwhile.
+pub(super) const ENQUEUED_MAX: usize = 1600;
 /// So many buffers, or that share of the pool, are left to others, who would else wait for as long as a stream takes to
 /// reach the copies.
 const LEFT_BUFFERS: usize = 4;
@@ -29,6 +34,9 @@ impl Pump<'_> {
             return self.enqueue_all(at);
         }
         while self.jobs[at].peek().is_some() && self.jobs[at].is_ready()? {
+            if self.operations() >= ENQUEUED_MAX {
+                return Ok(moved);
+            }
             let buffers = self.free_buffers(self.group());
             if buffers.is_empty() {
                 return Ok(moved);
@@ -67,6 +75,9 @@ impl Pump<'_> {
             let Some((chunk, len)) = job.take_chunk(&mut buffer, &mut lists)? else { break };
             bytes += len;
             chunks.push((chunk, buffer));
+            if copies_of(&lists) >= GROUP_COPIES {
+                break;
+            }
         }
         let leaving = match job.spares.is_empty() {
             true => Leaving { chunks: chunks.len() as u64, bytes },
@@ -74,6 +85,7 @@ impl Pump<'_> {
             false => Leaving::default(),
         };
         let mut flight = Flight::new(job.number(), Vec::new(), chunks, leaving);
+        flight.operations = copies_of(&lists);
         let mut failure = None;
         for (&lane, copies) in job.lanes.iter().zip(&lists).filter(|(_, copies)| !copies.is_empty()) {
             match self.lanes[lane].fetch(copies, &flight) {
@@ -101,6 +113,10 @@ impl Pump<'_> {
         }
         Ok(())
     }
+}
+
+pub(super) fn copies_of(lists: &[CopyList]) -> usize {
+    lists.iter().map(|list| list.copies().len()).sum()
 }
 
 /// How many buffers of a pool a group may take.

@@ -1,9 +1,10 @@
-//! The thread that enqueues copies and looks at how far they are. Which groups of chunks are brought is in `groups`, what goes past host
-//! memory in `direct`, what is enqueued all at once in `queue`.
+//! The thread that enqueues copies and looks at how far they are. Which groups of chunks are brought is in `groups`, what goes to spare memory
+//! first in `snapshot`, what goes past host memory in `direct`, what is enqueued all at once in `queue`.
 
 mod direct;
 mod groups;
 mod queue;
+mod snapshot;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -114,12 +115,26 @@ impl Pump<'_> {
             true => self.try_begin(at),
             false => Ok(false),
         });
-        let result =
-            result.and_then(|begun| Ok(self.enqueue_hashing(at)? | self.enqueue_groups(at)? | begun));
+        let result = result.and_then(|begun| Ok(self.enqueue_snapshot(at)? | self.enqueue_rest(at)? | begun));
         result.unwrap_or_else(|error| {
             self.fail(at, error);
             true
         })
+    }
+
+    /// What comes behind a snapshot, where one is taken.
+    fn enqueue_rest(&mut self, at: usize) -> Result<bool> {
+        match self.jobs[at].leaves_for_spares() {
+            true => Ok(false),
+            false => Ok(self.enqueue_hashing(at)? | self.enqueue_groups(at)?),
+        }
+    }
+
+    /// What is enqueued and has not come to its end.
+    fn operations(&self) -> usize {
+        let of =
+            |flight: &Flight| flight.operations + flight.ring.as_ref().map_or(0, |ring| ring.operations());
+        self.flights.iter().map(of).sum()
     }
 
     /// Errors where the save has failed, or has been on its way for too long.
@@ -144,8 +159,10 @@ impl Pump<'_> {
     /// False where its turn has not come: an earlier save waits for its own, or is being enqueued all at once; or cuFile would be called
     /// while copies wait for copiers, which the driver may hold up in such calls.
     fn try_begin(&mut self, at: usize) -> Result<bool> {
-        let is_ahead =
-            |job: &mut Job| !job.failed && (job.lanes.is_empty() || job.queues && job.peek().is_some());
+        let is_ahead = |job: &mut Job| {
+            let begins = job.lanes.is_empty() || job.leaves_for_spares();
+            !job.failed && (begins || job.queues && job.peek().is_some())
+        };
         if self.jobs.iter_mut().take(at).any(is_ahead) {
             return Ok(false);
         }
@@ -188,53 +205,6 @@ impl Pump<'_> {
                 Err(error) => Err(error),
             },
         }
-    }
-
-    fn take_spares(&mut self, at: usize, modest: bool) -> Result<Vec<(usize, Spare)>> {
-        let bytes = self.jobs[at].spare_bytes()?;
-        let mut spares = Vec::with_capacity(bytes.len());
-        for (&lane, &bytes) in self.jobs[at].lanes.iter().zip(&bytes) {
-            match self.lanes[lane].take_spare(bytes, modest) {
-                Ok(spare) => spares.push((lane, spare)),
-                Err(error) => {
-                    spares.into_iter().for_each(|(lane, spare)| self.lanes[lane].return_spare(spare));
-                    return Err(error);
-                }
-            }
-        }
-        Ok(spares)
-    }
-
-    fn snapshot(&mut self, at: usize, spares: Vec<(usize, Spare)>) -> Result<()> {
-        let spares = self.register(at, spares)?;
-        let job = &mut self.jobs[at];
-        let (lists, leaving) = job.move_to_spares(spares)?;
-        let mut flight = Flight::new(job.number(), Vec::new(), Vec::new(), leaving);
-        let (mut kept, mut failure) = (Vec::new(), None);
-        for (&lane, copies) in job.lanes.iter().zip(&lists) {
-            match self.lanes[lane].snapshot(copies) {
-                Ok((event, for_streams)) => {
-                    flight.marks.push(Mark::Event(event));
-                    kept.push(for_streams);
-                }
-                Err(error) => {
-                    // Some of them may run all the same: until they are done the spare is no other save's.
-                    flight.marks.extend(self.lanes[lane].when_idle());
-                    failure = Some(error);
-                    break;
-                }
-            }
-        }
-        job.flights += 1;
-        self.flights.push_back(flight);
-        if let Some(error) = failure {
-            return Err(error);
-        }
-        if self.shared.faults.stream_waits_for_nothing() {
-            kept.clear();
-        }
-        job.copies.all_enqueued(kept);
-        Ok(())
     }
 
     // ---- landing --------------------------------------------------------------------------------------

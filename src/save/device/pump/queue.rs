@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::groups::LARGE_GROUP_BYTES;
+use super::groups::{copies_of, GROUP_COPIES, LARGE_GROUP_BYTES};
 use super::{Flight, Leaving, Mark, Pump};
 use crate::cuda::{CopyList, Device, Event};
 use crate::error::{Error, ErrorKind, Result};
@@ -27,8 +27,6 @@ const GATHERING_MAX: Duration = Duration::from_secs(1);
 /// for one that its queues (of about a thousand each) have no room for waits, and holds up the program's calls meanwhile, here for as
 /// long as storage takes.
 const OPERATIONS_MAX: usize = 800;
-/// No chunk is added to a group of so many copies.
-const GROUP_COPIES: usize = 400;
 
 impl Pump<'_> {
     /// Whether all copies of a job that has just begun are to be enqueued at once. Otherwise they are when there are buffers for them, and
@@ -73,11 +71,6 @@ impl Pump<'_> {
         job.source = None;
         job.copies.all_enqueued(events);
         Ok(true)
-    }
-
-    /// Operations of earlier saves that have not come to their end.
-    fn operations(&self) -> usize {
-        self.flights.iter().filter_map(|flight| flight.ring.as_ref()).map(|ring| ring.operations()).sum()
     }
 
     /// Makes the ring of a job once there are buffers enough. True where something moved.
@@ -148,7 +141,7 @@ impl Pump<'_> {
             let Some(listed) = job.list_chunk(address, &mut lists)? else { break };
             group.chunks.push(listed.chunk);
             group.bytes += listed.bytes;
-            if lists.iter().map(|list| list.copies().len()).sum::<usize>() >= GROUP_COPIES {
+            if copies_of(&lists) >= GROUP_COPIES {
                 break;
             }
         }
