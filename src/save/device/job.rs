@@ -226,6 +226,19 @@ impl Job {
         self.to_spares.is_some()
     }
 
+    /// It waits for buffers to have all its copies enqueued.
+    pub fn gathers(&mut self) -> bool {
+        !self.failed && self.queues && self.ring.is_none() && self.peek().is_some()
+    }
+
+    /// It has not begun, or is being enqueued at once, on a device that another state is on, too.
+    pub fn is_ahead_on(&mut self, other: &DeviceSource) -> bool {
+        let Some(source) = self.source.clone().filter(|_| !self.failed) else { return false };
+        let is_on = |device| source.devices().iter().any(|of| Arc::ptr_eq(of, device));
+        other.devices().iter().any(is_on)
+            && (self.lanes.is_empty() || self.leaves_for_spares() || self.queues && self.peek().is_some())
+    }
+
     /// All copies are enqueued, and all hashing.
     pub fn is_enqueued(&mut self) -> bool {
         !self.lanes.is_empty()

@@ -34,7 +34,7 @@ impl Pump<'_> {
             return self.enqueue_all(at);
         }
         while self.jobs[at].peek().is_some() && self.jobs[at].is_ready()? {
-            if self.operations() >= ENQUEUED_MAX {
+            if self.operations(at) >= ENQUEUED_MAX {
                 return Ok(moved);
             }
             let buffers = self.free_buffers(self.group());
@@ -85,9 +85,9 @@ impl Pump<'_> {
             false => Leaving::default(),
         };
         let mut flight = Flight::new(job.number(), Vec::new(), chunks, leaving);
-        flight.operations = copies_of(&lists);
         let mut failure = None;
         for (&lane, copies) in job.lanes.iter().zip(&lists).filter(|(_, copies)| !copies.is_empty()) {
+            flight.on.push((lane, copies.copies().len()));
             match self.lanes[lane].fetch(copies, &flight) {
                 Ok(event) => flight.marks.push(Mark::Event(event)),
                 Err(error) => {

@@ -130,11 +130,10 @@ impl Pump<'_> {
         }
     }
 
-    /// What is enqueued and has not come to its end.
-    fn operations(&self) -> usize {
-        let of =
-            |flight: &Flight| flight.operations + flight.ring.as_ref().map_or(0, |ring| ring.operations());
-        self.flights.iter().map(of).sum()
+    /// What is enqueued on a lane of a job and has not come to its end, of the lane that has most of it: other devices may hang.
+    fn operations(&self, at: usize) -> usize {
+        let of = |&lane: &usize| self.flights.iter().map(|flight| flight.operations(lane)).sum();
+        self.jobs[at].lanes.iter().map(of).max().unwrap_or(0)
     }
 
     /// Errors where the save has failed, or has been on its way for too long.
@@ -156,14 +155,11 @@ impl Pump<'_> {
         let _ = self.end_ring(at);
     }
 
-    /// False where its turn has not come: an earlier save waits for its own, or is being enqueued all at once; or cuFile would be called
-    /// while copies wait for copiers, which the driver may hold up in such calls.
+    /// False where its turn has not come: an earlier save gathers buffers; or one of the same device waits for its own turn, or is being
+    /// enqueued; or cuFile would be called while copies wait for copiers, which the driver may hold up in such calls.
     fn try_begin(&mut self, at: usize) -> Result<bool> {
-        let is_ahead = |job: &mut Job| {
-            let begins = job.lanes.is_empty() || job.leaves_for_spares();
-            !job.failed && (begins || job.queues && job.peek().is_some())
-        };
-        if self.jobs.iter_mut().take(at).any(is_ahead) {
+        let source = self.jobs[at].source()?;
+        if self.jobs.iter_mut().take(at).any(|job| job.gathers() || job.is_ahead_on(&source)) {
             return Ok(false);
         }
         if self.jobs[at].layout.is_some() && !self.shared.exchange.rings.is_empty() {

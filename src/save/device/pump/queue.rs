@@ -59,7 +59,7 @@ impl Pump<'_> {
         let Some(ring) = self.jobs[at].ring.clone() else { return self.gather(at) };
         let mut moved = false;
         while self.jobs[at].peek().is_some() {
-            if self.operations() + ring.operations() >= OPERATIONS_MAX {
+            if self.operations(at) + ring.operations() >= OPERATIONS_MAX {
                 return Ok(moved);
             }
             self.enqueue_to(at, &ring)?;
@@ -164,6 +164,7 @@ impl Pump<'_> {
         job.flights += 1;
         let mut flight = Flight::new(job.number(), Vec::new(), Vec::new(), Leaving::default());
         flight.ring = Some(ring);
+        flight.on.extend(job.lanes.iter().map(|&lane| (lane, 0)));
         let events = self.mark(at, &mut flight);
         self.flights.push_back(flight);
         events

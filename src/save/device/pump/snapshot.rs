@@ -32,7 +32,7 @@ impl Pump<'_> {
     pub(super) fn enqueue_snapshot(&mut self, at: usize) -> Result<bool> {
         let mut moved = false;
         loop {
-            let has_room = self.operations() < ENQUEUED_MAX;
+            let has_room = self.operations(at) < ENQUEUED_MAX;
             let job = &mut self.jobs[at];
             let number = job.number();
             let Some(left) = &mut job.to_spares else { return Ok(moved) };
@@ -43,8 +43,9 @@ impl Pump<'_> {
             let mut flight = Flight::new(number, Vec::new(), Vec::new(), Leaving::default());
             let enqueued = match left.pieces.pop_front() {
                 Some((nth, copies)) => {
-                    flight.operations = copies.len();
-                    let event = self.lanes[job.lanes[nth]].snapshot(&copies);
+                    let lane = job.lanes[nth];
+                    flight.on.push((lane, copies.len()));
+                    let event = self.lanes[lane].snapshot(&copies);
                     event.map(|event| flight.marks.push(Mark::Event(event)))
                 }
                 None => {
