@@ -209,7 +209,7 @@ pub fn stream_wait(save: &Save, stream: Stream) -> Result<()> {
     unsafe { save.stream_wait_copied(stream.0, WAIT) }
 }
 
-pub fn until(what: &str, done: impl Fn() -> bool) {
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PROMPT;
     while !done() {
         assert!(Instant::now() < deadline, "{what}");

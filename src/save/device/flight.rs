@@ -15,7 +15,7 @@ const LOST_AFTER: Duration = Duration::from_secs(1);
 /// By what it is known that copies are done.
 pub(super) enum Mark {
     /// This is reached.
-    Event(Event),
+    Event(Arc<Event>),
     /// This is idle: an event could not be recorded.
     Idle(Arc<Stream>),
 }
@@ -53,8 +53,6 @@ pub(super) struct Flight {
     pub hashing: Option<Hashing>,
     /// All copies to a ring, which is over when they are done.
     pub ring: Option<Arc<Ring>>,
-    /// How much is enqueued for it, of each lane that it is on; what is for a ring is not counted here.
-    pub on: Vec<(usize, usize)>,
     /// The device has reported nothing but errors since.
     lost_since: Option<Instant>,
 }
@@ -73,13 +71,14 @@ pub(super) enum Arrival {
 
 impl Flight {
     pub fn new(job: u64, marks: Vec<Mark>, chunks: Chunks, leaving: Leaving) -> Self {
-        Flight { job, marks, chunks, leaving, hashing: None, ring: None, on: Vec::new(), lost_since: None }
+        Flight { job, marks, chunks, leaving, hashing: None, ring: None, lost_since: None }
     }
 
-    /// What was enqueued for it on a lane, and has not come to its end.
-    pub fn operations(&self, lane: usize) -> usize {
-        let of_ring = || self.ring.as_ref().map_or(0, |ring| ring.operations());
-        self.on.iter().filter(|on| on.0 == lane).map(|on| on.1 + of_ring()).sum()
+    /// Some of its copies are done with this event; none: they were not enqueued. True where they were.
+    pub fn add(&mut self, end: Option<Arc<Event>>) -> bool {
+        let is_some = end.is_some();
+        self.marks.extend(end.map(Mark::Event));
+        is_some
     }
 
     pub fn look(&mut self) -> Arrival {

@@ -1,8 +1,9 @@
 //! One save as the pump sees it: what is to be copied from where, and how far that is.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
+use super::batch::Batch;
 use super::direct::{DirectStorage, Hashing, Layout, HASH_BYTES};
 use super::flight::Leaving;
 use super::ring::Ring;
@@ -68,14 +69,6 @@ pub(super) struct Hoard {
     pub grown_at: Option<Instant>,
 }
 
-/// A snapshot that is being enqueued.
-pub(super) struct ToSpares {
-    /// Copies that are to be enqueued together, each of one device of the source.
-    pub pieces: VecDeque<(usize, Vec<Copy>)>,
-    /// What leaves the caller's memory with all of them.
-    pub leaving: Leaving,
-}
-
 pub(super) struct Job {
     pub held: Held,
     pub source: Option<Arc<DeviceSource>>,
@@ -102,8 +95,6 @@ pub(super) struct Job {
     asked: Owners,
     /// Per lane that has one.
     pub spares: Vec<(usize, Arc<Spare>)>,
-    /// Copies into these that are to be enqueued.
-    pub to_spares: Option<ToSpares>,
     pub direct_storage: DirectStorage,
     /// How its spare is laid out where chunks go directly from there; before it has one, how it would be.
     pub layout: Option<Layout>,
@@ -114,6 +105,8 @@ pub(super) struct Job {
     /// With a snapshot in spare memory, and where all copies are to be enqueued at once: of chunks in which host memory
     /// stands between, that memory's bytes.
     pub kept: BTreeMap<u64, Vec<u8>>,
+    /// Copies that are being enqueued.
+    pub batch: Option<Batch>,
     next_chunk: u64,
     /// A chunk that a device brings, as was found before.
     peeked: Option<u64>,
@@ -153,12 +146,12 @@ impl Job {
             addresses,
             asked,
             spares: Vec::new(),
-            to_spares: None,
             direct_storage,
             layout,
             file: None,
             hashed: 0,
             kept: BTreeMap::new(),
+            batch: None,
             next_chunk: 0,
             peeked: None,
             flights: 0,
@@ -221,28 +214,23 @@ impl Job {
         layout.next_to_hash(self.hashed, bytes as u64 / HASH_BYTES)
     }
 
-    /// Its snapshot is being enqueued.
-    pub fn leaves_for_spares(&self) -> bool {
-        self.to_spares.is_some()
-    }
-
     /// It waits for buffers to have all its copies enqueued.
     pub fn gathers(&mut self) -> bool {
         !self.failed && self.queues && self.ring.is_none() && self.peek().is_some()
     }
 
-    /// It has not begun, or is being enqueued at once, on a device that another state is on, too.
+    /// On a device that another state is on, too, it has not begun, or what is to be enqueued of it now finds no room: what is enqueued of the
+    /// other one would come first.
     pub fn is_ahead_on(&mut self, other: &DeviceSource) -> bool {
         let Some(source) = self.source.clone().filter(|_| !self.failed) else { return false };
         let is_on = |device| source.devices().iter().any(|of| Arc::ptr_eq(of, device));
-        other.devices().iter().any(is_on)
-            && (self.lanes.is_empty() || self.leaves_for_spares() || self.queues && self.peek().is_some())
+        other.devices().iter().any(is_on) && (self.lanes.is_empty() || self.batch.is_some())
     }
 
     /// All copies are enqueued, and all hashing.
     pub fn is_enqueued(&mut self) -> bool {
         !self.lanes.is_empty()
-            && !self.leaves_for_spares()
+            && self.batch.is_none()
             && self.peek().is_none()
             && self.next_to_hash(usize::MAX).is_none()
     }
@@ -318,9 +306,9 @@ impl Job {
         Ok(bytes)
     }
 
-    /// From now on the segments are read in spare memory, one for each device, which copies are to be enqueued for; what stands
-    /// in host memory between them is copied at once. `together`: so many copies at most.
-    pub fn move_to_spares(&mut self, spares: Vec<(usize, Spare)>, together: usize) -> Result<()> {
+    /// From now on the segments are read in spare memory, one for each device, which the returned copies fill; what stands
+    /// in host memory between them is copied at once. Also returns what leaves the caller's memory so.
+    pub fn move_to_spares(&mut self, spares: Vec<(usize, Spare)>) -> Result<(Vec<CopyList>, Leaving)> {
         let source = self.source()?;
         let mut lists = vec![CopyList::default(); spares.len()];
         let mut ends: Vec<u64> = spares.iter().map(|(_, spare)| spare.address()).collect();
@@ -347,12 +335,7 @@ impl Job {
                 leaving.bytes += len as u64;
             }
         }
-        let of_each = lists.iter().enumerate();
-        let pieces = of_each
-            .flat_map(|(nth, list)| list.copies().chunks(together).map(move |piece| (nth, piece.to_vec())))
-            .collect();
-        self.to_spares = Some(ToSpares { pieces, leaving });
-        Ok(())
+        Ok((lists, leaving))
     }
 
     /// Copies what stands in host memory between a device's. False, and nothing is kept, where that is more than `most` bytes.

@@ -70,6 +70,11 @@ impl Rings {
         self.state.lock().rings.is_empty()
     }
 
+    /// Copies may wait for copiers.
+    pub fn wait_for_copiers(&self) -> bool {
+        self.state.lock().rings.iter().any(|ring| ring.waits())
+    }
+
     /// Nobody lands what arrives any more: nothing waits for that, and the GPU may use the buffers for ever.
     pub fn end(&self) {
         let rings = {

@@ -13,6 +13,8 @@
 //! | [`job`] | one save, as the pump sees it |
 //! | [`flight`] | copies that were enqueued, and the buffers that are lent to them |
 //! | [`lane`] | one device: its streams and its spare memory |
+//! | [`backlog`] | a stream, and how much is enqueued on it |
+//! | [`batch`] | copies that are to be enqueued together |
 //! | [`ring`] | buffers that a GPU's own copies wait for |
 //! | [`landing`] | the thread that takes what arrives there |
 //! | [`courtesy`] | how many copiers are at what has arrived |
@@ -20,6 +22,8 @@
 //! | [`direct`] | which chunks go from there to the file by cuFile |
 //! | [`on_device`] | writing them |
 
+mod backlog;
+mod batch;
 mod courtesy;
 mod direct;
 mod flight;
@@ -234,7 +238,7 @@ enum Enqueued {
     #[default]
     Pending,
     /// All are; they are done when these are reached.
-    All(Arc<Vec<Event>>),
+    All(Arc<Vec<Arc<Event>>>),
     /// They never will be: the save has failed.
     Failed,
 }
@@ -245,7 +249,7 @@ impl Copies {
         self.changed.notify_all();
     }
 
-    pub(super) fn all_enqueued(&self, events: Vec<Event>) {
+    pub(super) fn all_enqueued(&self, events: Vec<Arc<Event>>) {
         self.set(Enqueued::All(Arc::new(events)));
     }
 
@@ -254,7 +258,7 @@ impl Copies {
     }
 
     /// Waits until all copies are enqueued: they are done when these are reached. None where the save has failed before.
-    fn wait(&self, deadline: Option<Instant>) -> Result<Option<Arc<Vec<Event>>>> {
+    fn wait(&self, deadline: Option<Instant>) -> Result<Option<Arc<Vec<Arc<Event>>>>> {
         let mut state = self.state.lock();
         loop {
             match &*state {

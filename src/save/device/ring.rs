@@ -58,8 +58,6 @@ struct State {
     buffers: Vec<Option<StagingBuffer>>,
     /// Of each place, groups whose copies are enqueued and that have not landed, oldest first.
     coming: Vec<VecDeque<Group>>,
-    /// What was enqueued for them.
-    operations: usize,
     /// How many chunks have yet to land.
     chunks_to_come: u64,
     source: Option<Arc<DeviceSource>>,
@@ -77,8 +75,6 @@ pub(super) struct Group {
     /// Which of the source's devices bring them.
     pub devices: Vec<usize>,
     pub bytes: u64,
-    /// What was enqueued for them.
-    pub operations: usize,
 }
 
 impl Ring {
@@ -97,7 +93,6 @@ impl Ring {
             turns: Turns::new(places),
             buffers: buffers.into_iter().map(Some).collect(),
             coming: (0..places).map(|_| VecDeque::new()).collect(),
-            operations: 0,
             chunks_to_come: chunks,
             source: Some(source),
             kept,
@@ -111,11 +106,6 @@ impl Ring {
     /// Where the next group goes. It counts as given from now on: should copies to it fail half-way, the place is not used for anything else.
     pub fn give(&self) -> Turn {
         self.state.lock().turns.give()
-    }
-
-    /// Operations that were enqueued for groups that have yet to land.
-    pub fn operations(&self) -> usize {
-        self.state.lock().operations
     }
 
     /// For how many chunks it has buffers.
@@ -143,7 +133,6 @@ impl Ring {
     /// All copies of a group are enqueued.
     pub fn comes(&self, group: Group) {
         let mut state = self.state.lock();
-        state.operations += group.operations;
         state.coming[group.turn.place].push_back(group);
     }
 
@@ -194,7 +183,6 @@ impl Ring {
                 });
                 let Some(group) = is_here.then(|| coming[place].pop_front()).flatten() else { continue };
                 bytes += group.bytes;
-                state.operations -= group.operations;
                 state.chunks_to_come -= group.chunks.len() as u64;
                 state.turns.take(place, group.chunks.len());
                 if faults.free_places_early() {
@@ -236,6 +224,12 @@ impl Ring {
         if self.deadline.is_some_and(|deadline| now() >= deadline) {
             self.save.doom(late());
         }
+    }
+
+    /// Its copies may wait for copiers.
+    pub fn waits(&self) -> bool {
+        let state = self.state.lock();
+        !state.over && !state.turns.is_open()
     }
 
     /// Lets all copies run, also into buffers that copiers still read, and takes nothing of what they bring: the save can only fail, and

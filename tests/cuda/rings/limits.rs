@@ -70,12 +70,12 @@ fn a_state_of_more_copies_than_the_driver_queues_leaves_room() {
     let sim = Arc::new(SimMedium::new(80 << 20, SimModel::Ssd { torn: false }));
     format_medium(&*sim, &FormatOptions::new(3, 20 << 20)).expect("format");
     let store = open(&sim, CHUNK, FEW, Faults::default());
-    let mut state = State::new(&standin, &[(3_000, Some(0)); 3_000]);
+    let mut state = State::new(&standin, &[(1_000, Some(0)); 9_000]);
     warm(&store, &mut state, stream);
     standin.allocations_wait(false);
     state.fill(|_| stream, 2, 0);
     standin.synchronize(0, stream);
-    standin.queue_limit(500);
+    standin.queue_limit(1_000);
     standin.hold_stream(other, true);
     let copies = standin.calls("cuStreamWriteValue32_v2");
     let save = state.begin(&store, 2, queued(other, PROMPT)).expect("begin");

@@ -1,8 +1,10 @@
 //! Chunks that devices bring into the staging pool, enqueued in groups.
 
-use super::{Flight, Leaving, Mark, Pump};
+use super::{Flight, Leaving, Pump};
 use crate::cuda::CopyList;
 use crate::error::Result;
+use crate::save::device::batch::{Batch, To, PIECE_COPIES};
+use crate::save::device::lane::Between;
 use crate::staging::StagingBuffer;
 
 /// Chunks are enqueued in groups of so many bytes: long copies use the bus best.
@@ -13,38 +15,40 @@ const GROUP_SHARE: usize = 4;
 /// trainer may wait.
 const LARGE_GROUP_SHARE: usize = 64;
 pub(super) const LARGE_GROUP_BYTES: usize = 64 << 20;
-/// No chunk is added to a group of so many copies.
-pub(super) const GROUP_COPIES: usize = 400;
-/// So many copies that have not come to their end are enqueued, on two streams, before the last group: a call of the driver for one that
-/// its queues (of about a thousand each) have no room for waits until the GPU has come so far, and holds up the program's calls meanwhile.
-pub(super) const ENQUEUED_MAX: usize = 1600;
 /// So many buffers, or that share of the pool, are left to others, who would else wait for as long as a stream takes to
 /// reach the copies.
 const LEFT_BUFFERS: usize = 4;
 const LEFT_SHARE: usize = 4;
 
 impl Pump<'_> {
-    /// Enqueues as many as find buffers.
-    pub(super) fn enqueue_groups(&mut self, at: usize) -> Result<bool> {
-        let mut moved = false;
-        if self.jobs[at].lanes.is_empty() {
+    /// The next group of a job, where there are buffers. True where there is one.
+    pub(super) fn next_group(&mut self, at: usize) -> Result<bool> {
+        if self.jobs[at].peek().is_none() || !self.jobs[at].is_ready()? {
             return Ok(false);
         }
-        if self.jobs[at].queues {
-            return self.enqueue_all(at);
+        let buffers = self.free_buffers(self.group());
+        if buffers.is_empty() {
+            return Ok(false);
         }
-        while self.jobs[at].peek().is_some() && self.jobs[at].is_ready()? {
-            if self.operations(at) >= ENQUEUED_MAX {
-                return Ok(moved);
+        let job = &mut self.jobs[at];
+        let mut lists = vec![CopyList::default(); job.lanes.len()];
+        let (mut chunks, mut bytes) = (Vec::with_capacity(buffers.len()), 0);
+        for mut buffer in buffers {
+            let Some((chunk, len)) = job.take_chunk(&mut buffer, &mut lists)? else { break };
+            bytes += len;
+            chunks.push((chunk, buffer));
+            if copies_of(&lists) >= PIECE_COPIES {
+                break;
             }
-            let buffers = self.free_buffers(self.group());
-            if buffers.is_empty() {
-                return Ok(moved);
-            }
-            moved = true;
-            self.enqueue_group(at, buffers)?;
         }
-        Ok(moved)
+        let leaving = match job.spares.is_empty() {
+            true => Leaving { chunks: chunks.len() as u64, bytes },
+            // They left with the snapshot.
+            false => Leaving::default(),
+        };
+        let flight = Flight::new(job.number(), Vec::new(), chunks, leaving);
+        job.batch = Some(Batch::new(To::Pool(flight), &lists, |_| Between::default()));
+        Ok(true)
     }
 
     /// How many buffers a group takes.
@@ -65,53 +69,6 @@ impl Pump<'_> {
         let left = pool.buffer_count() - self.most_buffers();
         let free = pool.free_count().saturating_sub(left);
         std::iter::from_fn(|| pool.try_acquire()).take(most.min(free)).collect()
-    }
-
-    fn enqueue_group(&mut self, at: usize, buffers: Vec<StagingBuffer>) -> Result<()> {
-        let job = &mut self.jobs[at];
-        let mut lists = vec![CopyList::default(); job.lanes.len()];
-        let (mut chunks, mut bytes) = (Vec::with_capacity(buffers.len()), 0);
-        for mut buffer in buffers {
-            let Some((chunk, len)) = job.take_chunk(&mut buffer, &mut lists)? else { break };
-            bytes += len;
-            chunks.push((chunk, buffer));
-            if copies_of(&lists) >= GROUP_COPIES {
-                break;
-            }
-        }
-        let leaving = match job.spares.is_empty() {
-            true => Leaving { chunks: chunks.len() as u64, bytes },
-            // They left with the snapshot.
-            false => Leaving::default(),
-        };
-        let mut flight = Flight::new(job.number(), Vec::new(), chunks, leaving);
-        let mut failure = None;
-        for (&lane, copies) in job.lanes.iter().zip(&lists).filter(|(_, copies)| !copies.is_empty()) {
-            flight.on.push((lane, copies.copies().len()));
-            match self.lanes[lane].fetch(copies, &flight) {
-                Ok(event) => flight.marks.push(Mark::Event(event)),
-                Err(error) => {
-                    // Some of them may run all the same.
-                    flight.marks.extend(self.lanes[lane].when_idle());
-                    failure.get_or_insert(error);
-                }
-            }
-        }
-        job.flights += 1;
-        self.flights.push_back(flight);
-        if let Some(error) = failure {
-            return Err(error);
-        }
-        if job.spares.is_empty() && job.peek().is_none() {
-            let mut events = Vec::new();
-            if !self.shared.faults.stream_waits_for_nothing() {
-                for &lane in &job.lanes {
-                    events.extend(self.lanes[lane].mark_all()?);
-                }
-            }
-            job.copies.all_enqueued(events);
-        }
-        Ok(())
     }
 }
 

@@ -1,10 +1,11 @@
 //! The thread that enqueues copies and looks at how far they are. Which groups of chunks are brought is in `groups`, what goes to spare memory
-//! first in `snapshot`, what goes past host memory in `direct`, what is enqueued all at once in `queue`.
+//! first in `spares`, what goes past host memory in `direct`, what is enqueued all at once in `queue`; how any of it is enqueued in `batches`.
 
+mod batches;
 mod direct;
 mod groups;
 mod queue;
-mod snapshot;
+mod spares;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -115,25 +116,11 @@ impl Pump<'_> {
             true => self.try_begin(at),
             false => Ok(false),
         });
-        let result = result.and_then(|begun| Ok(self.enqueue_snapshot(at)? | self.enqueue_rest(at)? | begun));
+        let result = result.and_then(|begun| Ok(self.enqueue(at)? | begun));
         result.unwrap_or_else(|error| {
             self.fail(at, error);
             true
         })
-    }
-
-    /// What comes behind a snapshot, where one is taken.
-    fn enqueue_rest(&mut self, at: usize) -> Result<bool> {
-        match self.jobs[at].leaves_for_spares() {
-            true => Ok(false),
-            false => Ok(self.enqueue_hashing(at)? | self.enqueue_groups(at)?),
-        }
-    }
-
-    /// What is enqueued on a lane of a job and has not come to its end, of the lane that has most of it: other devices may hang.
-    fn operations(&self, at: usize) -> usize {
-        let of = |&lane: &usize| self.flights.iter().map(|flight| flight.operations(lane)).sum();
-        self.jobs[at].lanes.iter().map(of).max().unwrap_or(0)
     }
 
     /// Errors where the save has failed, or has been on its way for too long.
@@ -151,18 +138,20 @@ impl Pump<'_> {
         job.failed = true;
         job.held.save().fail(error);
         job.copies.failed();
+        self.end_batch(at);
         // It has failed anyhow.
         let _ = self.end_ring(at);
     }
 
-    /// False where its turn has not come: an earlier save gathers buffers; or one of the same device waits for its own turn, or is being
-    /// enqueued; or cuFile would be called while copies wait for copiers, which the driver may hold up in such calls.
+    /// False where its turn has not come: another save gathers buffers; or an earlier one of the same device has yet to be enqueued, as far as
+    /// there are buffers; or cuFile would be called while copies wait for copiers, which the driver may hold up in such calls.
     fn try_begin(&mut self, at: usize) -> Result<bool> {
         let source = self.jobs[at].source()?;
-        if self.jobs.iter_mut().take(at).any(|job| job.gathers() || job.is_ahead_on(&source)) {
+        let gathers = self.jobs.iter_mut().enumerate().any(|(other, job)| other != at && job.gathers());
+        if gathers || self.jobs.iter_mut().take(at).any(|job| job.is_ahead_on(&source)) {
             return Ok(false);
         }
-        if self.jobs[at].layout.is_some() && !self.shared.exchange.rings.is_empty() {
+        if self.jobs[at].layout.is_some() && self.shared.exchange.rings.wait_for_copiers() {
             return Ok(false);
         }
         self.begin(at)?;
@@ -185,7 +174,7 @@ impl Pump<'_> {
             };
             self.jobs[at].locked &= self.shared.region.pool().register(device);
             if !self.shared.faults.copy_before_the_event() {
-                self.lanes[lane].wait(source.after())?;
+                self.lanes[lane].wait(source.after().iter())?;
             }
             lanes.push(lane);
         }

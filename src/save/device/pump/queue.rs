@@ -2,11 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::groups::{copies_of, GROUP_COPIES, LARGE_GROUP_BYTES};
-use super::{Flight, Leaving, Mark, Pump};
+use super::groups::{copies_of, LARGE_GROUP_BYTES};
+use super::{Flight, Job, Leaving, Mark, Pump};
 use crate::cuda::{CopyList, Device, Event};
 use crate::error::{Error, ErrorKind, Result};
+use crate::save::device::batch::{Batch, To, PIECE_COPIES};
 use crate::save::device::job::Hoard;
+use crate::save::device::lane::Between;
 use crate::save::device::ring::{Group, Ring, RingParts};
 use crate::staging::StagingBuffer;
 use crate::sync::Arc;
@@ -23,18 +25,14 @@ const PLACES_MIN: usize = 2;
 const PLACES: usize = 8;
 /// It takes no longer than this in any case.
 const GATHERING_MAX: Duration = Duration::from_secs(1);
-/// So many copies, waits and words that have not come to their end are enqueued, on two streams, before the last group: a call of the driver
-/// for one that its queues (of about a thousand each) have no room for waits, and holds up the program's calls meanwhile, here for as
-/// long as storage takes.
-const OPERATIONS_MAX: usize = 800;
-
 impl Pump<'_> {
     /// Whether all copies of a job that has just begun are to be enqueued at once. Otherwise they are when there are buffers for them, and
     /// a thread that has a stream wait for them waits until the last are.
     pub(super) fn decide_to_queue(&mut self, at: usize) -> Result<()> {
         let most = self.most_buffers();
-        // Copiers that call cuFile may be held up in the driver.
-        let copiers_are_free = !self.file.is_open();
+        // Copiers that call cuFile may be held up in the driver; a save that will have them do so waits for rings to be over.
+        let wants_cufile = |job: &Job| !job.failed && job.lanes.is_empty() && job.layout.is_some();
+        let copiers_are_free = !self.file.is_open() && !self.jobs.iter().any(wants_cufile);
         let job = &mut self.jobs[at];
         // Copies into memory that is not page-locked hold this thread up in the driver.
         if !job.flag_waits || !job.spares.is_empty() || !job.locked || !copiers_are_free {
@@ -50,31 +48,40 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// Gathers buffers for a job, and enqueues all its copies when they are enough, as far as the driver takes them without waiting. True
-    /// where something moved.
-    pub(super) fn enqueue_all(&mut self, at: usize) -> Result<bool> {
-        if self.jobs[at].peek().is_none() {
+    /// The next group of a job, for the ring that is made of the buffers that it gathers. True where something moved.
+    pub(super) fn next_for_ring(&mut self, at: usize) -> Result<bool> {
+        let job = &mut self.jobs[at];
+        if job.peek().is_none() {
             return Ok(false);
         }
-        let Some(ring) = self.jobs[at].ring.clone() else { return self.gather(at) };
-        let mut moved = false;
-        while self.jobs[at].peek().is_some() {
-            if self.operations(at) + ring.operations() >= OPERATIONS_MAX {
-                return Ok(moved);
+        let Some(ring) = job.ring.clone() else { return self.gather(at) };
+        let turn = ring.give();
+        let mut lists = vec![CopyList::default(); job.lanes.len()];
+        let mut group = Group { turn, chunks: Vec::new(), devices: Vec::new(), bytes: 0 };
+        for &address in ring.addresses(turn) {
+            let Some(listed) = job.list_chunk(address, &mut lists)? else { break };
+            group.chunks.push(listed.chunk);
+            group.bytes += listed.bytes;
+            if copies_of(&lists) >= PIECE_COPIES {
+                break;
             }
-            self.enqueue_to(at, &ring)?;
-            moved = true;
         }
-        let events = self.end_ring(at)?;
-        let job = &mut self.jobs[at];
-        // The ring has it until all has arrived.
-        job.source = None;
-        job.copies.all_enqueued(events);
+        let bring = lists.iter().enumerate().filter(|(_, copies)| !copies.is_empty());
+        group.devices.extend(bring.map(|(device, _)| device));
+        let words = |device| Between {
+            free: ring.is_free(device, turn),
+            arrived: Some(ring.has_arrived(device, turn)),
+        };
+        job.batch = Some(Batch::new(To::Ring(group), &lists, words));
         Ok(true)
     }
 
     /// Makes the ring of a job once there are buffers enough. True where something moved.
     fn gather(&mut self, at: usize) -> Result<bool> {
+        // A save that has begun since has copiers call cuFile.
+        if self.file.is_open() {
+            return Ok(self.queue_no_more(at));
+        }
         let chunks = usize::try_from(self.jobs[at].hoard.chunks).unwrap_or(usize::MAX);
         // One is for the words.
         let most = chunks.saturating_add(1).min(self.most_buffers());
@@ -90,10 +97,7 @@ impl Pump<'_> {
         if hoard.buffers.len() < enough {
             let in_vain = hoard.grown_at.is_some_and(|at| at.elapsed() > PATIENCE);
             if in_vain || since.elapsed() > GATHERING_MAX {
-                // As they come, then.
-                hoard.buffers.clear();
-                self.jobs[at].queues = false;
-                return Ok(true);
+                return Ok(self.queue_no_more(at));
             }
             return Ok(grown);
         }
@@ -103,6 +107,13 @@ impl Pump<'_> {
         }
         self.jobs[at].ring = Some(ring);
         Ok(true)
+    }
+
+    /// A job's copies are enqueued as buffers come. True: something moved.
+    fn queue_no_more(&mut self, at: usize) -> bool {
+        self.jobs[at].hoard.buffers.clear();
+        self.jobs[at].queues = false;
+        true
     }
 
     /// Of what was gathered.
@@ -131,65 +142,21 @@ impl Pump<'_> {
         Ok(ring)
     }
 
-    /// Enqueues the next group.
-    fn enqueue_to(&mut self, at: usize, ring: &Ring) -> Result<()> {
-        let job = &mut self.jobs[at];
-        let turn = ring.give();
-        let mut lists = vec![CopyList::default(); job.lanes.len()];
-        let mut group = Group { turn, chunks: Vec::new(), devices: Vec::new(), bytes: 0, operations: 0 };
-        for &address in ring.addresses(turn) {
-            let Some(listed) = job.list_chunk(address, &mut lists)? else { break };
-            group.chunks.push(listed.chunk);
-            group.bytes += listed.bytes;
-            if copies_of(&lists) >= GROUP_COPIES {
-                break;
-            }
-        }
-        for (device, copies) in lists.iter().enumerate().filter(|(_, copies)| !copies.is_empty()) {
-            group.devices.push(device);
-            group.operations += copies.copies().len() + 2;
-            let (free, arrived) = (ring.is_free(device, turn), ring.has_arrived(device, turn));
-            self.lanes[job.lanes[device]].fetch_to_ring(copies, free, arrived)?;
-        }
-        ring.comes(group);
-        Ok(())
-    }
-
     /// Nothing more is enqueued to the ring of a job, if it has one: a flight keeps it until the GPU is done with it. Returns what is
     /// reached then, for streams of the program.
-    pub(super) fn end_ring(&mut self, at: usize) -> Result<Vec<Event>> {
+    pub(super) fn end_ring(&mut self, at: usize) -> Result<Vec<Arc<Event>>> {
         let job = &mut self.jobs[at];
         let Some(ring) = job.ring.take() else { return Ok(Vec::new()) };
         ring.seal();
         job.flights += 1;
         let mut flight = Flight::new(job.number(), Vec::new(), Vec::new(), Leaving::default());
         flight.ring = Some(ring);
-        flight.on.extend(job.lanes.iter().map(|&lane| (lane, 0)));
-        let events = self.mark(at, &mut flight);
+        let ends = self.ends(at);
+        match &ends {
+            Ok(ends) => flight.marks.extend(ends.iter().cloned().map(Mark::Event)),
+            Err(_) => self.mark_when_idle(at, &mut flight),
+        }
         self.flights.push_back(flight);
-        events
-    }
-
-    /// Adds to the flight what tells that all is done that was enqueued for a job, and returns the same for streams of the program.
-    fn mark(&self, at: usize, flight: &mut Flight) -> Result<Vec<Event>> {
-        let (mut events, mut failure) = (Vec::new(), None);
-        for &lane in &self.jobs[at].lanes {
-            let marks =
-                self.lanes[lane].mark_all().and_then(|marks| Ok((marks, self.lanes[lane].mark_all()?)));
-            match marks {
-                Ok((marks, for_streams)) => {
-                    flight.marks.extend(marks.into_iter().map(Mark::Event));
-                    events.extend(for_streams);
-                }
-                Err(error) => {
-                    flight.marks.extend(self.lanes[lane].when_idle());
-                    failure.get_or_insert(error);
-                }
-            }
-        }
-        if self.shared.faults.stream_waits_for_nothing() {
-            events.clear();
-        }
-        failure.map_or(Ok(events), Err)
+        ends
     }
 }

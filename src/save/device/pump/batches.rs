@@ -1,0 +1,147 @@
+//! Enqueuing: one batch of copies of a job after the other, as far as the driver's queues have room.
+
+use super::{Flight, Mark, Pump};
+use crate::cuda::Event;
+use crate::error::Result;
+use crate::save::device::batch::{Batch, To};
+use crate::sync::Arc;
+
+impl Pump<'_> {
+    /// Enqueues what there is room for, in buffers and in the driver's queues. True where something moved.
+    pub(super) fn enqueue(&mut self, at: usize) -> Result<bool> {
+        let mut moved = false;
+        loop {
+            moved |= self.enqueue_batch(at)?;
+            if self.jobs[at].batch.is_some() || !self.next_batch(at)? {
+                return Ok(moved);
+            }
+            moved = true;
+        }
+    }
+
+    /// Makes a job's next batch of copies, where there can be one now. True where something moved.
+    fn next_batch(&mut self, at: usize) -> Result<bool> {
+        if self.jobs[at].lanes.is_empty() {
+            return Ok(false);
+        }
+        let hashing = self.enqueue_hashing(at)?;
+        let batch = match self.jobs[at].queues {
+            true => self.next_for_ring(at)?,
+            false => self.next_group(at)?,
+        };
+        Ok(hashing | batch)
+    }
+
+    /// Enqueues a job's batch, if it has one. True where something moved.
+    fn enqueue_batch(&mut self, at: usize) -> Result<bool> {
+        let mut moved = false;
+        loop {
+            let job = &mut self.jobs[at];
+            let Some(Batch { pieces, to, on, refused }) = &mut job.batch else { return Ok(moved) };
+            let Some(piece) = pieces.front() else { break };
+            let lane = &mut self.lanes[job.lanes[piece.nth]];
+            let enqueued = match to {
+                To::Pool(flight) => lane.fetch(&piece.copies, flight).map(|end| flight.add(end)),
+                To::Spare(flight) => lane.snapshot(&piece.copies).map(|end| flight.add(end)),
+                To::Ring(_) => {
+                    let same = on.filter(|_| piece.follows);
+                    let chosen = lane.fetch_to_ring(&piece.copies, piece.between, same);
+                    chosen.map(|chosen| {
+                        *on = chosen.or(*on);
+                        chosen.is_some()
+                    })
+                }
+            };
+            *refused |= enqueued.is_err();
+            if !enqueued? {
+                return Ok(moved);
+            }
+            pieces.pop_front();
+            moved = true;
+        }
+        self.is_enqueued(at)?;
+        Ok(true)
+    }
+
+    /// All of a job's batch is enqueued.
+    fn is_enqueued(&mut self, at: usize) -> Result<()> {
+        let job = &mut self.jobs[at];
+        match job.batch.take().map(|batch| batch.to) {
+            Some(To::Pool(flight)) => {
+                job.flights += 1;
+                self.flights.push_back(flight);
+                if job.spares.is_empty() && job.peek().is_none() {
+                    let ends = self.ends(at)?;
+                    self.tell_enqueued(at, ends);
+                }
+            }
+            Some(To::Spare(mut flight)) => {
+                let ends = self.join(at);
+                match &ends {
+                    Ok(ends) => flight.marks = ends.iter().cloned().map(Mark::Event).collect(),
+                    Err(_) => self.mark_when_idle(at, &mut flight),
+                }
+                self.jobs[at].flights += 1;
+                self.flights.push_back(flight);
+                self.tell_enqueued(at, ends?);
+            }
+            Some(To::Ring(group)) => {
+                if let Some(ring) = &job.ring {
+                    ring.comes(group);
+                }
+                if job.peek().is_none() {
+                    let ends = self.end_ring(at)?;
+                    // The ring has it until all has arrived.
+                    self.jobs[at].source = None;
+                    self.tell_enqueued(at, ends);
+                }
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// A job has failed in the midst of a batch: what of it is enqueued may run.
+    pub(super) fn end_batch(&mut self, at: usize) {
+        let job = &mut self.jobs[at];
+        let Some(Batch { to, refused, .. }) = job.batch.take() else { return };
+        let (To::Pool(mut flight) | To::Spare(mut flight)) = to else { return };
+        job.flights += 1;
+        if refused {
+            self.mark_when_idle(at, &mut flight);
+        }
+        self.flights.push_back(flight);
+    }
+
+    /// What tells that all is done that may be enqueued for a job, where no event could be recorded.
+    pub(super) fn mark_when_idle(&self, at: usize, flight: &mut Flight) {
+        let lanes = self.jobs[at].lanes.iter();
+        flight.marks.extend(lanes.flat_map(|&lane| self.lanes[lane].when_idle()));
+    }
+
+    /// What is reached when all is done that was enqueued on a job's lanes.
+    pub(super) fn ends(&mut self, at: usize) -> Result<Vec<Arc<Event>>> {
+        let mut ends = Vec::new();
+        for &lane in &self.jobs[at].lanes {
+            ends.extend(self.lanes[lane].ends()?);
+        }
+        Ok(ends)
+    }
+
+    /// The same, and what is enqueued later on a lane comes behind it there.
+    fn join(&mut self, at: usize) -> Result<Vec<Arc<Event>>> {
+        let mut ends = Vec::new();
+        for &lane in &self.jobs[at].lanes {
+            ends.extend(self.lanes[lane].join()?);
+        }
+        Ok(ends)
+    }
+
+    /// All copies out of the caller's memory are enqueued; streams of the program may wait for these.
+    fn tell_enqueued(&self, at: usize, mut ends: Vec<Arc<Event>>) {
+        if self.shared.faults.stream_waits_for_nothing() {
+            ends.clear();
+        }
+        self.jobs[at].copies.all_enqueued(ends);
+    }
+}
