@@ -55,13 +55,16 @@ fn settle(standin: &Standin) {
     });
 }
 
-/// All but what is enqueued at once of the save is, and nothing waits in the driver.
+/// As much of the save is enqueued as is at once, and nothing waits in the driver. Then the stream goes on.
 fn assert_has_room(standin: &Standin, save: &Save, stream: Stream, what: &str) {
     settle(standin);
     // SAFETY: the stream lives.
     let waited = unsafe { save.stream_wait_copied(stream.0, Some(Duration::from_millis(10))) };
+    let jams = standin.jams();
+    // Also where it has failed.
+    standin.hold_stream(stream, false);
+    assert_eq!(jams, 0, "{what}");
     assert_eq!(waited.expect_err("not all are enqueued").kind(), ErrorKind::TimedOut, "{what}");
-    assert_eq!(standin.jams(), 0, "{what}");
 }
 
 /// Most of what the driver takes without waiting is enqueued, and no more, so that calls of the program are not held up; the rest is as
@@ -94,8 +97,8 @@ fn many_tensors_leave_room_for_the_program() {
             standin.queue_limit(QUEUE);
             standin.hold_stream(stream, true);
             let save = state.begin(&store, 1, options(stream, snapshot, flag_waits)).expect("begin");
+            standin.delay_us(1_000);
             assert_has_room(&standin, &save, stream, &what);
-            standin.hold_stream(stream, false);
             stream_wait(&save, stream).expect("wait");
             save.wait_durable(WAIT).expect("durable");
             assert_eq!(standin.jams(), 0, "{what}");
@@ -180,7 +183,6 @@ fn a_save_that_is_being_enqueued_waits_for_no_later_one() {
         let save = state.begin(&store, 1, on(streams[0], snapshot)).expect("begin");
         let held = next.begin(&store, 2, on(later, snapshot)).expect("begin");
         assert_has_room(&standin, &save, streams[0], "held");
-        standin.hold_stream(streams[0], false);
         save.wait_copied(WAIT).expect("copied before the other one's stream goes on");
         standin.hold_stream(later, false);
         held.wait_durable(WAIT).expect("durable");

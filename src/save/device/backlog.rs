@@ -9,7 +9,7 @@ use crate::cuda::{Device, Event, Stream};
 use crate::error::Result;
 use crate::sync::Arc;
 
-/// So much is enqueued on a stream, and little more: what orders streams is not limited.
+/// So much is enqueued on a stream, and little more: what orders streams, or hashes, is counted and not limited.
 const LENGTH_MAX: usize = 900;
 
 pub(super) struct Backlog {

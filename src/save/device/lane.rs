@@ -9,9 +9,6 @@ use crate::cuda::{free_memory, Copy, Device, Direction, Event, Hasher, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 
-/// Launch, copy and event.
-const HASHING: usize = 3;
-
 /// Streams per device: while one copy ends, the next one runs.
 const STREAMS: usize = 2;
 
@@ -126,11 +123,6 @@ impl Lane {
         Ok(ends)
     }
 
-    /// Whether it can be enqueued now.
-    pub fn has_room_to_hash(&mut self) -> Result<bool> {
-        self.stream_for(HASHING).map(|stream| stream.is_some())
-    }
-
     /// Enqueues the hashing of chunks of a spare that a snapshot was taken into, and the copying of the hashes to a flight's one
     /// buffer; the event is reached when they are there. After an error some of it may run.
     pub fn hash(
@@ -141,12 +133,10 @@ impl Lane {
         lent: &Flight,
     ) -> Result<Arc<Event>> {
         let lacking = || Error::new(ErrorKind::Internal, "save", "no code to hash with was loaded");
-        if let Some(turn) = self.stream_for(HASHING)? {
-            self.turn = turn;
-        }
         let hasher = self.hasher.as_ref().ok_or_else(lacking)?;
+        self.turn = (self.turn + 1) % STREAMS;
         let backlog = &mut self.streams[self.turn];
-        backlog.grow(HASHING - 1);
+        backlog.grow(2);
         let (chunks, hashes) = (spare.address() + hashing.at, spare.address() + hashing.hashes);
         // SAFETY: parts of the spare that the layout keeps apart; the job keeps it as long as it has flights, and the lane is
         // dropped only when none is left, and forgotten where that is not sure. The snapshot came before.

@@ -5,6 +5,8 @@ use super::*;
 /// Calls of a save that goes directly, beside those of every save.
 const CALLS: &[&str] =
     &["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuMemcpyDtoHAsync_v2", "cuEventRecord"];
+/// Behind each group of chunks that goes to a ring.
+const ARRIVES: &str = "cuStreamWriteValue32_v2";
 const CUFILE_CALLS: &[&str] = &["cuFileHandleRegister", "cuFileBufRegister", "cuFileWrite"];
 
 #[test]
@@ -160,5 +162,77 @@ fn copies_that_wait_for_buffers_and_cufile_do_not_meet() {
     stream_wait(&third, stream).expect("wait");
     third.wait_durable(WAIT).expect("the third, too");
     assert_eq!(standin.calls(WAITS), waits);
+    assert_idle(&store);
+}
+
+/// Three saves at a time, with room for the chunks of all.
+fn roomy(home: &Home) -> Store {
+    format_region(&home.other(), &FormatOptions::new(4, 1 << 21)).expect("format");
+    let options = OpenOptions {
+        medium: Requested::Direct,
+        required: Durability::Process,
+        max_in_flight: 3,
+        chunk_bytes: CHUNK,
+        staging_bytes: 24 * CHUNK,
+        ..OpenOptions::default()
+    };
+    Store::open(&home.other(), &options).expect("open")
+}
+
+/// Who wants cuFile waits for a ring of another GPU, and is not overtaken by the next.
+#[test]
+fn a_save_that_wants_cufile_waits_for_one_ring_and_no_other() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    cufile.set_properties(2, 0);
+    let (home, stream, other) = (Home::new(), standin.stream(0), standin.stream(1));
+    let (store, mut state) = (roomy(&home), State::new(&standin, SHAPE));
+    let mut small = State::new(&standin, &[(40_000, Some(1))]);
+    let mut large = State::new(&standin, &[(250_000, Some(1))]);
+    state.fill(|_| stream, 2, 0);
+    small.fill(|_| other, 1, 0);
+    large.fill(|_| other, 3, 0);
+    standin.synchronize(0, stream);
+    standin.synchronize(1, other);
+    standin.hold_stream(other, true);
+    let first = small.begin(&store, 1, crate::rings::queued(other, PROMPT)).expect("begin");
+    until("a ring is enqueued", || standin.calls(ARRIVES) > 0);
+    let second = state.begin(&store, 2, required(stream)).expect("begin");
+    let copies = || standin.calls("cuMemcpyDtoHAsync_v2") + standin.calls("cuMemcpyBatchAsync");
+    let (rings, before) = (standin.calls(ARRIVES), copies());
+    let third = large.begin(&store, 3, crate::rings::queued(other, PROMPT)).expect("begin");
+    until("the third is enqueued", || copies() > before);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    let (called, more) = (cufile.calls("cuFileHandleRegister"), standin.calls(ARRIVES) - rings);
+    standin.hold_stream(other, false);
+    assert_eq!((called, more), (0, 0));
+    for save in [first, second, third] {
+        save.wait_durable(WAIT).expect("durable");
+    }
+    assert!(store.stats().direct_bytes > 0);
+    assert!(large.is_saved(&store, 3));
+    assert_idle(&store);
+}
+
+/// Copies to the ring of a save that has failed wait for no copiers any more.
+#[test]
+fn a_ring_that_has_failed_holds_up_no_cufile() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    cufile.set_properties(2, 0);
+    let (home, stream, other) = (Home::new(), standin.stream(0), standin.stream(1));
+    let (store, mut state) = (roomy(&home), State::new(&standin, SHAPE));
+    let lost = State::new(&standin, &[(40_000, Some(1))]);
+    state.fill(|_| stream, 2, 0);
+    standin.synchronize(0, stream);
+    standin.hold_stream(other, true);
+    let first = lost.begin(&store, 1, crate::rings::queued(other, PROMPT)).expect("begin");
+    until("a ring is enqueued", || standin.calls(ARRIVES) > 0);
+    first.cancel();
+    let second = state.begin(&store, 2, required(stream)).expect("begin");
+    second.wait_durable(WAIT).expect("durable while the other GPU hangs");
+    assert!(store.stats().direct_bytes > 0);
+    assert!(state.is_saved(&store, 2));
+    standin.hold_stream(other, false);
     assert_idle(&store);
 }

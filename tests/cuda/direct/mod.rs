@@ -12,7 +12,7 @@ use pccheck::save::{DirectStorage, Faults, SaveOptions, Snapshot};
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::ErrorKind;
 
-use crate::bed::{assert_idle, on, store, stream_wait, Shape, State, CHUNK, PROMPT, WAIT};
+use crate::bed::{assert_idle, on, store, stream_wait, until, Shape, State, CHUNK, PROMPT, WAIT};
 use crate::cufile::Cufile;
 use crate::gds::alone;
 use crate::standin::{Standin, Stream};
@@ -48,6 +48,11 @@ impl Home {
 
     fn path(&self) -> PathBuf {
         self.folder.path().join("region.pcc")
+    }
+
+    /// For another region.
+    fn other(&self) -> PathBuf {
+        self.folder.path().join("other.pcc")
     }
 
     fn open(&self, medium: Requested, buffers: u64) -> Store {

@@ -78,10 +78,6 @@ impl Pump<'_> {
 
     /// Makes the ring of a job once there are buffers enough. True where something moved.
     fn gather(&mut self, at: usize) -> Result<bool> {
-        // A save that has begun since has copiers call cuFile.
-        if self.file.is_open() {
-            return Ok(self.queue_no_more(at));
-        }
         let chunks = usize::try_from(self.jobs[at].hoard.chunks).unwrap_or(usize::MAX);
         // One is for the words.
         let most = chunks.saturating_add(1).min(self.most_buffers());
@@ -97,7 +93,10 @@ impl Pump<'_> {
         if hoard.buffers.len() < enough {
             let in_vain = hoard.grown_at.is_some_and(|at| at.elapsed() > PATIENCE);
             if in_vain || since.elapsed() > GATHERING_MAX {
-                return Ok(self.queue_no_more(at));
+                // As they come, then.
+                hoard.buffers.clear();
+                self.jobs[at].queues = false;
+                return Ok(true);
             }
             return Ok(grown);
         }
@@ -107,13 +106,6 @@ impl Pump<'_> {
         }
         self.jobs[at].ring = Some(ring);
         Ok(true)
-    }
-
-    /// A job's copies are enqueued as buffers come. True: something moved.
-    fn queue_no_more(&mut self, at: usize) -> bool {
-        self.jobs[at].hoard.buffers.clear();
-        self.jobs[at].queues = false;
-        true
     }
 
     /// Of what was gathered.
