@@ -98,8 +98,9 @@ class Save:
         them.
 
         The calling thread waits only until all copies are enqueued: hardly at all where the state went into spare
-        memory of the GPU or finds room in the staging pool; and until arrays in host memory are copied. The tensors
-        stay referenced until they are copied.
+        memory of the GPU or finds room in the staging pool, and has no thousands of tensors, of which the driver would
+        not take all copies at once; and until arrays in host memory are copied. The tensors stay referenced until they
+        are copied.
 
         Args:
             stream: a ``torch.cuda.Stream`` or the number of a CUDA stream; None: torch's current streams of all devices
