@@ -9,7 +9,7 @@ use pccheck::medium::sim::{SimMedium, SimModel};
 use pccheck::save::{DeviceOptions, Faults, Save, SaveOptions, Snapshot};
 use pccheck::store::{format_medium, FormatOptions};
 
-use super::bed::{assert_idle, on, open, stream_wait, until, State, WAIT};
+use super::bed::{assert_idle, on, open, stream_wait, until, State, MIXED, WAIT};
 use super::standin::{Standin, Stream};
 
 /// Of each stream, of which the engine has two.
@@ -188,4 +188,71 @@ fn a_save_that_is_being_enqueued_waits_for_no_later_one() {
         held.wait_durable(WAIT).expect("durable");
         assert!(next.is_saved(&store, 2));
     }
+}
+
+/// Nor where it waits for buffers.
+#[test]
+fn a_save_that_waits_for_buffers_waits_for_no_later_one() {
+    let standin = Standin::take();
+    let (stream, later) = (standin.stream(0), standin.stream(0));
+    let (store, mut state) = (super::bed::store(8, Faults::default()), State::new(&standin, MIXED));
+    state.fill(|_| stream, 1, 0);
+    standin.synchronize(0, stream);
+    [stream, later].iter().for_each(|&stream| standin.hold_stream(stream, true));
+    let save = state.begin(&store, 1, on(stream, Snapshot::Staging)).expect("begin");
+    let held = state.begin(&store, 2, on(later, Snapshot::Staging)).expect("begin");
+    settle(&standin);
+    standin.hold_stream(stream, false);
+    save.wait_copied(WAIT).expect("copied before the other one's stream goes on");
+    standin.hold_stream(later, false);
+    held.wait_durable(WAIT).expect("durable");
+}
+
+/// What has no event behind it ends all the same.
+#[test]
+fn calls_that_fail_again_and_again_take_no_room() {
+    for snapshot in [Snapshot::Staging, Snapshot::Spare] {
+        let standin = Standin::take();
+        let streams = [standin.stream(0), standin.stream(1)];
+        let store = store(65_536);
+        let [state] = filled(&standin, &streams, [&[(300, Some(0)); TENSORS]]);
+        for call in ["cuMemcpyBatchAsync", "cuEventRecord"] {
+            for _ in 0..8 {
+                // Of the caller's stream it is not refused.
+                let nth = if call == "cuEventRecord" { 2 } else { 1 };
+                standin.fail(call, nth, 1, false);
+                let save = state.begin(&store, 1, on(streams[0], snapshot)).expect("begin");
+                assert_eq!(save.wait_durable(WAIT).expect_err("refused").kind(), ErrorKind::Device);
+            }
+        }
+        let save = state.begin(&store, 1, on(streams[0], snapshot)).expect("begin");
+        save.wait_durable(WAIT).expect("durable");
+        assert!(state.is_saved(&store, 1));
+        drop(save);
+        assert_idle(&store);
+    }
+}
+
+/// Each has the engine's streams wait for its own.
+#[test]
+fn saves_that_are_given_up_take_no_more_room_than_there_is() {
+    let standin = Standin::take();
+    let streams = [standin.stream(0), standin.stream(1)];
+    let store = store(65_536);
+    let [state] = filled(&standin, &streams, [&[(300, Some(0)); TENSORS]]);
+    standin.queue_limit(QUEUE);
+    standin.hold_stream(streams[0], true);
+    for _ in 0..300 {
+        let save = state.begin(&store, 1, on(streams[0], Snapshot::Staging)).expect("begin");
+        std::thread::sleep(Duration::from_millis(1));
+        save.cancel();
+    }
+    let jams = standin.jams();
+    standin.hold_stream(streams[0], false);
+    assert_eq!(jams, 0);
+    let save = state.begin(&store, 1, on(streams[0], Snapshot::Staging)).expect("begin");
+    save.wait_durable(WAIT).expect("durable");
+    standin.queue_limit(0);
+    drop(save);
+    assert_idle(&store);
 }

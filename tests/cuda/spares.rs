@@ -81,20 +81,22 @@ fn a_save_tells_when_its_snapshot_was_taken() {
 /// Each GPU takes its own time.
 #[test]
 fn a_snapshot_is_copied_when_all_gpus_have_taken_theirs() {
-    let standin = Standin::take();
-    let streams = [standin.stream(0), standin.stream(1)];
-    let store = store(64, Faults::default());
-    // So few that each is delayed.
-    let mut state =
-        State::new(&standin, &[(30_000, Some(0)), (9_000, Some(0)), (10_000, Some(0)), (20_000, Some(1))]);
-    state.fill(|device| streams[device as usize], 1, 0);
-    streams.iter().zip(0..).for_each(|(&stream, device)| standin.synchronize(device, stream));
-    standin.delay_us(30_000);
-    let save = state.begin(&store, 1, on(streams[0], Snapshot::Spare)).expect("begin");
-    save.wait_copied(WAIT).expect("copied");
-    standin.delay_us(0);
-    state.fill(|device| streams[device as usize], 2, 0);
-    save.wait_durable(WAIT).expect("durable");
-    assert!(state.is_saved(&store, 1));
-    streams.iter().zip(0..).for_each(|(&stream, device)| standin.synchronize(device, stream));
+    for (slow, quick) in [(Some(0), Some(1)), (Some(1), Some(0))] {
+        let standin = Standin::take();
+        let streams = [standin.stream(0), standin.stream(1)];
+        let store = store(64, Faults::default());
+        // So few that each is delayed.
+        let shape = [(30_000, slow), (9_000, slow), (10_000, slow), (20_000, quick)];
+        let mut state = State::new(&standin, &shape);
+        state.fill(|device| streams[device as usize], 1, 0);
+        streams.iter().zip(0..).for_each(|(&stream, device)| standin.synchronize(device, stream));
+        standin.delay_us(30_000);
+        let save = state.begin(&store, 1, on(streams[0], Snapshot::Spare)).expect("begin");
+        save.wait_copied(WAIT).expect("copied");
+        standin.delay_us(0);
+        state.fill(|device| streams[device as usize], 2, 0);
+        save.wait_durable(WAIT).expect("durable");
+        assert!(state.is_saved(&store, 1), "{slow:?} takes longer");
+        streams.iter().zip(0..).for_each(|(&stream, device)| standin.synchronize(device, stream));
+    }
 }

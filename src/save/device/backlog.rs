@@ -9,7 +9,7 @@ use crate::cuda::{Device, Event, Stream};
 use crate::error::Result;
 use crate::sync::Arc;
 
-/// So much is enqueued on a stream, and little more: what orders streams, or hashes, is counted and not limited.
+/// So much is enqueued on a stream, and a few events more.
 const LENGTH_MAX: usize = 900;
 
 pub(super) struct Backlog {
@@ -19,24 +19,30 @@ pub(super) struct Backlog {
     /// What is enqueued, and has not been seen to be done; and what of that is behind the last end.
     length: usize,
     behind: usize,
+    most: usize,
 }
 
 impl Backlog {
     pub fn new(device: &Arc<Device>) -> Result<Backlog> {
         let stream = Arc::new(Stream::new(device)?);
-        Ok(Backlog { stream, ends: VecDeque::new(), length: 0, behind: 0 })
+        // A queue that all streams share is the other's, too.
+        let most = if device.has_one_queue() { LENGTH_MAX / 2 } else { LENGTH_MAX };
+        Ok(Backlog { stream, ends: VecDeque::new(), length: 0, behind: 0, most })
     }
 
     /// Whether it takes so many operations more. What is too much for any queue never has room.
     pub fn has_room(&mut self, operations: usize) -> Result<bool> {
-        let has = |length: usize| length + operations <= LENGTH_MAX;
         // Asks the driver only where it must.
-        while !has(self.length) {
-            let Some((end, done)) = self.ends.front() else { return Ok(false) };
-            if !end.reached()? {
-                return Ok(false);
+        while self.length + operations > self.most {
+            match self.ends.front() {
+                Some((end, done)) if end.reached()? => self.length -= done,
+                // Of something that failed half-way no end was recorded.
+                None if self.behind > 0 => {
+                    self.mark()?;
+                    continue;
+                }
+                _ => return Ok(false),
             }
-            self.length -= done;
             self.ends.pop_front();
         }
         Ok(true)

@@ -10,14 +10,19 @@ use crate::cuda::{Copy, CopyList};
 /// So many copies are enqueued at a time; and no chunk is added to a group of more.
 pub(super) const PIECE_COPIES: usize = 400;
 
-/// Copies of one device.
+/// Copies of one device that are enqueued together.
 pub(super) struct Piece {
-    /// Which of the source's devices.
-    pub nth: usize,
     pub copies: Vec<Copy>,
     pub between: Between,
-    /// It goes on the stream of the piece before.
-    pub follows: bool,
+}
+
+/// All of one device.
+#[derive(Default)]
+pub(super) struct Pieces {
+    /// What is not enqueued yet.
+    pub left: VecDeque<Piece>,
+    /// The stream of those that are: of a ring's all go there.
+    pub on: Option<usize>,
 }
 
 /// Where they bring bytes, and what keeps that memory.
@@ -32,11 +37,9 @@ pub(super) enum To {
 
 /// See the module.
 pub(super) struct Batch {
-    /// What is not enqueued yet.
-    pub pieces: VecDeque<Piece>,
+    /// Of each of the source's devices.
+    pub pieces: Vec<Pieces>,
     pub to: To,
-    /// The stream of the last piece.
-    pub on: Option<usize>,
     /// The driver has refused one, of which some may run.
     pub refused: bool,
 }
@@ -44,18 +47,16 @@ pub(super) struct Batch {
 impl Batch {
     /// Of lists of copies, one for each device. `between`: the words of each, for a ring.
     pub fn new(to: To, lists: &[CopyList], between: impl Fn(usize) -> Between) -> Batch {
-        let mut pieces = VecDeque::new();
-        for (nth, list) in lists.iter().enumerate() {
-            let (words, first) = (between(nth), pieces.len());
-            for copies in list.copies().chunks(PIECE_COPIES) {
-                let follows = pieces.len() > first;
-                let between = Between { free: words.free.filter(|_| !follows), arrived: None };
-                pieces.push_back(Piece { nth, copies: copies.to_vec(), between, follows });
+        let of = |(nth, list): (usize, &CopyList)| {
+            let piece = |copies: &[Copy]| Piece { copies: copies.to_vec(), between: Between::default() };
+            let mut left: VecDeque<_> = list.copies().chunks(PIECE_COPIES).map(piece).collect();
+            if !left.is_empty() {
+                let last = left.len() - 1;
+                left[0].between.free = between(nth).free;
+                left[last].between.arrived = between(nth).arrived;
             }
-            if let Some(last) = pieces.iter_mut().skip(first).last() {
-                last.between.arrived = words.arrived;
-            }
-        }
-        Batch { pieces, to, on: None, refused: false }
+            Pieces { left, on: None }
+        };
+        Batch { pieces: lists.iter().enumerate().map(of).collect(), to, refused: false }
     }
 }

@@ -219,12 +219,16 @@ impl Job {
         !self.failed && self.queues && self.ring.is_none() && self.peek().is_some()
     }
 
-    /// On a device that another state is on, too, it has not begun, or what is to be enqueued of it now finds no room: what is enqueued of the
-    /// other one would come first.
+    /// On a device that another state is on, too, it has not begun, or copies out of the caller's memory are to be enqueued, or others find no
+    /// room: they would come behind the stream of the other one.
     pub fn is_ahead_on(&mut self, other: &DeviceSource) -> bool {
         let Some(source) = self.source.clone().filter(|_| !self.failed) else { return false };
         let is_on = |device| source.devices().iter().any(|of| Arc::ptr_eq(of, device));
-        other.devices().iter().any(is_on) && (self.lanes.is_empty() || self.batch.is_some())
+        let shares = other.devices().iter().any(is_on);
+        shares
+            && (self.lanes.is_empty()
+                || self.batch.is_some()
+                || self.spares.is_empty() && self.peek().is_some())
     }
 
     /// All copies are enqueued, and all hashing.

@@ -9,6 +9,9 @@ use crate::cuda::{free_memory, Copy, Device, Direction, Event, Hasher, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 
+/// Launch, copy and event.
+const HASHING: usize = 3;
+
 /// Streams per device: while one copy ends, the next one runs.
 const STREAMS: usize = 2;
 
@@ -42,6 +45,11 @@ impl Lane {
 
     pub fn is_of(&self, device: &Arc<Device>) -> bool {
         Arc::ptr_eq(&self.device, device)
+    }
+
+    /// Whether all streams may be made to wait for so many events.
+    pub fn has_room_to_wait(&mut self, events: usize) -> Result<bool> {
+        self.streams.iter_mut().try_fold(true, |has, backlog| Ok(has && backlog.has_room(events)?))
     }
 
     /// All that is enqueued from now on comes after the events.
@@ -123,6 +131,11 @@ impl Lane {
         Ok(ends)
     }
 
+    /// Whether hashing may be enqueued.
+    pub fn has_room_to_hash(&mut self) -> Result<bool> {
+        self.stream_for(HASHING).map(|stream| stream.is_some())
+    }
+
     /// Enqueues the hashing of chunks of a spare that a snapshot was taken into, and the copying of the hashes to a flight's one
     /// buffer; the event is reached when they are there. After an error some of it may run.
     pub fn hash(
@@ -133,10 +146,10 @@ impl Lane {
         lent: &Flight,
     ) -> Result<Arc<Event>> {
         let lacking = || Error::new(ErrorKind::Internal, "save", "no code to hash with was loaded");
+        self.turn = self.stream_for(HASHING)?.unwrap_or(self.turn);
         let hasher = self.hasher.as_ref().ok_or_else(lacking)?;
-        self.turn = (self.turn + 1) % STREAMS;
         let backlog = &mut self.streams[self.turn];
-        backlog.grow(2);
+        backlog.grow(HASHING - 1);
         let (chunks, hashes) = (spare.address() + hashing.at, spare.address() + hashing.hashes);
         // SAFETY: parts of the spare that the layout keeps apart; the job keeps it as long as it has flights, and the lane is
         // dropped only when none is left, and forgotten where that is not sure. The snapshot came before.

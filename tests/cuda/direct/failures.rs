@@ -196,7 +196,7 @@ fn a_save_that_wants_cufile_waits_for_one_ring_and_no_other() {
     standin.synchronize(1, other);
     standin.hold_stream(other, true);
     let first = small.begin(&store, 1, crate::rings::queued(other, PROMPT)).expect("begin");
-    until("a ring is enqueued", || standin.calls(ARRIVES) > 0);
+    stream_wait(&first, other).expect("a ring is enqueued");
     let second = state.begin(&store, 2, required(stream)).expect("begin");
     let copies = || standin.calls("cuMemcpyDtoHAsync_v2") + standin.calls("cuMemcpyBatchAsync");
     let (rings, before) = (standin.calls(ARRIVES), copies());
@@ -227,7 +227,7 @@ fn a_ring_that_has_failed_holds_up_no_cufile() {
     standin.synchronize(0, stream);
     standin.hold_stream(other, true);
     let first = lost.begin(&store, 1, crate::rings::queued(other, PROMPT)).expect("begin");
-    until("a ring is enqueued", || standin.calls(ARRIVES) > 0);
+    stream_wait(&first, other).expect("a ring is enqueued");
     first.cancel();
     let second = state.begin(&store, 2, required(stream)).expect("begin");
     second.wait_durable(WAIT).expect("durable while the other GPU hangs");

@@ -120,3 +120,39 @@ fn a_state_of_many_pieces_goes_directly() {
         assert_idle(&store);
     }
 }
+
+/// As many as parameters have counters in host memory between what an optimizer keeps on a GPU.
+#[test]
+fn hashing_of_many_runs_of_chunks_leaves_room_for_the_program() {
+    let standin = Standin::take();
+    let cufile = Cufile::take(&standin);
+    cufile.set_properties(2, 0);
+    let (stream, home) = (standin.stream(0), Home::new());
+    format_region(&home.other(), &FormatOptions::new(3, 24 << 20)).expect("format");
+    let options = OpenOptions {
+        medium: Requested::Direct,
+        required: Durability::Process,
+        chunk_bytes: CHUNK,
+        staging_bytes: 1_600 * CHUNK,
+        ..OpenOptions::default()
+    };
+    let store = Store::open(&home.other(), &options).expect("open");
+    let shape: Vec<_> =
+        (0..1_400).map(|nth| if nth % 2 == 0 { (24_000, Some(0)) } else { (4, None) }).collect();
+    let mut state = State::new(&standin, &shape);
+    state.fill(|_| stream, 1, 0);
+    standin.synchronize(0, stream);
+    standin.queue_limit(950);
+    standin.hold_stream(stream, true);
+    let save = state.begin(&store, 1, required(stream)).expect("begin");
+    stream_wait(&save, stream).expect("the snapshot is enqueued");
+    until("hashing is enqueued", || standin.calls("cuLaunchKernel") > 0);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    let jams = standin.jams();
+    standin.hold_stream(stream, false);
+    assert_eq!(jams, 0);
+    save.wait_durable(WAIT).expect("durable");
+    standin.queue_limit(0);
+    assert!(store.stats().direct_bytes > 0);
+    assert!(state.is_saved(&store, 1));
+}

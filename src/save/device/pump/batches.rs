@@ -32,32 +32,33 @@ impl Pump<'_> {
         Ok(hashing | batch)
     }
 
-    /// Enqueues a job's batch, if it has one. True where something moved.
+    /// Enqueues a job's batch, if it has one, on each device as far as there is room. True where something moved.
     fn enqueue_batch(&mut self, at: usize) -> Result<bool> {
-        let mut moved = false;
-        loop {
-            let job = &mut self.jobs[at];
-            let Some(Batch { pieces, to, on, refused }) = &mut job.batch else { return Ok(moved) };
-            let Some(piece) = pieces.front() else { break };
-            let lane = &mut self.lanes[job.lanes[piece.nth]];
-            let enqueued = match to {
-                To::Pool(flight) => lane.fetch(&piece.copies, flight).map(|end| flight.add(end)),
-                To::Spare(flight) => lane.snapshot(&piece.copies).map(|end| flight.add(end)),
-                To::Ring(_) => {
-                    let same = on.filter(|_| piece.follows);
-                    let chosen = lane.fetch_to_ring(&piece.copies, piece.between, same);
-                    chosen.map(|chosen| {
-                        *on = chosen.or(*on);
-                        chosen.is_some()
-                    })
+        let job = &mut self.jobs[at];
+        let Some(Batch { pieces, to, refused }) = &mut job.batch else { return Ok(false) };
+        let (mut moved, mut left) = (false, false);
+        for (pieces, &lane) in pieces.iter_mut().zip(&job.lanes) {
+            let lane = &mut self.lanes[lane];
+            while let Some(piece) = pieces.left.front() {
+                let enqueued = match to {
+                    To::Pool(flight) => lane.fetch(&piece.copies, flight).map(|end| flight.add(end)),
+                    To::Spare(flight) => lane.snapshot(&piece.copies).map(|end| flight.add(end)),
+                    To::Ring(_) => lane.fetch_to_ring(&piece.copies, piece.between, pieces.on).map(|on| {
+                        pieces.on = on.or(pieces.on);
+                        on.is_some()
+                    }),
+                };
+                *refused |= enqueued.is_err();
+                if !enqueued? {
+                    left = true;
+                    break;
                 }
-            };
-            *refused |= enqueued.is_err();
-            if !enqueued? {
-                return Ok(moved);
+                pieces.left.pop_front();
+                moved = true;
             }
-            pieces.pop_front();
-            moved = true;
+        }
+        if left {
+            return Ok(moved);
         }
         self.is_enqueued(at)?;
         Ok(true)
@@ -86,13 +87,16 @@ impl Pump<'_> {
                 self.tell_enqueued(at, ends?);
             }
             Some(To::Ring(group)) => {
+                let is_last = job.peek().is_none();
+                if is_last {
+                    // The ring has it until all has arrived, which is told when this comes.
+                    job.source = None;
+                }
                 if let Some(ring) = &job.ring {
                     ring.comes(group);
                 }
-                if job.peek().is_none() {
+                if is_last {
                     let ends = self.end_ring(at)?;
-                    // The ring has it until all has arrived.
-                    self.jobs[at].source = None;
                     self.tell_enqueued(at, ends);
                 }
             }

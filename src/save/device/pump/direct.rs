@@ -74,10 +74,13 @@ impl Pump<'_> {
         let mut moved = false;
         let buffer_bytes = self.shared.region.pool().buffer_bytes();
         while let Some(hashing) = self.jobs[at].next_to_hash(buffer_bytes) {
+            let Some((lane, spare)) = self.jobs[at].spares.first().cloned() else { break };
+            if !self.lanes[lane].has_room_to_hash()? {
+                break;
+            }
             let Some(buffer) = self.free_buffers(1).pop() else { break };
             moved = true;
             let job = &mut self.jobs[at];
-            let Some((lane, spare)) = job.spares.first().cloned() else { break };
             job.hashed += hashing.count();
             let chunk_bytes = job.held.save().chunk_bytes;
             let lent = vec![(hashing.chunks.start, buffer)];

@@ -143,8 +143,8 @@ impl Pump<'_> {
         let _ = self.end_ring(at);
     }
 
-    /// False where its turn has not come: another save gathers buffers; or an earlier one of the same device has yet to be enqueued, as far as
-    /// there are buffers; or cuFile would be called while copies wait for copiers, which the driver may hold up in such calls.
+    /// False where its turn has not come: another save gathers buffers; or an earlier one of the same device has yet to be enqueued; or cuFile
+    /// would be called while copies wait for copiers, which the driver may hold up in such calls; or a stream has no room.
     fn try_begin(&mut self, at: usize) -> Result<bool> {
         let source = self.jobs[at].source()?;
         let gathers = self.jobs.iter_mut().enumerate().any(|(other, job)| other != at && job.gathers());
@@ -153,6 +153,12 @@ impl Pump<'_> {
         }
         if self.jobs[at].layout.is_some() && self.shared.exchange.rings.wait_for_copiers() {
             return Ok(false);
+        }
+        for lane in &mut self.lanes {
+            let is_used = source.devices().iter().any(|device| lane.is_of(device));
+            if is_used && !lane.has_room_to_wait(source.after().len())? {
+                return Ok(false);
+            }
         }
         self.begin(at)?;
         self.decide_to_queue(at)?;
