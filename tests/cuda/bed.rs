@@ -1,5 +1,6 @@
 //! A store on a simulated medium, and a state of several tensors, some of them on GPUs.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -218,6 +219,31 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Nothing is left of what saves held.
+/// What `done` does while a stream is held, in the course of which no call of the driver may find a queue full: where one does, the stream goes
+/// on, so that the test ends.
+pub fn without_jams<T>(standin: &Standin, held: Stream, done: impl FnOnce() -> T) -> T {
+    struct Ended<'a>(&'a AtomicBool);
+    impl Drop for Ended<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let ended = AtomicBool::new(false);
+    standin.hold_stream(held, true);
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) && standin.jams() == 0 {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            standin.hold_stream(held, false);
+        });
+        let _ended = Ended(&ended);
+        done()
+    });
+    assert_eq!(standin.jams(), 0);
+    result
+}
+
 pub fn assert_idle(store: &Store) {
     let pool = store.region().pool();
     until("all buffers are free", || pool.free_count() == pool.buffer_count());

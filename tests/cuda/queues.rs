@@ -9,7 +9,7 @@ use pccheck::medium::sim::{SimMedium, SimModel};
 use pccheck::save::{DeviceOptions, Faults, Save, SaveOptions, Snapshot};
 use pccheck::store::{format_medium, FormatOptions};
 
-use super::bed::{assert_idle, on, open, stream_wait, until, State, MIXED, WAIT};
+use super::bed::{assert_idle, on, open, stream_wait, until, without_jams, State, MIXED, WAIT};
 use super::standin::{Standin, Stream};
 
 /// Of each stream, of which the engine has two.
@@ -208,6 +208,26 @@ fn a_save_that_waits_for_buffers_waits_for_no_later_one() {
     held.wait_durable(WAIT).expect("durable");
 }
 
+/// None waits until another has room.
+#[test]
+fn gpus_of_a_state_are_served_side_by_side() {
+    let standin = Standin::take();
+    let streams = [standin.stream(0), standin.stream(1)];
+    let store = store(65_536);
+    let shape: Vec<_> = (0..TENSORS).map(|nth| (300, Some((nth % 2) as u32))).collect();
+    let [state] = filled(&standin, &streams, [&shape]);
+    standin.hold_stream(streams[0], true);
+    let save = state.begin(&store, 1, on(streams[0], Snapshot::Spare)).expect("begin");
+    // Two pieces on each of two streams of two GPUs.
+    let are_full = (0..200).any(|_| {
+        std::thread::sleep(Duration::from_millis(20));
+        standin.calls("cuMemcpyBatchAsync") == 8
+    });
+    standin.hold_stream(streams[0], false);
+    assert!(are_full);
+    save.wait_durable(WAIT).expect("durable");
+}
+
 /// What has no event behind it ends all the same.
 #[test]
 fn calls_that_fail_again_and_again_take_no_room() {
@@ -241,15 +261,14 @@ fn saves_that_are_given_up_take_no_more_room_than_there_is() {
     let store = store(65_536);
     let [state] = filled(&standin, &streams, [&[(300, Some(0)); TENSORS]]);
     standin.queue_limit(QUEUE);
-    standin.hold_stream(streams[0], true);
-    for _ in 0..300 {
-        let save = state.begin(&store, 1, on(streams[0], Snapshot::Staging)).expect("begin");
-        std::thread::sleep(Duration::from_millis(1));
-        save.cancel();
-    }
-    let jams = standin.jams();
-    standin.hold_stream(streams[0], false);
-    assert_eq!(jams, 0);
+    without_jams(&standin, streams[0], || {
+        let options = on(streams[0], Snapshot::Staging);
+        let device = DeviceOptions { timeout: Duration::from_millis(10), ..options.device };
+        for _ in 0..150 {
+            let save = state.begin(&store, 1, SaveOptions { device, ..options }).expect("begin");
+            assert_eq!(save.wait_durable(WAIT).expect_err("late").kind(), ErrorKind::TimedOut);
+        }
+    });
     let save = state.begin(&store, 1, on(streams[0], Snapshot::Staging)).expect("begin");
     save.wait_durable(WAIT).expect("durable");
     standin.queue_limit(0);

@@ -12,7 +12,9 @@ use pccheck::save::{DirectStorage, Faults, SaveOptions, Snapshot};
 use pccheck::store::{FormatOptions, OpenOptions};
 use pccheck::ErrorKind;
 
-use crate::bed::{assert_idle, on, store, stream_wait, until, Shape, State, CHUNK, PROMPT, WAIT};
+use crate::bed::{
+    assert_idle, on, store, stream_wait, until, without_jams, Shape, State, CHUNK, PROMPT, WAIT,
+};
 use crate::cufile::Cufile;
 use crate::gds::alone;
 use crate::standin::{Standin, Stream};
