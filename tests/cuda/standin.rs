@@ -270,7 +270,10 @@ impl Standin {
     pub fn assert_clean(&self, what: &str) {
         // Events go once the streams have come past them.
         let deadline = Instant::now() + Duration::from_secs(5);
-        for (kind, before) in KINDS.iter().zip(&self.before) {
+        // A store that was closed while its GPU hung keeps the device for ever, and that its events for the next ones.
+        let kept = KINDS.iter().zip(&self.before).any(|(&kind, &before)| kind == "context" && before > 0);
+        let kinds = KINDS.iter().zip(&self.before).filter(|(&kind, _)| !(kept && kind == "event"));
+        for (kind, before) in kinds {
             while self.live(kind) > *before && Instant::now() < deadline {
                 std::thread::yield_now();
             }
