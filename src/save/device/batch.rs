@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 use super::flight::Flight;
 use super::lane::Between;
 use super::ring::Group;
-use crate::cuda::{Copy, CopyList};
+use crate::cuda::{Copy, CopyList, Event};
+use crate::sync::Arc;
 
 /// So many copies are enqueued at a time; and no chunk is added to a group of more.
 pub(super) const PIECE_COPIES: usize = 400;
@@ -23,6 +24,8 @@ pub(super) struct Pieces {
     pub left: VecDeque<Piece>,
     /// The stream of those that are: of a ring's all go there.
     pub on: Option<usize>,
+    /// Of those that are, what is reached when they are done; not of a ring's.
+    pub ends: Vec<Arc<Event>>,
 }
 
 /// Where they bring bytes, and what keeps that memory.
@@ -55,7 +58,7 @@ impl Batch {
                 left[0].between.free = between(nth).free;
                 left[last].between.arrived = between(nth).arrived;
             }
-            Pieces { left, on: None }
+            Pieces { left, ..Pieces::default() }
         };
         Batch { pieces: lists.iter().enumerate().map(of).collect(), to, refused: false }
     }

@@ -124,13 +124,6 @@ impl Lane {
         unsafe { self.copy(Direction::OnDevice, copies) }
     }
 
-    /// All that is enqueued from now on comes after what was enqueued before. Returns what is reached then.
-    pub fn join(&mut self) -> Result<Vec<Arc<Event>>> {
-        let ends = self.ends()?;
-        self.wait(ends.iter().map(|end| &**end))?;
-        Ok(ends)
-    }
-
     /// Whether hashing may be enqueued.
     pub fn has_room_to_hash(&mut self) -> Result<bool> {
         self.stream_for(HASHING).map(|stream| stream.is_some())

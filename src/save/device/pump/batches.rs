@@ -1,6 +1,6 @@
 //! Enqueuing: one batch of copies of a job after the other, as far as the driver's queues have room.
 
-use super::{Flight, Mark, Pump};
+use super::{Flight, Pump};
 use crate::cuda::Event;
 use crate::error::Result;
 use crate::save::device::batch::{Batch, To};
@@ -42,7 +42,10 @@ impl Pump<'_> {
             while let Some(piece) = pieces.left.front() {
                 let enqueued = match to {
                     To::Pool(flight) => lane.fetch(&piece.copies, flight).map(|end| flight.add(end)),
-                    To::Spare(flight) => lane.snapshot(&piece.copies).map(|end| flight.add(end)),
+                    To::Spare(flight) => lane.snapshot(&piece.copies).map(|end| {
+                        pieces.ends.extend(end.clone());
+                        flight.add(end)
+                    }),
                     To::Ring(_) => lane.fetch_to_ring(&piece.copies, piece.between, pieces.on).map(|on| {
                         pieces.on = on.or(pieces.on);
                         on.is_some()
@@ -67,8 +70,9 @@ impl Pump<'_> {
     /// All of a job's batch is enqueued.
     fn is_enqueued(&mut self, at: usize) -> Result<()> {
         let job = &mut self.jobs[at];
-        match job.batch.take().map(|batch| batch.to) {
-            Some(To::Pool(flight)) => {
+        let Some(Batch { pieces, to, .. }) = job.batch.take() else { return Ok(()) };
+        match to {
+            To::Pool(flight) => {
                 job.flights += 1;
                 self.flights.push_back(flight);
                 if job.spares.is_empty() && job.peek().is_none() {
@@ -76,17 +80,17 @@ impl Pump<'_> {
                     self.tell_enqueued(at, ends);
                 }
             }
-            Some(To::Spare(mut flight)) => {
-                let ends = self.join(at);
-                match &ends {
-                    Ok(ends) => flight.marks = ends.iter().cloned().map(Mark::Event).collect(),
-                    Err(_) => self.mark_when_idle(at, &mut flight),
-                }
-                self.jobs[at].flights += 1;
+            To::Spare(flight) => {
+                job.flights += 1;
                 self.flights.push_back(flight);
-                self.tell_enqueued(at, ends?);
+                // What is enqueued later on a lane comes behind its copies.
+                for (pieces, &lane) in pieces.iter().zip(&job.lanes) {
+                    self.lanes[lane].wait(pieces.ends.iter().map(|end| &**end))?;
+                }
+                let ends = pieces.into_iter().flat_map(|pieces| pieces.ends).collect();
+                self.tell_enqueued(at, ends);
             }
-            Some(To::Ring(group)) => {
+            To::Ring(group) => {
                 let is_last = job.peek().is_none();
                 if is_last {
                     // The ring has it until all has arrived, which is told when this comes.
@@ -100,7 +104,6 @@ impl Pump<'_> {
                     self.tell_enqueued(at, ends);
                 }
             }
-            None => {}
         }
         Ok(())
     }
@@ -128,15 +131,6 @@ impl Pump<'_> {
         let mut ends = Vec::new();
         for &lane in &self.jobs[at].lanes {
             ends.extend(self.lanes[lane].ends()?);
-        }
-        Ok(ends)
-    }
-
-    /// The same, and what is enqueued later on a lane comes behind it there.
-    fn join(&mut self, at: usize) -> Result<Vec<Arc<Event>>> {
-        let mut ends = Vec::new();
-        for &lane in &self.jobs[at].lanes {
-            ends.extend(self.lanes[lane].join()?);
         }
         Ok(ends)
     }
