@@ -228,6 +228,23 @@ fn gpus_of_a_state_are_served_side_by_side() {
     save.wait_durable(WAIT).expect("durable");
 }
 
+/// The last one is small, and on another stream.
+#[test]
+fn a_snapshot_is_done_when_all_its_pieces_are() {
+    let standin = Standin::take();
+    let streams = [standin.stream(0), standin.stream(1)];
+    let sim = Arc::new(SimMedium::new(128 << 20, SimModel::Ssd { torn: false }));
+    format_medium(&*sim, &FormatOptions::new(3, 32 << 20)).expect("format");
+    let store = open(&sim, 1 << 20, 8, Faults::default());
+    let [mut state] = filled(&standin, &streams, [&[(60_000, Some(0)); 401]]);
+    let save = state.begin(&store, 1, on(streams[0], Snapshot::Spare)).expect("begin");
+    stream_wait(&save, streams[0]).expect("wait");
+    state.fill(|_| streams[0], 2, 0);
+    save.wait_durable(WAIT).expect("durable");
+    assert!(state.is_saved(&store, 1));
+    standin.synchronize(0, streams[0]);
+}
+
 /// What has no event behind it ends all the same.
 #[test]
 fn calls_that_fail_again_and_again_take_no_room() {
