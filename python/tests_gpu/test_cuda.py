@@ -173,6 +173,37 @@ def test_the_host_does_not_wait_for_a_small_pool(tmp_path):
             assert host < stream / 4, (host, stream)
 
 
+@in_each_mode
+def test_thousands_of_tensors_hold_up_no_launch(tmp_path, mode):
+    """More than the driver's queues take copies of, behind a stream that is busy: the program goes on launching."""
+    state = {f"t{at}": torch.full((500 + at,), float(at), device="cuda") for at in range(6_000)}
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    small, other, path = torch.zeros(1000, device="cuda"), torch.cuda.Stream(), tmp_path / "region"
+    pccheck.format_region(path, slots=3, payload_bytes=pccheck.payload_bytes(state))
+    with pccheck.Store(path, durability="process") as store:
+        store.save(0, state, **mode).durable()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20 * BUSY)
+        began = time.perf_counter()
+        save = store.save(1, state, **mode)
+        with torch.cuda.stream(other):
+            for _ in range(300):
+                # So that the engine has come to where a queue could be full.
+                time.sleep(0.0005)
+                small.add_(1)
+        launched = time.perf_counter() - began
+        with pytest.raises(errors.TimedOut):
+            save.copied(0)
+        save.stream_wait_copied()
+        torch._foreach_zero_(list(state.values()))
+        torch.cuda.synchronize()
+        stream = time.perf_counter() - began
+        save.durable()
+        assert_saved(store, 1, kept)
+    print(f"launched after {launched:.3f} s, of {stream:.3f}")
+    assert launched < stream / 2, (launched, stream)
+
+
 def many_kernels(tensor: torch.Tensor) -> None:
     """More than the driver queues."""
     for _ in range(20_000):

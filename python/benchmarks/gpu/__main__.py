@@ -188,19 +188,20 @@ def copying(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
         at += tensor.nbytes
     rounds = []
     with patch.object(pccheck.store, "lib", Library()) as library:
-        with store_for(named, options) as store:
-            for index in range(2 * options.rounds + 3):
-                plain = min(
-                    timed_gpu(partial(pinned.copy_, flat, non_blocking=True)),
-                    timed_gpu(partial(copy_each, views, tensors)),
-                )
-                rounds.append({"plain": plain} | timed_save(store, library, index, named))
-        # Not beside the other one: memory holds three states.
-        with store_for(named, options, small=True) as store:
-            for index, found in enumerate(rounds):
-                for step, (what, flag_waits) in enumerate((("small", False), ("flags", True)), 2 * index):
-                    took = timed_save(store, library, step, named, flag_waits=flag_waits)
-                    found |= {f"{name}_{what}": seconds for name, seconds in took.items()}
+        for small in (False, True):
+            # Not beside each other: memory holds three states.
+            with store_for(named, options, small=small) as store:
+                for index in range(2 * options.rounds + 3):
+                    if not small:
+                        plain = min(
+                            timed_gpu(partial(pinned.copy_, flat, non_blocking=True)),
+                            timed_gpu(partial(copy_each, views, tensors)),
+                        )
+                        rounds.append({"plain": plain})
+                    ways = [way for way in WAYS if way.small == small]
+                    for step, way in enumerate(ways, len(ways) * index):
+                        took = timed_save(store, library, step, named, way)
+                        rounds[index] |= {name + way.suffix: seconds for name, seconds in took.items()}
     del pinned, views, flat
     gc.collect()
     torch.cuda.empty_cache()
@@ -213,13 +214,37 @@ def pinned_and_flat(nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+@dataclasses.dataclass
+class Way:
+    """To save a state, and to ask for its stream to wait."""
+
+    suffix: str
+    #: with the staging pool that there is by default
+    small: bool = False
+    #: seconds from begin until that is asked for
+    pause: float = 0.0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+WAYS = (
+    Way(""),
+    Way("_late", pause=0.05),
+    Way("_spare", options={"snapshot": "spare"}),
+    Way("_small", small=True),
+    Way("_flags", small=True, options={"flag_waits": True}),
+    Way("_flags_late", small=True, pause=0.05, options={"flag_waits": True}),
+)
+
+
 def timed_save(
-    store: pccheck.Store, library: Library, step: int, named: dict[str, torch.Tensor], *, flag_waits: bool = False
+    store: pccheck.Store, library: Library, step: int, named: dict[str, torch.Tensor], way: Way
 ) -> dict[str, float]:
     torch.cuda.synchronize()
     began = time.perf_counter()
-    save = store.save(step, named, flag_waits=flag_waits)
+    save = store.save(step, named, **way.options)
     begun = time.perf_counter()
+    time.sleep(way.pause)
+    asked = time.perf_counter()
     save.stream_wait_copied()
     waited = time.perf_counter()
     save.copied()
@@ -228,7 +253,7 @@ def timed_save(
     return {
         "begin": begun - began,
         "library": library.seconds,
-        "wait": waited - begun,
+        "wait": waited - asked,
         "copied": copied - began,
         "since_begun": copied - begun,
         "durable": durable,

@@ -43,12 +43,22 @@ def _copying(bytes: int, rounds: list[dict[str, float]]) -> Iterator[str]:
     whole, copies = ([row["plain"] / row[name] for row in rounds] for name in ("copied", "since_begun"))
     yield f"  plain copy {plain:.1f} GB/s, save {copied:.1f} GB/s"
     yield f"  ratio {_spread(whole)}, after begin {_spread(copies)}"
-    for what, suffix in (("", ""), ("a pool of 256 MiB: ", "_small"), ("the same, flag_waits: ", "_flags")):
+    for what, suffix in (
+        ("", ""),
+        ("asked 50 ms later: ", "_late"),
+        ("by spare memory: ", "_spare"),
+        ("a pool of 256 MiB: ", "_small"),
+        ("the same, flag_waits: ", "_flags"),
+        ("that asked 50 ms later: ", "_flags_late"),
+    ):
         begin, library, wait = (1e3 * _column(rounds, name + suffix) for name in ("begin", "library", "wait"))
-        copied, durable = (bytes / _column(rounds, name + suffix) / 1e9 for name in ("copied", "durable"))
+        both = 1e3 * median([row["library" + suffix] + row["wait" + suffix] for row in rounds])
+        speeds = (bytes / _column(rounds, name + suffix) / 1e9 for name in ("copied", "durable"))
+        # A pause is no part of the copying.
+        tail = "" if suffix.endswith("late") else "; copied {:.1f} GB/s, durable {:.1f} GB/s".format(*speeds)
         yield (
             f"  {what}begin {begin:.2f} ms, of that in the library {library:.2f}; wait {wait:.2f} ms; "
-            f"copied {copied:.1f} GB/s, durable {durable:.1f} GB/s"
+            f"library and wait {both:.2f} ms{tail}"
         )
 
 
