@@ -251,9 +251,9 @@ pub unsafe extern "C" fn pcc_save_wait_copied(save: *const pcc_save, timeout_ms:
 /// copies are enqueued: not at all worth speaking of where the state goes into spare memory of its GPU or finds room in the
 /// staging pool, or where the save was begun with `flag_waits`, else until all but the last pool's worth has passed through it;
 /// of a state of more tensors than the driver queues copies of (about 1800) also until all but those are copied, for which the
-/// stream given at begin must have come so far; and for tensors in host memory until they are copied. Where the stream cannot be made to wait (it captures a graph, the
-/// driver refuses), the calling thread waits until all is copied. `stream` NULL is the legacy default stream. For tensors on
-/// several GPUs each stream that may update one of them is to wait.
+/// stream given at begin must have come so far; and for tensors in host memory until they are copied. Where the stream cannot
+/// be made to wait (it captures a graph, the driver refuses), the calling thread waits until all is copied. `stream` NULL is
+/// the legacy default stream. For tensors on several GPUs each stream that may update one of them is to wait.
 ///
 /// Durability: none yet.
 /// Threads: any number at once.

@@ -114,8 +114,8 @@ impl Save {
 
     /// Makes a stream of the program wait until every byte has left the caller's memory, so that what is enqueued on it
     /// from now on may change that memory. The calling thread waits only until all copies are enqueued (at once for the state in
-    /// spare memory of the GPU, in a staging pool that has room for it, or with [`DeviceOptions::flag_waits`]) and what is in host
-    /// memory is copied.
+    /// spare memory of the GPU, in a staging pool that has room for it, or with [`DeviceOptions::flag_waits`]; of a state of more
+    /// tensors than the driver queues copies of, about 1800, once all but those are copied) and what is in host memory is copied.
     ///
     /// Nothing is durable yet. For tensors on several GPUs, every stream that may change one of them is to wait.
     ///

@@ -218,7 +218,6 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Nothing is left of what saves held.
 /// What `done` does while a stream is held, in the course of which no call of the driver may find a queue full: where one does, the stream goes
 /// on, so that the test ends.
 pub fn without_jams<T>(standin: &Standin, held: Stream, done: impl FnOnce() -> T) -> T {
@@ -244,6 +243,7 @@ pub fn without_jams<T>(standin: &Standin, held: Stream, done: impl FnOnce() -> T
     result
 }
 
+/// Nothing is left of what saves held.
 pub fn assert_idle(store: &Store) {
     let pool = store.region().pool();
     until("all buffers are free", || pool.free_count() == pool.buffer_count());

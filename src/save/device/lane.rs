@@ -79,7 +79,7 @@ impl Lane {
     pub fn fetch(&mut self, copies: &[Copy], _lent: &Flight) -> Result<Option<Arc<Event>>> {
         // SAFETY: destinations are disjoint parts of the flight's buffers, which it keeps until all its events are reached
         // (or for ever); sources are the caller's memory, lent until the save is copied, which is told later, or a
-        // spare, which the job keeps as long as it has flights.
+        // spare, which the job keeps as long as it has a batch or flights.
         unsafe { self.copy(Direction::ToHost, copies) }
     }
 
@@ -102,7 +102,7 @@ impl Lane {
         let backlog = &mut self.streams[chosen];
         backlog.grow(operations - 1);
         if let Some(free) = free {
-            // SAFETY: a word of the ring, whose flight keeps it until the stream has come past this, or for ever.
+            // SAFETY: a word of the ring, which its job and then a flight keep until the stream has come past this, or for ever.
             unsafe { backlog.stream.wait_word(free) }?;
         }
         // SAFETY: destinations are disjoint parts of the place's buffers, which the ring keeps as its words: nobody reads them before the
@@ -119,8 +119,8 @@ impl Lane {
     /// Enqueues copies into spare memory of the device; the event is reached when they are done. None where there is no room for them now.
     /// After an error some of them may run.
     pub fn snapshot(&mut self, copies: &[Copy]) -> Result<Option<Arc<Event>>> {
-        // SAFETY: destinations are disjoint parts of a spare, which the job keeps as long as it has flights; sources are
-        // the caller's memory, lent until the save is copied, which is told later.
+        // SAFETY: destinations are disjoint parts of a spare, which the job keeps as long as it has a batch or flights; sources
+        // are the caller's memory, lent until the save is copied, which is told later.
         unsafe { self.copy(Direction::OnDevice, copies) }
     }
 

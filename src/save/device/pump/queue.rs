@@ -25,6 +25,7 @@ const PLACES_MIN: usize = 2;
 const PLACES: usize = 8;
 /// It takes no longer than this in any case.
 const GATHERING_MAX: Duration = Duration::from_secs(1);
+
 impl Pump<'_> {
     /// Whether all copies of a job that has just begun are to be enqueued at once. Otherwise they are when there are buffers for them, and
     /// a thread that has a stream wait for them waits until the last are.
